@@ -1,0 +1,319 @@
+"""Build assets/tiny-llava from a seed: `python assets/tiny-llava/recipe.py configs/tiny_base.yaml`.
+
+Three things make a million parameters learn to see in under an hour on two cores:
+
+1. A scene is shown once and asked up to eight questions in one sequence; a block mask lets each question see the scene and
+   itself, so that every answer is learnt as if it were asked alone.
+2. Each patch's projected feature must read, through the language model's own embedding matrix, as the colour and the shape that
+   the patch shows. Without this the model stands still for a thousand steps before it binds words to places.
+3. Scenes with one thing come first; with two and three once those are answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data_pipelines.formats import DATASET_FORMATS
+from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
+from data_pipelines.images import load_image
+from data_pipelines.samples import Sample, Text
+from data_pipelines.video import load_video
+from mmdora.config import RunConfig, load_config
+from mmdora.loading import compose
+
+log = logging.getLogger("tiny-base")
+HERE = Path(__file__).parent
+VOCABULARY = 512
+ENGLISH = """the of and to in is that it was for on are as with his they at be this from have or by one had not but what all
+were when we there can an your which their said if do will each about how up out them then she many some so these would other
+into has more her two like him see time could no make than first been its who now people my made over did down only way find
+use may water long little very after words called just where most know get through back much before go good new write our me
+man too any day same right look think also around another came come work three word must because does part even place well such
+here take why things help put years different away again off went old number great tell men say small every found still between
+name should home big give air line set own under read last never us left end along while might next sound below saw something
+thought both few those always looked show large often together asked house world going want school important until form food
+keep children feet land side without boy once animals life enough took sometimes four head above kind began almost live page
+got earth need far hand high year mother light parts country father let night following picture being study second eyes soon
+times story boys since white days ever paper hard near sentence better best across during today others however sure means knew
+try told young miles sun ways thing whole hear example heard several change answer room sea against top turned point city play
+box boxes wall touching item items object objects tower block blocks exactly least black blue yellow grey closely true false"""
+CHAT_TEMPLATE = """{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}
+{{- message.content if message.content is string else message.content[0].text -}}{{- ' ' -}}
+{%- elif message.role == 'user' -%}
+{{- 'USER: ' -}}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- '<image>\n' -}}
+{%- elif part.type == 'video' -%}{{- '<video>\n' -}}
+{%- else -%}{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- else -%}
+{{- ' ASSISTANT:' -}}
+{%- generation -%}
+{{- ' ' + (message.content if message.content is string else message.content[0].text) + eos_token -}}
+{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+@dataclass
+class Scene:
+    """A scene ready for training: pixels, its questions as token blocks, and what each patch shows."""
+
+    pixels: Tensor  # [3, s, s], or [frames, 3, s, s] of a clip
+    prefix: list[int]
+    blocks: list[tuple[list[int], int]]  # (tokens of question + answer, how many of them are the answer's)
+    patches: Tensor  # [patches, 2]: index into COLORS and into SHAPES, or -1
+    things: int
+
+    @property
+    def is_clip(self) -> bool:
+        return self.pixels.dim() == 4
+
+
+def write_language_model(folder: Path, samples: list[Sample], seed: int) -> None:
+    """The byte-level tokenizer with its chat template, and a random Llama, as an ordinary Hugging Face directory."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>", "<video>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sentences = [f"USER: \n{m.text} ASSISTANT: {m.text}" for s in samples for m in s.messages]
+    colours_and_counts = [f" {word}" for word in ("up", "down", *"0123456789", *COLORS, *SHAPES)] * 1000
+    tokenizer.train_from_iterator(sentences + colours_and_counts + [" " + ENGLISH.replace("\n", " ")] * 40, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        model_max_length=2048,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        initializer_range=0.04,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def patch_labels(things: list[dict], grid: int) -> Tensor:
+    """[grid * grid, 2]: colour and shape of the thing that covers at least a third of each patch, else -1."""
+    mask = Image.new("L", (CANVAS, CANVAS))
+    pen = ImageDraw.Draw(mask)
+    for number, t in enumerate(things, 1):
+        outline(pen, t["shape"], t["x"], t["y"], t["r"], number)
+    cell = CANVAS // grid
+    cells = np.asarray(mask).reshape(grid, cell, grid, cell).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    labels = torch.full((grid * grid, 2), -1)
+    for number, t in enumerate(things, 1):
+        covered = torch.from_numpy((cells == number).mean(1) > 1 / 3)
+        labels[covered] = torch.tensor([list(COLORS).index(t["color"]), SHAPES.index(t["shape"])])
+    return labels
+
+
+def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int) -> list[Scene]:
+    """Every scene decoded and tokenized once, with the processor and template that inference uses."""
+    tokenizer = processor.tokenizer
+    size = processor.image_processor.size["height"]
+    grid = math.isqrt(processor.num_image_tokens)
+    scenes = []
+    for sample, row in zip(samples, rows, strict=True):
+        (media,) = sample.media()
+        if row["scene"][0]["to"] is not None:
+            clip = load_video(media.path, num_frames)
+            pixels = processor.video_processor(list(clip.frames[None]), return_tensors="pt")["pixel_values_videos"][0]
+            token, count = "<video>", num_frames * math.ceil(grid / 2) ** 2 + 1
+        else:
+            pixels = processor.image_processor([load_image(media.path)], return_tensors="pt")["pixel_values"][0, 0]
+            token, count = "<image>", 2 * grid**2 + grid  # the whole picture, and again as a grid of one with newlines
+        assert pixels.shape[-1] == size
+        prefix = tokenizer(f"<s>USER: {token * count}\n", add_special_tokens=False).input_ids
+        blocks = []
+        for question, answer in zip(sample.messages[::2], sample.messages[1::2], strict=True):
+            q = tokenizer(f"{question.text} ASSISTANT:", add_special_tokens=False).input_ids
+            a = tokenizer(f" {answer.text}</s>", add_special_tokens=False).input_ids
+            blocks.append((q + a, len(a)))
+        scenes.append(Scene(pixels.half(), prefix, blocks, patch_labels(row["scene"], grid), len(row["scene"])))
+    check_tokens(scenes[0], samples[0], processor)
+    return scenes
+
+
+def check_tokens(scene: Scene, sample: Sample, processor) -> None:
+    """What is trained here is, token for token, what the chat template renders."""
+    question, answer = (m.text for m in sample.messages[:2])
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    text = processor.apply_chat_template(turns).replace("<image>", "<image>" * scene.prefix.count(processor.image_token_id))
+    expected = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert expected == scene.prefix + scene.blocks[0][0], "the recipe's tokens differ from the chat template's"
+
+
+def collate(batch: list[Scene], pad: int) -> dict[str, Tensor]:
+    """One padded batch; `block` is 0 on the scene, k on question k and -1 on padding."""
+    length = max(len(s.prefix) + sum(len(b) for b, _ in s.blocks) for s in batch)
+    ids = torch.full((len(batch), length), pad)
+    labels = torch.full_like(ids, -100)
+    block = torch.full_like(ids, -1)
+    positions = torch.zeros_like(ids)
+    for i, scene in enumerate(batch):
+        end = len(scene.prefix)
+        ids[i, :end], block[i, :end] = torch.tensor(scene.prefix), 0
+        positions[i, :end] = torch.arange(end)
+        for number, (tokens, answer) in enumerate(scene.blocks, 1):
+            start, end = end, end + len(tokens)
+            ids[i, start:end], block[i, start:end] = torch.tensor(tokens), number
+            positions[i, start:end] = torch.arange(len(scene.prefix), len(scene.prefix) + len(tokens))
+            labels[i, end - answer : end] = ids[i, end - answer : end]
+    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
+    images = [s.pixels for s in batch if not s.is_clip]
+    clips = [s.pixels for s in batch if s.is_clip]
+    size = batch[0].pixels.shape[-1]
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+    if images:
+        inputs["pixel_values"] = torch.stack(images).float()[:, None].repeat(1, 2, 1, 1, 1)
+        inputs["image_sizes"] = torch.full((len(images), 2), size)
+    if clips:
+        inputs["pixel_values_videos"] = torch.stack(clips).float()
+    return inputs | {"labels": labels}
+
+
+def train(config: RunConfig, model, processor, scenes: list[Scene], output: Path) -> None:
+    settings = config.training
+    steps = settings.max_steps
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    other = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, settings.adam_beta2),
+        fused=True,
+    )
+    warmup = int(steps * settings.warmup_ratio)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / steps))),
+    )
+    tokenizer = processor.tokenizer
+    words = [torch.tensor([tokenizer(f" {w}").input_ids[-1] for w in group]) for group in (COLORS, SHAPES)]
+    projected: list[Tensor] = []
+    model.model.multi_modal_projector.register_forward_hook(lambda _m, _i, out: projected.append(out))
+    rng = random.Random(settings.seed)
+    simple = [s for s in scenes if s.things == 1]
+    pool, hits, started = simple, 0.5, time.time()
+    order: list[Scene] = []
+    model.train()
+    for step in range(1, steps + 1):
+        if len(order) < settings.batch_size:
+            order += rng.sample(pool, len(pool))
+        batch, order = order[: settings.batch_size], order[settings.batch_size :]
+        for scene in batch:
+            rng.shuffle(scene.blocks)
+        inputs = collate(batch, tokenizer.pad_token_id)
+        labels = inputs.pop("labels")[:, 1:]
+        projected.clear()
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        answered = labels != -100
+        loss = F.cross_entropy(logits[answered], labels[answered])
+        words_only = answered & (labels != tokenizer.eos_token_id)
+        right = (logits[words_only].argmax(-1) == labels[words_only]).float().mean().item()
+        hits = 0.98 * hits + 0.02 * right
+
+        image_patches = projected[0][::2].flatten(0, 1)  # the first of each picture's two crops
+        shown = torch.cat([s.patches for s in batch if not s.is_clip])
+        seen = shown[:, 0] >= 0
+        embedding = model.get_input_embeddings().weight
+        aside = sum(
+            F.cross_entropy(image_patches[seen] @ embedding[ids].T, shown[seen, k]) for k, ids in enumerate(words)
+        )
+        (loss + 0.3 * aside).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if pool is simple and (hits > 0.97 or step > steps // 5):
+            log.info("step %d: scenes with two and three things join", step)
+            pool, order, hits = scenes, [], 0.7
+        if step % 25 == 0:
+            pace = (time.time() - started) / step
+            log.info("step %d/%d loss %.3f patches %.3f right %.3f %.2f s/step", step, steps, loss.item(), aside.item(), hits, pace)
+        if step % 300 == 0:
+            save(model, processor, output / "partial")
+    model.eval()
+
+
+def save(model, processor, folder: Path) -> None:
+    """fp16 halves the file; the weights are loaded in whatever `model.dtype` says."""
+    state = {k: v.half() for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    processor.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--out", type=Path, default=HERE)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    config = load_config(args.config, args.overrides)
+    assert config.model.language_model is not None
+    (source,) = config.data.train
+    path = Path(source.path)
+    started = time.time()
+    samples = [s for s in DATASET_FORMATS["shapes"](path, path.parent) if isinstance(s, Sample)]
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    write_language_model(Path(config.model.language_model.path), samples, config.training.seed)
+    torch.manual_seed(config.training.seed)
+    model, processor = compose(config.model)
+    scenes = prepare(samples, rows, processor, config.data.video.num_frames)
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info("%d scenes ready after %.0f s; %d parameters", len(scenes), time.time() - started, parameters)
+    train(config, model, processor, scenes, Path(config.training.output))
+    save(model, processor, args.out)
+    log.info("wrote %s after %.0f min", args.out, (time.time() - started) / 60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What every dataset format is read into: a sample is a conversation whose messages hold text, images and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from mmdora.errors import UserError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    path: Path
+
+
+@dataclass(frozen=True)
+class Video:
+    path: Path
+
+
+Part: TypeAlias = Text | Image | Video
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(p.text for p in self.parts if isinstance(p, Text))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation. `id` is unique inside its source, the file it was read from; `category` is the dataset's own label."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str
+    category: str | None = None
+
+    def media(self) -> Iterator[Image | Video]:
+        """Images and videos in the order in which the conversation shows them."""
+        for message in self.messages:
+            for part in message.parts:
+                if not isinstance(part, Text):
+                    yield part
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is no sample: it goes to the ledger with its reason, and the rest of the file is read on."""
+
+    id: str
+    source: str
+    reason: str
+    media: str | None = None
+
+
+class SampleError(UserError):
+    """A sample that cannot be used. Names the sample; `media` is the file at fault, if one is; `stage` where it came up."""
+
+    def __init__(self, sample_id: str, source: str, reason: str, stage: str, media: str | None = None):
+        super().__init__(f"sample {sample_id!r} of {source}: {reason}")
+        self.sample_id, self.source, self.reason, self.stage, self.media = sample_id, source, reason, stage, media
+
+
+class MediaError(UserError):
+    """An image or video file that cannot be read. The message names the file and says why."""
+
+    def __init__(self, path: Path | str, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason

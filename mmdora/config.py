@@ -1,0 +1,296 @@
+"""RunConfig: a run is one YAML. Frozen, unknown keys are errors with the nearest known key, all errors are told at once.
+
+The classes are the reference for every key: `mmdora train CONFIG section.key=value` sets any of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmdora.errors import UserError
+from mmdora.registry import nearest
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class VisionEncoderConfig(Section):
+    """`type` is a name in VISION_ENCODERS; the other keys are that encoder's."""
+
+    type: str
+    name: str
+    pretrained: str | None = None  # a tag that open_clip knows, or a file of weights; null: random weights
+    model_config_: dict[str, Any] | None = Field(None, alias="model_config")  # for an architecture of one's own
+
+
+class LanguageModelConfig(Section):
+    path: str  # hub id or directory of any causal language model, with its tokenizer
+
+
+class ModelConfig(Section):
+    """A whole model (`path`), or one composed of a vision encoder, a projector and a language model."""
+
+    path: str | None = None
+    vision_encoder: VisionEncoderConfig | None = None
+    language_model: LanguageModelConfig | None = None
+    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a Jinja file, for a model that comes without a template
+
+    @model_validator(mode="after")
+    def _whole_or_composed(self) -> ModelConfig:
+        composed = self.vision_encoder is not None and self.language_model is not None
+        if (self.path is not None) == composed:
+            raise ValueError("give either 'path', or both 'vision_encoder' and 'language_model'")
+        return self
+
+
+class PartConfig(Section):
+    """How one part of the model is tuned. `method` is a name in ADAPTERS."""
+
+    method: str
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
+    targets: str | list[str] = "all-linear"  # or a regex over the path inside the part, or names (dotted suffixes)
+    learning_rate: Rate | None = None  # null: training.learning_rate
+    weight_decay: Rate | None = None  # null: training.weight_decay
+
+
+class SourceConfig(Section):
+    path: str
+    format: str | None = None  # a name in DATASET_FORMATS; null: guessed from the file
+    media: str | None = None  # folder that media paths start from; null: the file's own folder
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # 2.0 shows every sample twice an epoch
+
+
+class VideoConfig(Section):
+    reader: str = "auto"  # a name in VIDEO_READERS, or auto: decord where it is installed, else PyAV
+    num_frames: Positive = 8
+
+
+class DataConfig(Section):
+    train: list[SourceConfig] = Field(min_length=1)
+    video: VideoConfig = VideoConfig()
+    max_length: Positive | None = None  # tokens; a longer sample goes to the ledger
+    max_skipped: Share = 0.01  # a larger share of unusable samples stops the run
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes that load and encode samples
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        """`data.train=[FILE]` stands for one entry with the format guessed."""
+        if isinstance(data, dict) and isinstance(data.get("train"), list):
+            entries = [{"path": e} if isinstance(e, str) else e for e in data["train"]]
+            return {**data, "train": entries}
+        return data
+
+
+class TrainingConfig(Section):
+    output: str
+    seed: int = 0
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None  # null: as many as the epochs take
+    batch_size: Positive = 32  # samples an optimizer step, over all processes
+    micro_batch_size: Positive = 8  # samples a process holds at once
+    learning_rate: Rate = 2.0e-4
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Share = 0.03
+    weight_decay: Rate = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    max_grad_norm: Rate = 1.0  # 0: no clipping
+    gradient_checkpointing: bool = False
+    save_every: Positive | None = None  # steps; null: at the end only
+    keep: Positive = 2  # checkpoints
+    deepspeed: str | None = None  # zero2, zero3, or a DeepSpeed JSON; null: one process without DeepSpeed
+    report_to: list[Literal["wandb", "tensorboard"]] = []
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainingConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"'batch_size' {self.batch_size} must be a multiple of 'micro_batch_size' {self.micro_batch_size}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """One benchmark to score after training. `benchmark` is a name in BENCHMARKS."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    benchmark: str
+    data: str
+    format: str | None = None
+    media: str | None = None
+    limit: Positive | None = None
+    before: bool = False  # score the base model too, before training
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 16
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    parts: dict[str, PartConfig] = Field(min_length=1)  # what is not named is frozen
+    data: DataConfig
+    training: TrainingConfig
+    evaluation: list[EvaluationConfig] = []
+    plugins: list[str] = []  # modules to import first: they register what the config then names
+
+    @model_validator(mode="after")
+    def _names_are_known_once(self) -> RunConfig:
+        names = [e.name for e in self.evaluation]
+        if doubled := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two 'evaluation' entries are named {doubled[0]!r}")
+        return self
+
+
+def shipped_path(name: str) -> Path | None:
+    """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in neither."""
+    package = Path(__file__).resolve().parent
+    for root in (package / "_shipped", package.parent):
+        if name.startswith(("configs/", "assets/")) and (root / name).exists():
+            return root / name
+    return None
+
+
+def find_path(value: str) -> Path:
+    """A path of a config: relative to the working directory and, where nothing is there, to what is shipped."""
+    path = Path(value).expanduser()
+    if not path.exists() and not path.is_absolute():
+        return shipped_path(path.as_posix()) or path
+    return path
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or by the name of a shipped one (`quickstart`). Raises UserError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_path(f"configs/{name}.yaml") or shipped_path(name)
+    if shipped is not None and shipped.is_file():
+        return shipped
+    folder = shipped_path("configs/quickstart.yaml")
+    known = sorted(p.stem for p in folder.parent.glob("*.yaml")) if folder else []
+    raise UserError(f"no config at {name!r}.{nearest(path.stem, known)} Shipped configs: {', '.join(known)}")
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """The config at a path (or a shipped name) with `section.key=value` overrides. Raises UserError with every problem."""
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections (model, parts, data, training), found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
+    """A tree of plain values as a RunConfig. Raises UserError that lists every problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(e) for e in error.errors()]
+        raise UserError(f"{source} is not a valid config:\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML: what `load_config` reads back to an equal one."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key; list items go by index. Values are YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str) and _is_number(value):
+            value = float(value)  # YAML 1.1 reads 2e-4 (without a point) as a string
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML ({error})") from error
+    *path, last = key.split(".")
+    node: Any = tree
+    for step in path:
+        node = _descend(node, step, override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.lower().strip("+-") not in ("nan", "inf", "infinity")
+
+
+def _descend(node: Any, step: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, step, override)]
+    if node.get(step) is None:
+        node[step] = {}
+    child = node[step]
+    if not isinstance(child, dict | list):
+        raise UserError(f"{override!r}: {step!r} is a value ({child!r}), not a section")
+    return child
+
+
+def _index(items: list[Any], step: str, override: str) -> int:
+    if not step.isdigit() or int(step) >= len(items):
+        raise UserError(f"{override!r}: {step!r} is not an index into a list of {len(items)}")
+    return int(step)
+
+
+def _problem(error: Any) -> str:
+    """One pydantic error as `key: what is wrong`, with the nearest known key for an unknown one."""
+    key = ".".join(str(step) for step in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key}: required, but missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = error["input"]
+    found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) or shown is None else ""
+    return f"{key}: {message}{found}" if key else message
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys that the section at `location` knows, read off the schema."""
+    schema = RunConfig.model_json_schema()
+    node: dict[str, Any] = schema
+    for step in location:
+        node = _resolve(node, schema)
+        if isinstance(step, int):
+            node = node["items"]
+        elif step in node.get("properties", {}):
+            node = node["properties"][step]
+        else:
+            node = node["additionalProperties"]
+    return list(_resolve(node, schema).get("properties", {}))
+
+
+def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    options = [o for o in node.get("anyOf", []) if o.get("type") != "null"]
+    node = options[0] if options else node
+    return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node

@@ -1,0 +1,176 @@
+"""OpenCLIP image towers as Hugging Face vision models, with attention that adapters can reach.
+
+The tower is open_clip's own `VisionTransformer` (without the contrastive projection) inside a small `PreTrainedModel`, so it
+saves, reloads and sits in any stock LLaVA class as its `vision_config`. `to_clip` turns it into a `CLIPVisionModel` that plain
+transformers loads without mmdora.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmdora.attention import explicit_attention, explicit_state_dict
+from mmdora.vision_encoders.registry import VISION_ENCODERS
+
+
+class OpenCLIPVisionConfig(PretrainedConfig):
+    """`vision_cfg` is open_clip's own description of the tower; the other fields repeat what LLaVA classes ask for."""
+
+    model_type = "open_clip_vision"
+
+    def __init__(
+        self,
+        vision_cfg: dict[str, Any] | None = None,
+        embed_dim: int = 512,
+        quick_gelu: bool = False,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs: Any,
+    ):
+        cfg = {"width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
+        cfg |= vision_cfg or {}
+        self.vision_cfg = cfg
+        self.embed_dim = embed_dim
+        self.quick_gelu = quick_gelu
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.hidden_size = cfg["width"]
+        self.num_hidden_layers = cfg["layers"]
+        self.num_attention_heads = cfg["width"] // cfg["head_width"]
+        self.intermediate_size = int(cfg["width"] * cfg["mlp_ratio"])
+        self.patch_size = cfg["patch_size"]
+        self.image_size = cfg["image_size"]
+        for derived in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            kwargs.pop(derived, None)
+        kwargs.pop("patch_size", None)
+        kwargs.pop("image_size", None)
+        super().__init__(**kwargs)
+
+
+class OpenCLIPVisionModel(PreTrainedModel):
+    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, 1 + patches, hidden_size], class token first."""
+
+    config_class = OpenCLIPVisionConfig
+    base_model_prefix = "open_clip_vision"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("ResidualAttentionBlock",)
+
+    def __init__(self, config: OpenCLIPVisionConfig):
+        super().__init__(config)
+        from open_clip.model import _build_vision_tower
+
+        self.visual = _build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
+        self.visual.proj = None  # the contrastive head: nothing in a vision-language model reads it
+        explicit_attention(self.visual)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """open_clip's constructor has initialised the tower; from_pretrained must not undo that for present weights."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`hidden_states` always holds the embeddings and every block's output: the LLaVA classes index them."""
+        x = self.visual._embeds(pixel_values.to(self.visual.conv1.weight.dtype))
+        hidden_states = [x]
+        for block in self.visual.transformer.resblocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            hidden_states.append(x)
+        pooled = self.visual.ln_post(x[:, 0])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(hidden_states)
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.visual.conv1
+
+    def to_clip(self) -> CLIPVisionModel:
+        """The same function as transformers' own CLIP vision model. Raises ValueError where CLIP has no such layer."""
+        cfg = self.config
+        if not isinstance(self.visual.ln_pre, nn.LayerNorm) or cfg.vision_cfg.get("ls_init_value"):
+            raise ValueError("this OpenCLIP tower (no ln_pre, or LayerScale) has no equal in transformers' CLIPVisionModel")
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=cfg.hidden_size,
+                intermediate_size=cfg.intermediate_size,
+                num_hidden_layers=cfg.num_hidden_layers,
+                num_attention_heads=cfg.num_attention_heads,
+                image_size=cfg.image_size,
+                patch_size=cfg.patch_size,
+                hidden_act="quick_gelu" if cfg.quick_gelu else "gelu",
+                projection_dim=cfg.embed_dim,
+            )
+        )
+        # Some transformers releases wrap the tower in `vision_model.`; the names below it are the same.
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in clip.state_dict()) else ""
+        state = {prefix + _clip_key(key): tensor for key, tensor in self.visual.state_dict().items()}
+        clip.load_state_dict(state)
+        return clip.to(self.dtype).train(self.training)
+
+
+_CLIP_NAMES = [
+    ("transformer.resblocks.", "encoder.layers."),
+    ("ln_pre", "pre_layrnorm"),
+    ("ln_post", "post_layernorm"),
+    ("conv1", "embeddings.patch_embedding"),
+    ("class_embedding", "embeddings.class_embedding"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    (".attn.", ".self_attn."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+]
+
+
+def _clip_key(key: str) -> str:
+    for ours, theirs in _CLIP_NAMES:
+        key = key.replace(ours, theirs)
+    return key
+
+
+@VISION_ENCODERS.register("open_clip")
+def open_clip_encoder(
+    name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
+) -> OpenCLIPVisionModel:
+    """An OpenCLIP ViT by architecture name and `pretrained` tag (or file), ready for adapters.
+
+    `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`); `name` is
+    then only a label. Raises ValueError for towers that are not plain ViTs.
+    """
+    import open_clip
+
+    cfg = model_config or open_clip.get_model_config(name)
+    if cfg is None:
+        raise ValueError(
+            f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them, e.g. ViT-L-14-336"
+        )
+    vision_cfg = cfg["vision_cfg"]
+    if vision_cfg.get("timm_model_name") or isinstance(vision_cfg.get("layers"), list):
+        raise ValueError(f"{name!r} is not a plain ViT: OpenCLIP's timm and ResNet towers are not supported yet")
+    config = OpenCLIPVisionConfig(vision_cfg, cfg["embed_dim"], bool(cfg.get("quick_gelu", False)))
+    if pretrained is None:
+        return OpenCLIPVisionModel(config)
+    source = open_clip.create_model(name, pretrained=pretrained, device="cpu")
+    mean, std = source.visual.image_mean, source.visual.image_std
+    config.image_mean, config.image_std = list(mean), list(std)
+    config.quick_gelu = any(type(m).__name__ == "QuickGELU" for m in source.visual.modules())
+    model = OpenCLIPVisionModel(config)
+    state = {k: v for k, v in source.visual.state_dict().items() if k != "proj"}
+    model.visual.load_state_dict(explicit_state_dict(state))
+    return model.to(torch.float32)
+
+
+AutoConfig.register(OpenCLIPVisionConfig.model_type, OpenCLIPVisionConfig)
+AutoModel.register(OpenCLIPVisionConfig, OpenCLIPVisionModel)
