@@ -40,11 +40,12 @@ def read_source(config: SourceConfig) -> Source:
     media = find_path(config.media) if config.media else path.parent
     if config.media and not media.is_dir():
         raise UserError(f"{config.media}: no such media folder (of {config.path})")
-    rows = list(reader(path, media))
+    rows = list(reader(path, media, config.where))
     samples = [row for row in rows if isinstance(row, Sample)]
     rejected = [row for row in rows if isinstance(row, Rejected)]
     if not samples:
-        why = f"; the first of {len(rejected)} rejected: {rejected[0].reason}" if rejected else ""
+        why = " that `where` keeps" if config.where else ""
+        why += f"; the first of {len(rejected)} rejected: {rejected[0].reason}" if rejected else ""
         raise UserError(f"{path}: holds no usable sample{why}")
     return Source(path, samples, rejected, config.weight)
 

@@ -97,6 +97,22 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     set_adapter(model, name)
 
 
+def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
+    """Copy a directory's tensors into an adapter that the model already has. Raises UserError where they do not fit."""
+    adapter = read_adapter(folder)
+    _check_fits(model, adapter)
+    layers = dict(adapter_layers(model, name))
+    if set(layers) != set(adapter.specs):
+        odd = sorted(set(layers) ^ set(adapter.specs))[0]
+        raise UserError(f"{folder}: made with other `parts` than this run's: {odd} is adapted in only one of the two")
+    parameters = dict(model.named_parameters())
+    for path, layer in layers.items():
+        for suffix, parameter in layer.adapter_tensors(name).items():
+            _copy(parameter, adapter.layers[path][suffix])
+    for key, tensor in adapter.whole.items():
+        _copy(parameters[key], tensor)
+
+
 def merge_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     """Fold the active adapter (or `name`) into the weights, in place, and return the model without adapter code."""
     if name is not None:
@@ -254,7 +270,7 @@ def _cpu(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:
-    with gathered([parameter]):
+    with gathered([parameter], write=True):
         parameter.copy_(tensor)
 
 

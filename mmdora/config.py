@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mmdora.errors import UserError
 from mmdora.registry import nearest
@@ -73,6 +73,7 @@ class SourceConfig(Section):
     path: str
     format: str | None = None  # a name in DATASET_FORMATS; null: guessed from the file
     media: str | None = None  # folder that media paths start from; null: the file's own folder
+    where: dict[str, list[str | int]] = {}  # keep only rows whose field has one of these values
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # 2.0 shows every sample twice an epoch
 
 
@@ -117,6 +118,11 @@ class TrainingConfig(Section):
     deepspeed: str | None = None  # zero2, zero3, or a DeepSpeed JSON; null: one process without DeepSpeed
     report_to: list[Literal["wandb", "tensorboard"]] = []
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _batches(self) -> TrainingConfig:
         if self.batch_size % self.micro_batch_size:
@@ -134,6 +140,7 @@ class EvaluationConfig(Section):
     data: str
     format: str | None = None
     media: str | None = None
+    where: dict[str, list[str | int]] = {}
     limit: Positive | None = None
     before: bool = False  # score the base model too, before training
     batch_size: Positive = 16

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
+    CLIPVisionModel,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
@@ -18,10 +25,63 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmdora.config import ModelConfig, find_path
+from mmdora.errors import UserError
 from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
+from mmdora.zero import whole_models
+
+log = logging.getLogger(__name__)
 
 # A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """The model in `config.dtype`, in evaluation mode, with its processor. Raises UserError that says what is wrong."""
+    with whole_models():
+        if config.path is None:
+            model, processor = compose(config)
+        else:
+            model, processor = _load_whole(config, config.path)
+    if config.chat_template is not None:
+        template = find_path(config.chat_template)
+        if not template.is_file():
+            raise UserError(f"model.chat_template: no such file {config.chat_template!r}")
+        processor.chat_template = template.read_text(encoding="utf-8")
+    if processor.chat_template is None:
+        raise UserError(f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template")
+    return model.to(getattr(torch, config.dtype)).eval(), processor
+
+
+def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
+    path = find_path(name)
+    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
+        raise UserError(f"model.path: no such directory {name!r}")
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    source = str(path) if path.exists() else name
+    try:
+        processor = AutoProcessor.from_pretrained(source, **options)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
+    return model, processor
+
+
+def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP tower: loads without mmdora. In place."""
+    inner = model.model if hasattr(model, "model") else model
+    tower = getattr(inner, "vision_tower", None)
+    if isinstance(tower, OpenCLIPVisionModel):
+        clip: CLIPVisionModel = tower.to_clip()
+        inner.vision_tower = clip
+        model.config.vision_config = clip.config
+    return model
+
+
+def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside the block: ZeRO-3 partitions are gathered, everything else is left alone."""
+def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block: ZeRO-3 partitions are gathered, everything else is left alone.
+
+    With `write`, what rank 0 changes inside the block is kept; otherwise changes are lost when the block ends.
+    """
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield
 
 
@@ -29,3 +32,26 @@ def mark_leaf(module: nn.Module) -> None:
 def numel(parameter: nn.Parameter) -> int:
     """The parameter's true size; ZeRO-3 leaves `numel()` at 0 while it is partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def local_shard(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models loaded inside the block are whole, though a ZeRO-3 TrainingArguments exists.
+
+    Evaluation needs a model that generates by itself, and adapters read the weights that they are put on; the DeepSpeed engine
+    partitions the model when training begins.
+    """
+    from transformers.integrations import deepspeed as hf
+
+    active = hf._hf_deepspeed_config_weak_ref() if hf._hf_deepspeed_config_weak_ref is not None else None
+    hf.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if active is not None:
+            hf.set_hf_deepspeed_config(active)

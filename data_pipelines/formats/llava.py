@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.formats.registry import DATASET_FORMATS
+from data_pipelines.formats.registry import DATASET_FORMATS, Where
 from data_pipelines.formats.rows import RowError, media_path, parse_rows
 from data_pipelines.samples import Image, Message, Part, Rejected, Role, Sample, Text, Video
 
@@ -27,8 +27,8 @@ PLACEHOLDER = re.compile(r"\s*(<image>|<video>)\s*")
 
 
 @DATASET_FORMATS.register("llava")
-def read_llava(path: Path, media: Path) -> Iterator[Sample | Rejected]:
-    return parse_rows(path, lambda row, sample_id: parse_row(row, sample_id, str(path), media))
+def read_llava(path: Path, media: Path, where: Where) -> Iterator[Sample | Rejected]:
+    return parse_rows(path, where, lambda row, sample_id: parse_row(row, sample_id, str(path), media))
 
 
 def parse_row(row: Any, sample_id: str, source: str, media: Path) -> Sample:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.formats.registry import Where
 from data_pipelines.samples import Rejected, Sample
 from mmdora.errors import UserError
 
@@ -19,7 +20,7 @@ def read_rows(path: Path) -> list[Any]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
         if path.suffix == ".jsonl":
-            return [_line(path, i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+            return read_lines(path)
         rows = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
@@ -28,11 +29,22 @@ def read_rows(path: Path) -> list[Any]:
     return rows
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The rows of a file that has one JSON value a line, whatever its name ends in. Raises UserError."""
+    text = path.read_text(encoding="utf-8")
+    return [_line(path, i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
 def _line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
+
+
+def kept(row: Any, where: Where) -> bool:
+    """Whether the row's fields have the values that `where` asks for; 3 and "3" are the same."""
+    return isinstance(row, dict) and all(str(row.get(k)) in {str(v) for v in values} for k, values in where.items())
 
 
 class RowError(ValueError):
@@ -43,10 +55,12 @@ class RowError(ValueError):
         self.media = media
 
 
-def parse_rows(path: Path, parse: Callable[[Any, str], Sample]) -> Iterator[Sample | Rejected]:
-    """Every row through `parse(row, id)`; a RowError becomes a `Rejected`, and so does an id that was there before."""
+def parse_rows(path: Path, where: Where, parse: Callable[[Any, str], Sample]) -> Iterator[Sample | Rejected]:
+    """Every row that `where` keeps through `parse(row, id)`; a RowError becomes a `Rejected`."""
     seen: set[str] = set()
     for index, row in enumerate(read_rows(path)):
+        if where and not kept(row, where):
+            continue
         row_id = row.get("id") if isinstance(row, dict) else None
         sample_id = f"row-{index}" if row_id is None else str(row_id)
         if sample_id in seen:

@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from data_pipelines.formats.llava import read_llava
-from data_pipelines.formats.registry import DATASET_FORMATS
+from data_pipelines.formats.registry import DATASET_FORMATS, Where
 from data_pipelines.samples import Rejected, Sample
 from mmdora.errors import UserError
 
@@ -231,11 +231,11 @@ TASKS = {
 
 
 @DATASET_FORMATS.register("shapes")
-def read_shapes(path: Path, media: Path) -> Iterator[Sample | Rejected]:
+def read_shapes(path: Path, media: Path, where: Where) -> Iterator[Sample | Rejected]:
     """Read `path`, made first where it does not exist. Raises UserError where its name is no task and split."""
     if not path.exists():
         make(path)
-    return read_llava(path, media)
+    return read_llava(path, media, where)
 
 
 def make(path: Path) -> None:

@@ -67,6 +67,10 @@ class AdapterLayer(ABC, nn.Module):
         """A plain layer with the adapter folded into its weight."""
 
     @abstractmethod
+    def unwrap(self) -> nn.Module:
+        """The plain base layer again."""
+
+    @abstractmethod
     def magnitude_for(self, name: str) -> Tensor:
         """‖W + sBA‖ now: the magnitude with which DoRA computes what this LoRA computes."""
 

@@ -67,11 +67,16 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
     def merge(self, name: str) -> nn.Linear:
         spec = self.specs[name]
         magnitude = self.lora_magnitude_vector[name] if spec.use_dora else None
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         with torch.no_grad():
             merged = merged_weight(self.weight, self.lora_A[name], self.lora_B[name], spec.scale, magnitude)
-        plain.weight = nn.Parameter(merged, requires_grad=False)
-        plain.bias = self.bias
+        return self._plain(nn.Parameter(merged, requires_grad=False))
+
+    def unwrap(self) -> nn.Linear:
+        return self._plain(self.weight)
+
+    def _plain(self, weight: nn.Parameter) -> nn.Linear:
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight, plain.bias = weight, self.bias
         return plain.train(self.training)
 
     def magnitude_for(self, name: str) -> Tensor:

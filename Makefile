@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each sets up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-all lint docs tiny-base lock
+
+quickstart: .venv/ready
+	$(BIN)/mmdora train configs/quickstart.yaml --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/python docs/build.py
+
+tiny-base: .venv/ready
+	$(BIN)/python assets/tiny-llava/recipe.py configs/tiny_base.yaml
+
+# The lock holds names, versions and hashes, and no addresses. uv takes torch and torchvision as a matching pair, which plain pip
+# does not on every machine.
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mmdora needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+lock:
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --extra dev \
+		--no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock

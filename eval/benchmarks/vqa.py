@@ -1,0 +1,114 @@
+"""`vqa`: open questions over any dataset format, scored as VQA v2.0 scores them.
+
+Scorer: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py: an answer earns min(matches / 3, 1), averaged over the
+leave-one-out subsets of the annotators. Two of its ways are kept: answers are normalised only where the annotators differ, and
+a period between words is removed only as its regular expression finds it. A question with a single reference, as in one's
+own data, is right or wrong, normalised on both sides.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from data_pipelines.dataset import read_source
+from data_pipelines.samples import Sample
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
+from mmdora.config import EvaluationConfig, SourceConfig
+from mmdora.errors import UserError
+
+ARTICLES = {"a", "an", "the"}
+NUMBERS = {
+    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+PUNCTUATION = list(';/[]"{}()=+\\_-><@`,?!')
+PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # the official pattern, its misplaced look-behind included
+COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
+CONTRACTIONS = """aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've
+couldnt've:couldn't've didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
+havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've I'dve:I'd've
+Im:I'm Ive:I've isnt:isn't itd:it'd itd've:it'd've it'dve:it'd've itll:it'll let's:let's maam:ma'am mightnt:mightn't
+mightnt've:mightn't've mightn'tve:mightn't've mightve:might've mustnt:mustn't mustve:must've neednt:needn't
+notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at 'ows'at:'ow's'at 'ow'sat:'ow's'at shant:shan't
+shed've:she'd've she'dve:she'd've she's:she's shouldve:should've shouldnt:shouldn't shouldnt've:shouldn't've
+shouldn'tve:shouldn't've somebody'd:somebodyd somebodyd've:somebody'd've somebody'dve:somebody'd've
+somebodyll:somebody'll somebodys:somebody's someoned:someone'd someoned've:someone'd've someone'dve:someone'd've
+someonell:someone'll someones:someone's somethingd:something'd somethingd've:something'd've something'dve:something'd've
+somethingll:something'll thats:that's thered:there'd thered've:there'd've there'dve:there'd've therere:there're
+theres:there's theyd:they'd theyd've:they'd've they'dve:they'd've theyll:they'll theyre:they're theyve:they've twas:'twas
+wasnt:wasn't wed've:we'd've we'dve:we'd've weve:we've werent:weren't whatll:what'll whatre:what're whats:what's
+whatve:what've whens:when's whered:where'd wheres:where's whereve:where've whod:who'd whod've:who'd've who'dve:who'd've
+wholl:who'll whos:who's whove:who've whyll:why'll whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't
+wouldnt've:wouldn't've wouldn'tve:wouldn't've yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've
+y'alld've:y'all'd've y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're
+youve:you've"""
+EXPANDED = dict(pair.split(":") for pair in CONTRACTIONS.split())
+
+
+def strip_whitespace(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def process_punctuation(text: str) -> str:
+    out = text
+    for mark in PUNCTUATION:
+        if f"{mark} " in text or f" {mark}" in text or COMMA_IN_NUMBER.search(text):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    return PERIOD.sub("", out, re.UNICODE)  # the official call passes the flag as `count`: at most 32 periods go
+
+
+def process_digits_and_articles(text: str) -> str:
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    kept = [word for word in words if word not in ARTICLES]
+    return " ".join(EXPANDED.get(word, word) for word in kept)
+
+
+def normalize(text: str) -> str:
+    return process_digits_and_articles(process_punctuation(strip_whitespace(text)))
+
+
+def vqa_accuracy(response: str, references: tuple[str, ...]) -> float:
+    """The official accuracy, 0 to 1, against the answers of several annotators (an only annotator's answer earns 0)."""
+    answer, gold = strip_whitespace(response), [strip_whitespace(r) for r in references]
+    if len(set(gold)) > 1:
+        answer, gold = normalize(answer), [normalize(g) for g in gold]
+    matches = sum(g == answer for g in gold)
+    return sum(min(1.0, (matches - (g == answer)) / 3) for g in gold) / len(gold)
+
+
+def conversation_questions(config: EvaluationConfig) -> list[Question]:
+    """A question for each assistant turn of a dataset; what was said before it is its context."""
+    source = read_source(SourceConfig(path=config.data, format=config.format, media=config.media, where=config.where))
+    if source.rejected:
+        first = source.rejected[0]
+        raise UserError(f"{config.data}: row {first.id!r} cannot be asked ({first.reason}); mend it, or leave it out by `where`")
+    questions = []
+    for sample in source.samples:
+        turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
+        for number, turn in enumerate(turns):
+            question_id = sample.id if len(turns) == 1 else f"{sample.id}/{number}"
+            context: Sample = replace(sample, id=question_id, messages=sample.messages[:turn])
+            cluster = " ".join(str(part.path) for part in context.media()) or sample.id
+            reference = sample.messages[turn].text
+            questions.append(Question(question_id, context, (reference,), cluster, sample.category))
+    return questions
+
+
+@BENCHMARKS.register("vqa")
+class VQA(Benchmark):
+    """Open questions over any dataset format, by the VQA v2.0 metric (GT-Vision-Lab/VQA, vqaEval.py)."""
+
+    verified = True
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        return conversation_questions(config)
+
+    def score(self, response: str, question: Question) -> Score:
+        if len(question.references) == 1:
+            value = float(normalize(response) == normalize(question.references[0]))
+        else:
+            value = vqa_accuracy(response, question.references)
+        unparsed = not response.strip()
+        return Score(value, 0.0 if unparsed else value, unparsed)

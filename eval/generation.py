@@ -1,0 +1,161 @@
+"""Stage one: a model's answers, as `responses.jsonl`, one fsynced line a question.
+
+A line is keyed by everything that the answer depends on: prompt, media bytes, frames, reader, decoding and weights. Killed and
+restarted, a run asks only what is not answered; anything changed is asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.collator import Collator
+from data_pipelines.encoding import Encoded, Encoder
+from data_pipelines.samples import Video
+from data_pipelines.video import resolve_reader
+from eval.benchmarks import Question
+from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def answer_all(
+    model: Any,
+    encoder: Encoder,
+    questions: list[Question],
+    folder: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Every question's answer by id; those already in `folder` under the same key are not asked again.
+
+    Several processes share the questions out and all return all answers. Raises UserError where a question cannot be asked.
+    """
+    ids = [q.id for q in questions]
+    if len(set(ids)) != len(ids):
+        doubled = next(i for i in ids if ids.count(i) > 1)
+        raise UserError(f"two questions have the id {doubled!r}; ids must be unique")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = weights_digest(model)
+    keys = {q.id: question_key(q, encoder, max_new_tokens, weights) for q in questions}
+    known = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
+    advance(len(known))
+    mine = [q for i, q in enumerate(questions) if i % world == rank and q.id not in known]
+    with (folder / f"responses.{rank}.jsonl").open("a", encoding="utf-8") as file:
+        for question, text in generate(model, encoder, mine, batch_size, max_new_tokens):
+            line = {"id": question.id, "response": text, "key": keys[question.id]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            advance(1)
+    _barrier()
+    answered = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
+    missing = [i for i in ids if i not in answered]
+    assert not missing, f"{len(missing)} questions have no answer, such as {missing[0]!r}"
+    _barrier()
+    if rank == 0:
+        _merge(folder, [answered[i] for i in ids])
+    _barrier()
+    return {i: answered[i]["response"] for i in ids}
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, encoder: Encoder, questions: list[Question], batch_size: int, max_new_tokens: int
+) -> Iterator[tuple[Question, str]]:
+    """Greedy answers, batched by length and padded on the left."""
+    tokenizer = encoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = Collator(pad, side="left")
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    for batch in _batches(encoder, questions, batch_size):
+        inputs = {k: v.to(device) for k, v in collate([row for _, row in batch]).items()}
+        length = inputs["input_ids"].shape[1]
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
+    model.train(was_training)
+
+
+def _batches(encoder: Encoder, questions: list[Question], size: int) -> Iterator[list[tuple[Question, Encoded]]]:
+    """Batches of about equal length: sorted inside a window, so that memory holds a few batches and not the benchmark."""
+    window = 16 * size
+    for start in range(0, len(questions), window):
+        rows = [(q, encoder.encode_prompt(q.sample)) for q in questions[start : start + window]]
+        # Kinds of media are kept apart: a batch then has one shape of pixels.
+        rows.sort(key=lambda row: (sorted(row[1]), row[1]["input_ids"].shape[1]))
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weights: str) -> str:
+    """A digest of everything that the answer depends on."""
+    media = list(question.sample.media())
+    parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
+    parts += [processor_digest(encoder.processor)]
+    parts += [file_digest(part.path) for part in media]
+    if any(isinstance(part, Video) for part in media):
+        parts += [str(encoder.video.num_frames), resolve_reader(encoder.video.reader)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@cache
+def file_digest(path: Path) -> str:
+    if not path.is_file():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def processor_digest(processor: Any) -> str:
+    return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of every weight that the model computes with, adapters included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
+
+
+def read_responses(folder: Path) -> dict[str, dict[str, str]]:
+    """Answers by question id, from the merged file and from every process's own; a torn last line is dropped."""
+    answers = {}
+    for path in sorted(folder.glob("responses*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                answers[row["id"]] = row
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: dropped a line that was cut off", path)
+    return answers
+
+
+def _merge(folder: Path, rows: list[dict[str, str]]) -> None:
+    aside = folder / ".responses.jsonl"
+    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(folder / "responses.jsonl")
+    for path in folder.glob("responses.*.jsonl"):
+        path.unlink()
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

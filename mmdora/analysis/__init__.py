@@ -1,0 +1,1 @@
+"""What tuning did to a model: weight decomposition, and plots."""

@@ -1,0 +1,30 @@
+"""Pictures of a run, from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def plot_loss(metrics: Path, out: Path) -> None:
+    """`loss.png` from `metrics.jsonl`: the loss of every step and its running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    smooth, mean = [], losses[0]
+    for loss in losses:
+        mean = 0.9 * mean + 0.1 * loss
+        smooth.append(mean)
+    figure, axes = plt.subplots(figsize=(7, 3.2), dpi=120)
+    axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="loss")
+    axes.plot(steps, smooth, color="#1f4e79", linewidth=1.8, label="running mean")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(out)
+    plt.close(figure)

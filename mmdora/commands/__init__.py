@@ -1,0 +1,128 @@
+"""The roof: the command line. Each command's work is in its own file, imported when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="mmdora",
+    help="Tune vision-language models with DoRA, and know with error bars what it bought.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # typer's rich mode alone costs half a second
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config such as quickstart.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings to change.")]
+Target = Annotated[str, typer.Argument(help="A run directory, an adapter directory, or a model (directory or hub id).")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A module to import first.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move a run that is there aside.")] = False,
+) -> None:
+    """Tune a model as a config says, and score it before and after."""
+    from mmdora.commands.train import run
+
+    run(config, overrides or [], resume, overwrite)
+
+
+@app.command("eval")
+def evaluate(
+    target: Target,
+    only: Annotated[str | None, typer.Option(help="Just this entry of the run's `evaluation`.")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="A benchmark by name, in place of the run's own.")] = None,
+    data: Annotated[str | None, typer.Option(help="The benchmark's data.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="The data's format, if it cannot be told.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go; a model without a run needs it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+    trust_remote_code: Trust = False,
+    plugin: Plugins = None,
+) -> None:
+    """Score a run's own benchmarks, or any benchmark on any model."""
+    from mmdora.commands.eval import Request, run
+
+    request = Request(target, only, benchmark, data, data_format, limit, batch_size, out, overwrite)
+    run(request, trust_remote_code, plugin or [])
+
+
+@app.command()
+def merge(
+    run: Target,
+    out: Annotated[Path, typer.Argument(help="The new model's directory.")],
+    trust_remote_code: Trust = False,
+) -> None:
+    """Fold a run's adapter into a plain Hugging Face model, and print how far the two differ."""
+    from mmdora.commands.merge import run as merge_run
+
+    merge_run(run, out, trust_remote_code)
+
+
+@app.command()
+def chat(
+    target: Target,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be given again.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video to talk about; may be given again.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk with a run or a model in the terminal."""
+    from mmdora.commands.chat import run
+
+    run(target, image or [], video or [], max_new_tokens, trust_remote_code)
+
+
+@app.command()
+def analyze(run: Target, trust_remote_code: Trust = False) -> None:
+    """Show how far tuning moved each layer's magnitude and direction."""
+    from mmdora.commands.analyze import run as analyze_run
+
+    analyze_run(run, trust_remote_code)
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[
+        str, typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers or benchmarks")
+    ],
+) -> None:
+    """List what a config can name."""
+    from mmdora.commands.list import run
+
+    run(kind)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exits with 0 if done, 1 if failed, 2 if the user's input is wrong."""
+    from mmdora.errors import UserError
+
+    try:
+        app(arguments)
+    except UserError as error:
+        _stop(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _stop(f"no disk space left on device while writing {error.filename or 'the run'}; free some and go on with --resume")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _stop(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:  # every process meets the same error; one tells it
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)

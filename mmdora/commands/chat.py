@@ -1,0 +1,54 @@
+"""`mmdora chat`: talk with a run or a model in the terminal, about pictures and videos."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipelines.encoding import Encoder
+from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
+from mmdora.commands.console import make_console
+from mmdora.errors import UserError
+from mmdora.rundir import load_target
+
+
+def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int, trust_remote_code: bool) -> None:
+    """Reads questions from the terminal, or from a pipe until it ends. The media stand before the first question."""
+    for path in (*images, *videos):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    console = make_console()
+    loaded = load_target(target, trust_remote_code)
+    encoder = Encoder(loaded.processor, loaded.video)
+    media: list[Part] = [*(Image(p) for p in images), *(Video(p) for p in videos)]
+    sample = Sample("chat", (), "the terminal")
+    if sys.stdin.isatty():
+        console.print("Ask; an empty line ends.")
+    while question := _read():
+        parts = (*media, Text(question)) if not sample.messages else (Text(question),)
+        sample = Sample("chat", (*sample.messages, Message("user", parts)), "the terminal")
+        answer = reply(loaded.model, encoder, sample, max_new_tokens)
+        console.print(answer, markup=False)
+        sample = Sample("chat", (*sample.messages, Message("assistant", (Text(answer),))), "the terminal")
+
+
+@torch.inference_mode()
+def reply(model: torch.nn.Module, encoder: Encoder, sample: Sample, max_new_tokens: int) -> str:
+    """The model's greedy answer to a conversation that ends with the user."""
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) for k, v in encoder.encode_prompt(sample).items()}
+    tokenizer = encoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)  # type: ignore[operator]
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _read() -> str:
+    if sys.stdin.isatty():
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return ""
+    return sys.stdin.readline().strip()

@@ -1,0 +1,80 @@
+"""`mmdora eval`: score a run's own benchmarks, or any benchmark on any model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipelines.encoding import Encoder
+from eval.run import evaluate, read_questions
+from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
+from mmdora.config import EvaluationConfig, RunConfig
+from mmdora.errors import UserError
+from mmdora.registry import nearest
+from mmdora.rundir import RunDir, load_target
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line."""
+
+    target: str
+    only: str | None = None
+    benchmark: str | None = None
+    data: str | None = None
+    format: str | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+
+def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
+    import_plugins(plugins)
+    console = make_console()
+    run_dir = RunDir(Path(request.target))
+    config = run_dir.config() if run_dir.config_file.is_file() else None
+    entries = [_limited(entry, request) for entry in choose(request, config)]
+    out = request.out or (run_dir.path / "eval" if config else None)
+    if out is None:
+        raise UserError(f"{request.target} is not a run; say with --out where the results go")
+    for entry in entries:
+        finished = out / entry.name / "report.json"
+        if finished.exists() and request.overwrite:
+            finished.unlink()
+        elif finished.exists():
+            raise UserError(f"{finished.parent} holds a finished result; --overwrite replaces it, --out puts it elsewhere")
+    questions = {entry.name: len(read_questions(entry)) for entry in entries}
+
+    loaded = load_target(request.target, trust_remote_code)
+    encoder = Encoder(loaded.processor, loaded.video)
+    reports = []
+    for entry in entries:
+        with progress_bar(console, entry.name, questions[entry.name]) as advance:
+            origin = {"target": request.target}
+            reports.append(evaluate(loaded.model, encoder, entry, out / entry.name, advance, origin))
+    console.print(results_table([(report, None) for report in reports]))
+    console.print(f"Results are in {out}", soft_wrap=True)
+
+
+def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]:
+    """The entries to score. Raises UserError where the command line does not say what."""
+    if request.benchmark is not None:
+        if request.data is None:
+            raise UserError("--benchmark needs --data, the folder or file with its questions")
+        name = request.only or request.benchmark
+        return [EvaluationConfig(name=name, benchmark=request.benchmark, data=request.data, format=request.format)]
+    if config is None:
+        raise UserError(f"{request.target} is not a run; say --benchmark NAME --data DIR --out DIR")
+    names = [entry.name for entry in config.evaluation]
+    if request.only is not None and request.only not in names:
+        raise UserError(f"--only {request.only}: the run has no such entry.{nearest(request.only, names)} It has: {names}")
+    entries = [e for e in config.evaluation if request.only in (None, e.name)]
+    if not entries:
+        raise UserError(f"{request.target}: its config has no `evaluation`; say --benchmark NAME --data DIR")
+    return entries
+
+
+def _limited(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
+    changes = {"limit": request.limit, "batch_size": request.batch_size}
+    return EvaluationConfig.model_validate(entry.model_dump() | {k: v for k, v in changes.items() if v is not None})

@@ -1,0 +1,41 @@
+"""`mmdora merge`: a plain Hugging Face model from a run, with the proof that it computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from data_pipelines.encoding import Encoder
+from data_pipelines.samples import Image
+from mmdora.checkpoint import merge_adapters
+from mmdora.commands.console import make_console
+from mmdora.errors import UserError
+from mmdora.loading import save_model, to_plain_transformers
+from mmdora.rundir import load_target
+
+
+def run(target: str, out: Path, trust_remote_code: bool) -> None:
+    console = make_console()
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give a new directory")
+    loaded = load_target(target, trust_remote_code)
+    encoder = Encoder(loaded.processor, loaded.video)
+    probe = encoder.filler(Image)  # a blank picture and a word: enough to run every layer
+    adapted = _logits(loaded.model, probe)
+    model = to_plain_transformers(merge_adapters(loaded.model))
+    save_model(model, loaded.processor, out)
+    again = AutoModelForImageTextToText.from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    difference = (_logits(again.to(model.device).eval(), probe) - adapted).abs().max().item()
+    console.print(f"adapter against merged and reloaded: largest logit difference {difference:.2e}")
+    console.print(f"(logits from {adapted.min().item():.1f} to {adapted.max().item():.1f}, {model.dtype})")
+    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, without mmdora", soft_wrap=True)
+
+
+@torch.inference_mode()
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    return model(**{k: v.to(device) for k, v in inputs.items() if k != "labels"}).logits.float().cpu()

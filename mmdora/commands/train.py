@@ -1,0 +1,192 @@
+"""`mmdora train`: the whole walk on one page: config → model → adapters → data → trainer → adapter → evaluation."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback, set_seed
+
+from data_pipelines.collator import Collator
+from data_pipelines.dataset import Source, TrainDataset, read_source
+from data_pipelines.encoding import Encoder
+from data_pipelines.formats import DATASET_FORMATS
+from data_pipelines.ledger import Ledger, from_rejected
+from data_pipelines.samples import Image
+from data_pipelines.video import VIDEO_READERS
+from eval.benchmarks import BENCHMARKS
+from eval.report import write_report
+from eval.run import evaluate, read_questions
+from eval.scoring import read_report
+from mmdora.adapters import ADAPTERS
+from mmdora.analysis.plots import plot_loss
+from mmdora.checkpoint import save_adapter
+from mmdora.commands.console import import_plugins, is_main, make_console, progress_bar, results_table
+from mmdora.config import RunConfig, find_path, load_config
+from mmdora.errors import UserError
+from mmdora.injection import InjectionReport, inject_adapters
+from mmdora.loading import load_model
+from mmdora.rundir import RunDir, check_space, load_target, on_device
+from mmdora.training.arguments import training_arguments
+from mmdora.training.callbacks import RunLog
+from mmdora.training.trainer import AdapterTrainer
+
+
+def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
+    config = load_config(name, overrides)
+    import_plugins(config.plugins)
+    check_names(config)
+    console = make_console()
+    run_dir = RunDir(Path(config.training.output))
+    arguments = training_arguments(config, run_dir.path)  # first: it starts the process group
+    set_seed(config.training.seed)
+    with arguments.main_process_first(local=False):
+        if is_main():
+            run_dir.begin(config, resume, overwrite)
+        sources = [read_source(source) for source in config.data.train]
+        for entry in config.evaluation:
+            read_questions(entry)  # what evaluation will want is missed now, not after training
+    checkpoint = run_dir.checkpoint() if resume else None
+
+    model, processor = load_model(config.model)
+    encoder = Encoder(processor, config.data.video, config.data.max_length)
+    if is_main():
+        processor.save_pretrained(run_dir.processor)
+    evaluate_base(config, on_device(model), encoder, run_dir, console)
+
+    report = inject_adapters(model, config.parts)
+    show_adapters(console, report)
+    check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
+    ledger, trainer = make_trainer(config, arguments, model, encoder, sources, run_dir, console)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_adapter(trainer.model, run_dir.adapter)
+
+    del trainer, model
+    gc.collect()
+    arguments.distributed_state.wait_for_everyone()
+    finish(config, run_dir, ledger, console)
+
+
+def check_names(config: RunConfig) -> None:
+    """Every name and path of the config, before anything is loaded. Raises UserError that lists all that are wrong."""
+    problems: list[str] = []
+
+    def check(key: str, registry: Any, name: str | None) -> None:
+        try:
+            _ = None if name is None else registry[name]
+        except UserError as error:
+            problems.append(f"{key}: {error}")
+
+    for part, options in config.parts.items():
+        check(f"parts.{part}.method", ADAPTERS, options.method)
+    for i, source in enumerate(config.data.train):
+        check(f"data.train.{i}.format", DATASET_FORMATS, source.format)
+        if source.format != "shapes" and not find_path(source.path).exists():
+            problems.append(f"data.train.{i}.path: no such file {source.path!r}")
+        if source.media is not None and not find_path(source.media).is_dir():
+            problems.append(f"data.train.{i}.media: no such folder {source.media!r}")
+    if config.data.video.reader != "auto":
+        check("data.video.reader", VIDEO_READERS, config.data.video.reader)
+    for i, entry in enumerate(config.evaluation):
+        check(f"evaluation.{i}.benchmark", BENCHMARKS, entry.benchmark)
+        if entry.format != "shapes" and not find_path(entry.data).exists():
+            problems.append(f"evaluation.{i}.data: no such file or folder {entry.data!r}")
+    if problems:
+        raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def evaluate_base(config: RunConfig, model: Any, encoder: Encoder, run_dir: RunDir, console: Console) -> None:
+    """Score the model as it is, for the entries that say `before: true`; a finished result is kept."""
+    for entry in config.evaluation:
+        folder = run_dir.result(entry.name, before=True)
+        if entry.before and not (folder / "report.json").exists():
+            with progress_bar(console, f"{entry.name}, before", len(read_questions(entry))) as advance:
+                evaluate(model, encoder, entry, folder, advance, {"model": config.model.path, "adapter": None})
+
+
+def show_adapters(console: Console, report: InjectionReport) -> None:
+    """What was adapted, and what was not."""
+    table = Table(title="parts", title_justify="left")
+    for column in ("part", "method", "modules", "left as they are", "trainable", "of", "share"):
+        table.add_column(column)
+    for part in report.parts:
+        share = f"{100 * part.trainable / part.total:.2f}%"
+        counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
+        table.add_row(part.name, part.method, *counts, share)
+    table.add_row("all", "", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}%")
+    console.print(table)
+
+
+def make_trainer(
+    config: RunConfig,
+    arguments: Any,
+    model: Any,
+    encoder: Encoder,
+    sources: list[Source],
+    run_dir: RunDir,
+    console: Console,
+) -> tuple[Ledger, AdapterTrainer]:
+    ledger = Ledger(run_dir.skipped, sum(len(s) for s in sources), config.data.max_skipped)
+    if is_main():
+        for row in (row for source in sources for row in source.rejected):
+            ledger.record(from_rejected(row))
+    dataset = TrainDataset(sources, encoder, ledger, config.training.seed)
+    tokenizer = encoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    fillers = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for kind in dataset.media_kinds():
+            fillers["pixel_values" if kind is Image else "pixel_values_videos"] = encoder.filler(kind)
+    if "wandb" in config.training.report_to:
+        prepare_wandb(run_dir)
+    log = RunLog(run_dir.metrics, console)
+    trainer = AdapterTrainer(
+        config, model=model, args=arguments, train_dataset=dataset, data_collator=Collator(pad, fillers=fillers)
+    )
+    log.trainer = trainer
+    trainer.add_callback(log)
+    trainer.remove_callback(PrinterCallback)
+    return ledger, trainer
+
+
+def prepare_wandb(run_dir: RunDir) -> None:
+    """Files go into the run; without a login W&B records offline, where it would otherwise ask on the terminal."""
+    import wandb
+
+    os.environ.setdefault("WANDB_DIR", str(run_dir.path))
+    os.environ.setdefault("WANDB_PROJECT", "mmdora")
+    if not wandb.api.api_key:
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def finish(config: RunConfig, run_dir: RunDir, ledger: Ledger, console: Console) -> None:
+    """Score the tuned model as anyone would who has the run, then write the report and say what to do next."""
+    results = []
+    loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
+    encoder = Encoder(loaded.processor, config.data.video)
+    origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
+    for entry in config.evaluation:
+        with progress_bar(console, f"{entry.name}, after", len(read_questions(entry))) as advance:
+            evaluate(loaded.model, encoder, entry, run_dir.result(entry.name), advance, origin)
+        before = run_dir.result(entry.name, before=True)
+        results.append((run_dir.result(entry.name), before if (before / "report.json").exists() else None))
+    if not is_main():
+        return
+    loss = run_dir.path / "loss.png"
+    plot_loss(run_dir.metrics, loss)
+    write_report(run_dir.path / "report.html", f"mmdora · {run_dir.path.name}", results, config.data.video, loss)
+    if results:
+        console.print(results_table([(read_report(a), read_report(b) if b else None) for a, b in results]))
+    console.print(f"{ledger.summary()}" + (f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""))
+    console.print(
+        f"\nThe run is in {run_dir.path}. Next:\n"
+        f"  open {run_dir.path}/report.html          pictures, questions, answers before and after\n"
+        f"  mmdora eval {run_dir.path}               score it again\n"
+        f"  mmdora chat {run_dir.path} --image FILE  talk with it\n"
+        f"  mmdora merge {run_dir.path} OUT          a plain Hugging Face model",
+        soft_wrap=True,
+    )

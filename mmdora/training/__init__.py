@@ -1,0 +1,1 @@
+"""The training room: TrainingArguments, the Trainer, and what it shows."""

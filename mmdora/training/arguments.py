@@ -1,0 +1,90 @@
+"""From a run's YAML to `transformers.TrainingArguments`, and to the DeepSpeed JSON that `training.deepspeed` names."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mmdora.config import RunConfig, find_path, shipped_path
+from mmdora.errors import UserError
+
+
+def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
+    """Build these before the model is loaded: under ZeRO-3 their existence makes it load in partitions."""
+    settings = config.training
+    deepspeed = deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_size % (settings.micro_batch_size * world):
+        raise UserError(
+            f"training.batch_size {settings.batch_size} cannot be split over {world} processes of "
+            f"micro_batch_size {settings.micro_batch_size}; make it a multiple of {settings.micro_batch_size * world}"
+        )
+    half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * world),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.lr_scheduler, settings.lr_scheduler),
+        warmup_steps=settings.warmup_ratio if settings.warmup_ratio < 1 else 0,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=half == "bfloat16",
+        fp16=half == "float16",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=settings.keep,
+        logging_steps=1,
+        report_to=settings.report_to or "none",
+        run_name=output.name,
+        deepspeed=deepspeed,
+        dataloader_num_workers=config.data.num_workers,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def deepspeed_config(name: str) -> dict[str, Any]:
+    """A shipped DeepSpeed config by name (`zero2`), or one's own by path. Also readies this process for DeepSpeed."""
+    path = shipped_path(f"configs/deepspeed/{name}.json") or find_path(name)
+    if not path.is_file():
+        folder = shipped_path("configs/deepspeed")
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) if folder else ""
+        raise UserError(f"training.deepspeed: no such config {name!r}; shipped: {known}, or give a JSON file's path")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"training.deepspeed: {path} is not valid JSON ({error})") from error
+    _prepare_deepspeed()
+    return tree
+
+
+def _prepare_deepspeed() -> None:
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Else init_distributed compiles a C++ op for shared-memory collectives, which wants a compiler and ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # started as plain `python`: a world of one, or DeepSpeed goes looking for MPI
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)

@@ -1,0 +1,120 @@
+"""`transformers.Trainer` for adapters: learning rates per part, checkpoints without the base, an audit of the first steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from mmdora.architectures import find_part
+from mmdora.checkpoint import load_weights, save_adapter
+from mmdora.config import RunConfig
+from mmdora.zero import local_shard
+
+log = logging.getLogger(__name__)
+
+AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient at the second step; the warm-up may begin at rate 0
+
+
+class AdapterTrainer(Trainer):
+    """Trains what `inject_adapters` left trainable."""
+
+    def __init__(self, config: RunConfig, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.run_config = config
+        self.tokens_seen = 0  # by this process, media tokens included
+        self._start: dict[str, torch.Tensor] | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                optimizer_groups(self.model, self.run_config),
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._audit()
+        return super().training_step(*args, **kwargs)
+
+    def _audit(self) -> None:
+        """Every trainable parameter must have moved after the first steps; one that has not is wired to nothing."""
+        if self._start is None:
+            watched = {id(p) for g in self.optimizer.param_groups for p in g["params"] if g["initial_lr"] > 0}
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            # DeepSpeed puts flat copies into the optimizer's groups: then all are watched.
+            some = any(id(p) in watched for _, p in named)
+            self._start = {n: local_shard(p).clone() for n, p in named if id(p) in watched or not some}
+        elif self._start and self.state.global_step >= AUDITED_STEPS:
+            parameters = dict(self.model.named_parameters())
+            moved = torch.tensor(
+                [not torch.equal(local_shard(parameters[n]), start) for n, start in self._start.items()],
+                dtype=torch.float32,
+                device=self.args.device,
+            )
+            if torch.distributed.is_initialized():  # under ZeRO-3 a rank's share of a small tensor may be padding alone
+                torch.distributed.all_reduce(moved, torch.distributed.ReduceOp.MAX)
+            still = [name for name, yes in zip(self._start, moved.tolist(), strict=True) if not yes]
+            self._start = {}
+            if still:
+                listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
+                raise RuntimeError(
+                    f"{len(still)} trainable parameters did not move in the first {AUDITED_STEPS} steps: {listed}. "
+                    "The model does not use them: leave them out with parts.*.targets"
+                )
+
+    # Checkpoints hold the adapter and the optimizer's state, never the frozen base.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # Not strict: the frozen base is not in the checkpoint.
+        self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
+        return prepared
+
+
+def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """AdamW groups: a part's own learning rate and weight decay; norms, biases and magnitudes are not decayed."""
+    settings = config.training
+    paths = {part: find_part(model, part) for part in config.parts}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inside = [part for part, path in paths.items() if name.startswith(f"{path}.") or path == ""]
+        part = max(inside, key=lambda p: len(paths[p]))
+        options = config.parts[part]
+        decayed = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
+        decay = settings.weight_decay if options.weight_decay is None else options.weight_decay
+        group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
+        groups.setdefault((part, decayed), group)["params"].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,39 @@
+"""What the tests share: the shipped tiny model, and files that they make themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the shapes world; each test's files are made when it first asks for them."""
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture
+def tiny():
+    """(model, processor) of the shipped base, in fp32, fresh for each test."""
+    from mmdora.config import ModelConfig
+    from mmdora.loading import load_model
+
+    torch.manual_seed(0)
+    return load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("needs the project's shared data beside the checkout")
+    return SHARED

@@ -1,0 +1,101 @@
+"""Explicit attention computes what nn.MultiheadAttention computes, and OpenCLIP towers become CLIP towers exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from mmdora.attention import ExplicitAttention, explicit_attention, explicit_state_dict, multihead_state_dict
+from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
+
+TINY = {"embed_dim": 32, "vision_cfg": {"width": 48, "layers": 2, "head_width": 16, "patch_size": 8, "image_size": 32}}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masked", [None, "bool", "float", "padding"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_multihead(batch_first, masked, bias):
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(32, 4, batch_first=batch_first, bias=bias).eval()
+    explicit = ExplicitAttention.from_multihead(reference)
+    x = torch.randn(2, 5, 32) if batch_first else torch.randn(5, 2, 32)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    masks = {
+        None: {},
+        "bool": {"attn_mask": causal},
+        "float": {"attn_mask": torch.zeros(5, 5).masked_fill(causal, float("-inf"))},
+        "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
+    }[masked]
+    expected, _ = reference(x, x, x, need_weights=False, **masks)
+    actual, _ = explicit(x, x, x, need_weights=False, **masks)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_cross_attention_with_other_widths():
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(32, 4, kdim=24, vdim=40, batch_first=True).eval()
+    explicit = ExplicitAttention.from_multihead(reference)
+    q, k, v = torch.randn(2, 3, 32), torch.randn(2, 6, 24), torch.randn(2, 6, 40)
+    torch.testing.assert_close(explicit(q, k, v)[0], reference(q, k, v, need_weights=False)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_checkpoints_convert_both_ways():
+    state = nn.TransformerEncoderLayer(32, 4).state_dict()
+    back = multihead_state_dict(explicit_state_dict(state))
+    assert back.keys() == state.keys()
+    for key in state:
+        assert torch.equal(back[key], state[key])
+
+
+def test_open_clip_zero_shot_is_unchanged_by_the_swap():
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-S-32-alt", device="cpu").eval()
+    images = torch.randn(2, 3, 224, 224)
+    text = open_clip.get_tokenizer("ViT-S-32-alt")(["a dog", "a red square"])
+    with torch.no_grad():
+        before = model.encode_image(images) @ model.encode_text(text).T
+        assert explicit_attention(model) > 0
+        after = model.encode_image(images) @ model.encode_text(text).T
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_tower_returns_all_hidden_states_reloads_and_becomes_clip(tmp_path):
+    torch.manual_seed(0)
+    tower: OpenCLIPVisionModel = VISION_ENCODERS["open_clip"]("tiny", model_config=TINY).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        out = tower(x)
+        tower.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path).eval()(x)
+        clip = tower.to_clip().eval()(x, output_hidden_states=True)
+    assert len(out.hidden_states) == TINY["vision_cfg"]["layers"] + 1
+    assert torch.equal(again.last_hidden_state, out.last_hidden_state)
+    for ours, theirs in zip(out.hidden_states, clip.hidden_states, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(clip.pooler_output, out.pooler_output, atol=1e-6, rtol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    tower = VISION_ENCODERS["open_clip"]("tiny", model_config=TINY).train()
+    x = torch.randn(2, 3, 32, 32)
+
+    def gradient():
+        tower.zero_grad()
+        tower(x).last_hidden_state.square().mean().backward()
+        return tower.visual.transformer.resblocks[0].attn.q_proj.weight.grad.clone()
+
+    plain = gradient()
+    tower.gradient_checkpointing_enable()
+    assert tower.gradient_checkpointing
+    torch.testing.assert_close(gradient(), plain)
+
+
+def test_unknown_architecture_is_one_clear_error():
+    with pytest.raises(ValueError, match="open_clip has no architecture 'ViT-Z'"):
+        VISION_ENCODERS["open_clip"]("ViT-Z")

@@ -1,0 +1,90 @@
+"""Configs: every shipped one validates, every problem is told at once with the nearest name, overrides do what they say."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from mmdora.config import RunConfig, dump_config, load_config, parse_config
+from mmdora.errors import UserError
+from tests.conftest import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_validates(path):
+    config = load_config(str(path))
+    assert isinstance(config, RunConfig)
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_opens_with_its_launch_command(path):
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith(("# make ", "# mmdora train ", "# torchrun ", "# deepspeed "))
+
+
+def test_all_problems_at_once_with_the_nearest_key():
+    overrides = [
+        "training.batch_sise=3",
+        "model.dtype=float7",
+        "training.epochs=many",
+        "data.train.0.pth=x",
+        "parts.vision.methd=dora",
+    ]
+    with pytest.raises(UserError) as caught:
+        load_config("quickstart", overrides)
+    message = str(caught.value)
+    assert "training.batch_sise: unknown key. Did you mean 'batch_size'?" in message
+    assert "model.dtype" in message
+    assert "training.epochs" in message
+    assert "data.train.0.pth: unknown key. Did you mean 'path'?" in message
+    assert "parts.vision.methd: unknown key. Did you mean 'method'?" in message
+
+
+def test_a_config_that_is_not_there_suggests_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'quickstart'"):
+        load_config("quikstart")
+
+
+def test_overrides():
+    config = load_config(
+        "quickstart",
+        [
+            "training.learning_rate=2e-4",
+            "data.train.0.weight=3",
+            "training.report_to=wandb",
+            "data.video={num_frames: 2}",
+        ],
+    )
+    assert config.training.learning_rate == 2e-4
+    assert config.data.train[0].weight == 3
+    assert config.training.report_to == ["wandb"]
+    assert config.data.video.num_frames == 2
+    assert load_config("quickstart", ["data.train=[mine.json]"]).data.train[0].path == "mine.json"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.seed", "is not an override"),
+        ("data.train.9.path=x", "not an index"),
+        ("training.seed.x=1", "not a section"),
+        ("training.seed=[", "not valid YAML"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", [override])
+
+
+def test_a_batch_must_be_whole_micro_batches():
+    with pytest.raises(UserError, match="must be a multiple of 'micro_batch_size'"):
+        load_config("quickstart", ["training.batch_size=30", "training.micro_batch_size=8"])
+
+
+def test_a_config_is_frozen():
+    config = load_config("quickstart")
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 1
