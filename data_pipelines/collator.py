@@ -17,7 +17,8 @@ PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_toke
 
 @dataclass(frozen=True)
 class Collator:
-    """`fillers` are rows that a batch without such media gets, by the key of the pixels that they bring (see Encoder.filler)."""
+    """`fillers` are rows that a batch without such media gets, by the key of the pixels that they bring (see
+    Encoder.filler)."""
 
     pad_token_id: int
     side: Literal["left", "right"] = "right"
@@ -43,7 +44,8 @@ class Collator:
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    """Concatenated along the first dimension; the others (crops a picture, say) are padded with zeros to the largest."""
+    """Concatenated along the first dimension; the others (crops a picture, say) are padded with zeros to the
+    largest."""
     sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].dim())]
     padded = []
     for tensor in tensors:

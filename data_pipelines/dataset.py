@@ -62,8 +62,8 @@ def guess_format(path: Path) -> str:
 class TrainDataset(Dataset[Encoded]):
     """Encoded samples of all sources; a source of weight 2 counts each of its samples twice an epoch.
 
-    A sample that cannot be encoded goes to the ledger, and another, drawn from a seed, takes its place: the same one in every
-    run, and not the neighbour, which would be seen twice.
+    A sample that cannot be encoded goes to the ledger, and another, drawn from a seed, takes its place: the same one
+    in every run, and not the neighbour, which would be seen twice.
     """
 
     def __init__(self, sources: list[Source], encoder: Encoder, ledger: Ledger, seed: int):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ class Encoder:
     """
 
     processor: Any
-    video: VideoConfig = VideoConfig()
+    video: VideoConfig = field(default_factory=VideoConfig)
     max_length: int | None = None  # tokens
 
     def encode(self, sample: Sample) -> Encoded:
         """A training sample: `input_ids`, `labels` [1, tokens] and the processor's media tensors.
 
-        Only the assistant's words and their end of sequence have labels. Raises SampleError that names the sample, for media
-        that cannot be read, a sample with nothing to learn, or one longer than `max_length`.
+        Only the assistant's words and their end of sequence have labels. Raises SampleError that names the sample,
+        for media that cannot be read, a sample with nothing to learn, or one longer than `max_length`.
         """
         encoded, text = self._run(sample, add_generation_prompt=False)
         ids = encoded["input_ids"][0].tolist()
@@ -151,7 +151,8 @@ class Encoder:
 
 
 def align(plain: Sequence[int], expanded: Sequence[int]) -> list[int] | None:
-    """Where each token of `plain` stands in `expanded`, which has every media placeholder replaced by a run of its kind.
+    """Where each token of `plain` stands in `expanded`, which has every media placeholder replaced by a run of its
+    kind.
 
     None where the two do not match.
     """

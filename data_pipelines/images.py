@@ -12,7 +12,8 @@ from data_pipelines.samples import MediaError
 
 
 def load_image(path: Path) -> Image.Image:
-    """The picture at `path` as RGB; alpha lies over white, EXIF orientation is applied, an animation gives its first frame.
+    """The picture at `path` as RGB; alpha lies over white, EXIF orientation is applied, an animation gives its first
+    frame.
 
     Raises MediaError for a missing, truncated or unreadable file and for one over Pillow's decompression-bomb limit.
     """
@@ -31,7 +32,12 @@ def load_image(path: Path) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit grey: 65535 is white; convert("RGB") would clip at 255
+    if image.mode in (
+        "I;16",
+        "I;16B",
+        "I;16L",
+        "I",
+    ):  # 16-bit grey: 65535 is white; convert("RGB") would clip at 255
         grey = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -42,7 +42,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `id` is unique inside its source, the file it was read from; `category` is the dataset's own label."""
+    """One conversation. `id` is unique inside its source, the file it was read from; `category` is the dataset's own
+    label."""
 
     id: str
     messages: tuple[Message, ...]
@@ -68,11 +69,18 @@ class Rejected:
 
 
 class SampleError(UserError):
-    """A sample that cannot be used. Names the sample; `media` is the file at fault, if one is; `stage` where it came up."""
+    """A sample that cannot be used. Names the sample; `media` is the file at fault, if one is; `stage` where it came
+    up."""
 
     def __init__(self, sample_id: str, source: str, reason: str, stage: str, media: str | None = None):
         super().__init__(f"sample {sample_id!r} of {source}: {reason}")
-        self.sample_id, self.source, self.reason, self.stage, self.media = sample_id, source, reason, stage, media
+        self.sample_id, self.source, self.reason, self.stage, self.media = (
+            sample_id,
+            source,
+            reason,
+            stage,
+            media,
+        )
 
 
 class MediaError(UserError):

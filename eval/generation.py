@@ -1,7 +1,7 @@
 """Stage one: a model's answers, as `responses.jsonl`, one fsynced line a question.
 
-A line is keyed by everything that the answer depends on: prompt, media bytes, frames, reader, decoding and weights. Killed and
-restarted, a run asks only what is not answered; anything changed is asked again.
+A line is keyed by everything that the answer depends on: prompt, media bytes, frames, reader, decoding and weights.
+Killed and restarted, a run asks only what is not answered; anything changed is asked again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def answer_all(
 ) -> dict[str, str]:
     """Every question's answer by id; those already in `folder` under the same key are not asked again.
 
-    Several processes share the questions out and all return all answers. Raises UserError where a question cannot be asked.
+    Several processes share the questions out and all return all answers. Raises UserError where a question cannot be
+    asked.
     """
     ids = [q.id for q in questions]
     if len(set(ids)) != len(ids):
@@ -90,7 +91,8 @@ def generate(
 
 
 def _batches(encoder: Encoder, questions: list[Question], size: int) -> Iterator[list[tuple[Question, Encoded]]]:
-    """Batches of about equal length: sorted inside a window, so that memory holds a few batches and not the benchmark."""
+    """Batches of about equal length: sorted inside a window, so that memory holds a few batches and not the
+    benchmark."""
     window = 16 * size
     for start in range(0, len(questions), window):
         rows = [(q, encoder.encode_prompt(q.sample)) for q in questions[start : start + window]]

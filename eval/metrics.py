@@ -22,8 +22,9 @@ class Estimate:
 def cluster_bootstrap(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Estimate:
     """The mean of per-question scores (0 to 1) in percent, with a 95% interval that resamples whole clusters.
 
-    Questions on one image or video stand or fall together, so they are drawn together. Where every question scores the same, no
-    resampling can show any spread; the interval is then Wilson's for as many draws as there are clusters.
+    Questions on one image or video stand or fall together, so they are drawn together. Where every question scores
+    the same, no resampling can show any spread; the interval is then Wilson's for as many draws as there are
+    clusters.
     """
     names, member = np.unique(np.asarray(clusters), return_inverse=True)
     scores = np.asarray(values, dtype=np.float64)

@@ -1,4 +1,5 @@
-"""`report.html`: one static page that shows a run's scores, and pictures with questions and answers before and after."""
+"""`report.html`: one static page that shows a run's scores, and pictures with questions and answers before and
+after."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class Row:
     after_right: bool
 
 
-def write_report(path: Path, title: str, results: list[tuple[Path, Path | None]], video: VideoConfig, loss: Path) -> None:
+def write_report(
+    path: Path, title: str, results: list[tuple[Path, Path | None]], video: VideoConfig, loss: Path
+) -> None:
     """Write the page. `results` holds a result directory, and the one of the base model where it was scored too."""
     from jinja2 import Environment, FileSystemLoader
 

@@ -29,7 +29,8 @@ def evaluate(
     advance: Callable[[int], None] = lambda _: None,
     origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Generate, score and report into `folder`; returns the report. `origin` says in the receipt where the model is from."""
+    """Generate, score and report into `folder`; returns the report. `origin` says in the receipt where the model is
+    from."""
     import torch
     import transformers
 

@@ -27,7 +27,8 @@ def make_report(
     scores: Mapping[str, Score],
     receipt: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `report.json` holds. Values are percent, `low` and `high` the 95% interval (clusters of one image or video)."""
+    """What `report.json` holds. Values are percent, `low` and `high` the 95% interval (clusters of one image or
+    video)."""
     clusters = [q.cluster for q in questions]
 
     def estimate(kind: str, chosen: list[int]) -> dict[str, float]:

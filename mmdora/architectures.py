@@ -1,4 +1,5 @@
-"""ARCHITECTURES: for a model family, where its parts live. Keyed by the family's `model_type` in Hugging Face configs."""
+"""ARCHITECTURES: for a model family, where its parts live. Keyed by the family's `model_type` in Hugging Face
+configs."""
 
 from __future__ import annotations
 
@@ -42,9 +43,10 @@ for _name in ("llava", "llava_next", "llava_next_video", "llava_onevision", "vip
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The model's family; one without parts for a plain module or an unknown family, whose parts then go by dotted path."""
+    """The model's family; one without parts for a plain module or an unknown family, whose parts then go by dotted
+    path."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return ARCHITECTURES[model_type] if model_type in ARCHITECTURES else Architecture()
+    return ARCHITECTURES[model_type] if isinstance(model_type, str) and model_type in ARCHITECTURES else Architecture()
 
 
 def find_part(model: nn.Module, name: str) -> str:

@@ -1,8 +1,8 @@
 """`nn.MultiheadAttention` made explicit, so that adapters reach q, k, v and out.
 
-`nn.MultiheadAttention` keeps q, k and v in one `in_proj_weight` and never calls `out_proj.forward`, so an adapter put on its
-children computes nothing and gets no gradient. `explicit_attention` swaps each one for four `nn.Linear`s around
-`scaled_dot_product_attention`: the same function, with layers that can be adapted.
+`nn.MultiheadAttention` keeps q, k and v in one `in_proj_weight` and never calls `out_proj.forward`, so an adapter put
+on its children computes nothing and gets no gradient. `explicit_attention` swaps each one for four `nn.Linear`s
+around `scaled_dot_product_attention`: the same function, with layers that can be adapted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ExplicitAttention(nn.Module):
 
     @classmethod
     def from_multihead(cls, attention: nn.MultiheadAttention) -> ExplicitAttention:
-        """The same function with the same weights (copied). Raises ValueError for `bias_k`/`add_zero_attn` attentions."""
+        """The same function with the same weights (copied). Raises ValueError for `bias_k`/`add_zero_attn`
+        attentions."""
         if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
             raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot be made explicit")
         new = cls(
@@ -73,7 +74,8 @@ class ExplicitAttention(nn.Module):
 
 
 def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """One additive mask [b or 1, heads or 1, q, k] from `nn.MultiheadAttention`'s two; there, boolean True means "hide"."""
+    """One additive mask [b or 1, heads or 1, q, k] from `nn.MultiheadAttention`'s two; there, boolean True means
+    "hide"."""
 
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:

@@ -1,10 +1,10 @@
 """Adapter directories in PEFT's layout, both ways: save, load, merge.
 
 `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [r, in], `.lora_B.weight` [out, r] and
-`.lora_magnitude_vector` [out], and the weights of parts trained in full as PEFT's `modules_to_save`. What PEFT's config cannot
-say (which part used which method) is in the file's metadata, and where PEFT would misread it, the tensors are written so that
-it computes the same: `use_dora` is one flag for the whole directory, so beside DoRA a LoRA layer is written as DoRA with
-m = ‖W + sBA‖.
+`.lora_magnitude_vector` [out], and the weights of parts trained in full as PEFT's `modules_to_save`. What PEFT's
+config cannot say (which part used which method) is in the file's metadata, and where PEFT would misread it, the
+tensors are written so that it computes the same: `use_dora` is one flag for the whole directory, so beside DoRA a
+LoRA layer is written as DoRA with m = ‖W + sBA‖.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
         "parts": {part: config.model_dump(mode="json") for part, config in record.parts.items()},
         "lora_layers": [path for path, spec in specs.items() if not spec.use_dora] if dora else [],
     }
-    return tensors, _peft_config(model, specs, record.whole, dora), {"format": "pt", "mmdora": json.dumps(about)}
+    return (
+        tensors,
+        _peft_config(model, specs, record.whole, dora),
+        {"format": "pt", "mmdora": json.dumps(about)},
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -164,7 +168,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; an adapter directory holds it beside adapter_model.safetensors") from None
+        raise UserError(
+            f"{path}: no such file; an adapter directory holds it beside adapter_model.safetensors"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -185,9 +191,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
 
 
-def _spec(
-    folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any], as_lora: bool
-) -> LowRankSpec:
+def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any], as_lora: bool) -> LowRankSpec:
     dora = bool(config.get("use_dora"))
     wanted = SUFFIXES if dora else SUFFIXES[:2]
     for suffix in wanted:
@@ -228,20 +232,23 @@ def _check_fits(model: nn.Module, adapter: Adapter) -> None:
         shape = _true_shape(parameters[key]) if key in parameters else None
         if shape != tuple(tensor.shape):
             wanted = "has no such parameter" if shape is None else f"needs {list(shape)}"
-            raise UserError(f"{adapter.folder}: tensor {PREFIX}{key} has shape {list(tensor.shape)}; this model {wanted}")
+            raise UserError(
+                f"{adapter.folder}: tensor {PREFIX}{key} has shape {list(tensor.shape)}; this model {wanted}"
+            )
 
 
 def _true_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _peft_config(
-    model: nn.Module, specs: dict[str, LowRankSpec], whole: list[str], dora: bool
-) -> dict[str, Any]:
-    """`adapter_config.json`. Where layers differ in rsLoRA, alpha is restated so that alpha / r is each layer's scale."""
+def _peft_config(model: nn.Module, specs: dict[str, LowRankSpec], whole: list[str], dora: bool) -> dict[str, Any]:
+    """`adapter_config.json`. Where layers differ in rsLoRA, alpha is restated so that alpha / r is each layer's
+    scale."""
     rslora = bool(specs) and all(spec.use_rslora for spec in specs.values())
     ranks = {path: spec.rank for path, spec in specs.items()}
-    alphas = {path: spec.alpha if rslora or not spec.use_rslora else spec.scale * spec.rank for path, spec in specs.items()}
+    alphas = {
+        path: spec.alpha if rslora or not spec.use_rslora else spec.scale * spec.rank for path, spec in specs.items()
+    }
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 16.0
     return {

@@ -1,4 +1,5 @@
-"""RunConfig: a run is one YAML. Frozen, unknown keys are errors with the nearest known key, all errors are told at once.
+"""RunConfig: a run is one YAML. Frozen, unknown keys are errors with the nearest known key, all errors are told at
+once.
 
 The classes are the reference for every key: `mmdora train CONFIG section.key=value` sets any of them.
 """
@@ -164,7 +165,8 @@ class RunConfig(Section):
 
 
 def shipped_path(name: str) -> Path | None:
-    """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in neither."""
+    """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in
+    neither."""
     package = Path(__file__).resolve().parent
     for root in (package / "_shipped", package.parent):
         if name.startswith(("configs/", "assets/")) and (root / name).exists():
@@ -194,7 +196,8 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """The config at a path (or a shipped name) with `section.key=value` overrides. Raises UserError with every problem."""
+    """The config at a path (or a shipped name) with `section.key=value` overrides. Raises UserError with every
+    problem."""
     path = find_config(name)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

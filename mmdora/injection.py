@@ -62,9 +62,9 @@ def inject_adapters(
 ) -> InjectionReport:
     """Adapt the parts of `model` in place; everything that is not named is frozen.
 
-    `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, a dotted module path, or `""` for the root) to its
-    settings, as in a run's YAML. The model computes what it computed before, until it is trained.
-    Raises UserError for a part, method or target that does not exist; the model is then unchanged.
+    `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, a dotted module path, or `""` for the root) to
+    its settings, as in a run's YAML. The model computes what it computed before, until it is trained. Raises
+    UserError for a part, method or target that does not exist; the model is then unchanged.
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     if name in records(model):
@@ -89,8 +89,8 @@ def inject_adapters(
 def resolve_targets(model: nn.Module, part: str, part_path: str, targets: str | list[str]) -> list[str]:
     """Full paths of the layers that `targets` names inside the part.
 
-    `all-linear`; a regular expression over the path inside the part; or names that match as dotted suffixes inside it. Blocks
-    of a vision encoder whose output nothing reads are left out.
+    `all-linear`; a regular expression over the path inside the part; or names that match as dotted suffixes inside
+    it. Blocks of a vision encoder whose output nothing reads are left out.
     """
     unused = unused_blocks(model, part_path) if architecture_of(model).resolve(model).get("vision") == part_path else []
     inside = {

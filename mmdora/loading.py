@@ -49,7 +49,9 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             raise UserError(f"model.chat_template: no such file {config.chat_template!r}")
         processor.chat_template = template.read_text(encoding="utf-8")
     if processor.chat_template is None:
-        raise UserError(f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template")
+        raise UserError(
+            f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
+        )
     return model.to(getattr(torch, config.dtype)).eval(), processor
 
 
@@ -69,7 +71,8 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP tower: loads without mmdora. In place."""
+    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP tower: loads without mmdora. In
+    place."""
     inner = model.model if hasattr(model, "model") else model
     tower = getattr(inner, "vision_tower", None)
     if isinstance(tower, OpenCLIPVisionModel):
@@ -85,7 +88,8 @@ def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
 
 
 def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A stock LLaVA-OneVision model (images and videos) around a registered vision encoder and any causal LM, in fp32."""
+    """A stock LLaVA-OneVision model (images and videos) around a registered vision encoder and any causal LM, in
+    fp32."""
     assert config.vision_encoder is not None
     assert config.language_model is not None
     encoder = config.vision_encoder

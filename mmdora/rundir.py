@@ -83,8 +83,8 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(
-            f"no disk space: {path} has {free / 2**20:,.0f} MiB free and the run needs about {needed / 2**20:,.0f} MiB; "
-            "free some, lower training.keep, or give another training.output"
+            f"no disk space: {path} has {free / 2**20:,.0f} MiB free, and the run needs about "
+            f"{needed / 2**20:,.0f} MiB; free some, lower training.keep, or give another training.output"
         )
 
 

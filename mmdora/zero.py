@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None]:
     """Whole parameters inside the block: ZeRO-3 partitions are gathered, everything else is left alone.
 
     With `write`, what rank 0 changes inside the block is kept; otherwise changes are lost when the block ends.
@@ -26,7 +26,9 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Iterato
 
 def mark_leaf(module: nn.Module) -> None:
     """Let ZeRO-3 gather `module` as one: the parameters of its children are read in its own forward."""
-    module._z3_leaf = True  # what deepspeed.utils.set_z3_leaf_module sets; written here so that DeepSpeed stays optional
+    module._z3_leaf = (
+        True  # what deepspeed.utils.set_z3_leaf_module sets; written here so that DeepSpeed stays optional
+    )
 
 
 def numel(parameter: nn.Parameter) -> int:
@@ -43,8 +45,8 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
 def whole_models() -> Iterator[None]:
     """Models loaded inside the block are whole, though a ZeRO-3 TrainingArguments exists.
 
-    Evaluation needs a model that generates by itself, and adapters read the weights that they are put on; the DeepSpeed engine
-    partitions the model when training begins.
+    Evaluation needs a model that generates by itself, and adapters read the weights that they are put on; the
+    DeepSpeed engine partitions the model when training begins.
     """
     from transformers.integrations import deepspeed as hf
 

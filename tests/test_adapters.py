@@ -100,7 +100,8 @@ def test_equals_peft(tmp_path):
 
 
 def test_mixed_methods_mean_the_same_in_peft(tmp_path):
-    """`use_dora` is one flag there: LoRA beside DoRA is written as DoRA with m = ‖W + sBA‖, and comes back here as LoRA."""
+    """`use_dora` is one flag there: LoRA beside DoRA is written as DoRA with m = ‖W + sBA‖, and comes back here as
+    LoRA."""
     torch.manual_seed(0)
     base = Net()
     ours = copy.deepcopy(base)
@@ -113,7 +114,10 @@ def test_mixed_methods_mean_the_same_in_peft(tmp_path):
     torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
-    assert {path: layer.specs["default"].use_dora for path, layer in adapter_layers(again)} == {"up": False, "down": True}
+    assert {path: layer.specs["default"].use_dora for path, layer in adapter_layers(again)} == {
+        "up": False,
+        "down": True,
+    }
     torch.testing.assert_close(again(x), ours(x))
 
 

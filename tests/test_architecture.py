@@ -55,7 +55,10 @@ def module_name(path: Path) -> str:
 
 
 def files() -> list[Path]:
-    return [ROOT / "train.py", *(p for d in ("mmdora", "data_pipelines", "eval") for p in sorted((ROOT / d).rglob("*.py")))]
+    return [
+        ROOT / "train.py",
+        *(p for d in ("mmdora", "data_pipelines", "eval") for p in sorted((ROOT / d).rglob("*.py"))),
+    ]
 
 
 @pytest.mark.parametrize("path", files(), ids=module_name)

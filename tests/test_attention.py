@@ -11,7 +11,10 @@ from mmdora.attention import ExplicitAttention, explicit_attention, explicit_sta
 from mmdora.vision_encoders import VISION_ENCODERS
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
 
-TINY = {"embed_dim": 32, "vision_cfg": {"width": 48, "layers": 2, "head_width": 16, "patch_size": 8, "image_size": 32}}
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"width": 48, "layers": 2, "head_width": 16, "patch_size": 8, "image_size": 32},
+}
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -1,4 +1,5 @@
-"""Configs: every shipped one validates, every problem is told at once with the nearest name, overrides do what they say."""
+"""Configs: every shipped one validates, every problem is told at once with the nearest name, overrides do what they
+say."""
 
 from __future__ import annotations
 

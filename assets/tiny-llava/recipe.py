@@ -2,22 +2,25 @@
 
 Three things make a million parameters learn to see in under an hour on two cores:
 
-1. A scene is shown once and asked up to eight questions in one sequence; a block mask lets each question see the scene and
-   itself, so that every answer is learnt as if it were asked alone.
-2. Each patch's projected feature must read, through the language model's own embedding matrix, as the colour and the shape that
-   the patch shows. Without this the model stands still for a thousand steps before it binds words to places.
-3. Scenes with one thing come first; with two and three once those are answered.
+1. A scene is shown once and asked up to eight questions in one sequence; a block mask lets each question see the scene
+   and itself, so that every answer is learnt as if it were asked alone.
+2. Each patch's projected feature must read, through the language model's own embedding matrix, as the colour and the
+   shape that the patch shows. Without this the model stands still for a thousand steps before it binds words to places.
+3. Scenes with one thing come first; with two and three once those are answered. A second cycle, half as long at half
+   the learning rate, takes the rest of the mistakes away. It also has the model say words that no scene asks for
+   (digits, directions, common English): a language model that was never let say "3" cannot learn to count in minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +34,33 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
 from data_pipelines.images import load_image
-from data_pipelines.samples import Sample, Text
+from data_pipelines.samples import Sample
 from data_pipelines.video import load_video
-from mmdora.config import RunConfig, load_config
-from mmdora.loading import compose
+from mmdora.config import ModelConfig, RunConfig, load_config
+from mmdora.loading import load_model, save_model
 
 log = logging.getLogger("tiny-base")
 HERE = Path(__file__).parent
 VOCABULARY = 512
-ENGLISH = """the of and to in is that it was for on are as with his they at be this from have or by one had not but what all
-were when we there can an your which their said if do will each about how up out them then she many some so these would other
-into has more her two like him see time could no make than first been its who now people my made over did down only way find
-use may water long little very after words called just where most know get through back much before go good new write our me
-man too any day same right look think also around another came come work three word must because does part even place well such
-here take why things help put years different away again off went old number great tell men say small every found still between
-name should home big give air line set own under read last never us left end along while might next sound below saw something
-thought both few those always looked show large often together asked house world going want school important until form food
-keep children feet land side without boy once animals life enough took sometimes four head above kind began almost live page
-got earth need far hand high year mother light parts country father let night following picture being study second eyes soon
-times story boys since white days ever paper hard near sentence better best across during today others however sure means knew
-try told young miles sun ways thing whole hear example heard several change answer room sea against top turned point city play
-box boxes wall touching item items object objects tower block blocks exactly least black blue yellow grey closely true false"""
+CYCLES = (1.0, 0.5)  # of `max_steps` and of `learning_rate`; each has a warm-up and a cosine of its own
+ENGLISH = """
+the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these would
+other into has more her two like him see time could no make than first been its who now people my made over did down
+only way find use may water long little very after words called just where most know get through back much before go
+good new write our me man too any day same right look think also around another came come work three word must
+because does part even place well such here take why things help put years different away again off went old number
+great tell men say small every found still between name should home big give air line set own under read last never
+us left end along while might next sound below saw something thought both few those always looked show large often
+together asked house world going want school important until form food keep children feet land side without boy once
+animals life enough took sometimes four head above kind began almost live page got earth need far hand high year
+mother light parts country father let night following picture being study second eyes soon times story boys since
+white days ever paper hard near sentence better best across during today others however sure means knew try told
+young miles sun ways thing whole hear example heard several change answer room sea against top turned point city
+play box boxes wall touching item items object objects tower block blocks exactly least black blue yellow grey
+closely true false
+"""
+WANTED = [*"123456789", "up", "down", "left", "right"]
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.role == 'system' -%}
@@ -106,7 +115,7 @@ def write_language_model(folder: Path, samples: list[Sample], seed: int) -> None
     )
     sentences = [f"USER: \n{m.text} ASSISTANT: {m.text}" for s in samples for m in s.messages]
     colours_and_counts = [f" {word}" for word in ("up", "down", *"0123456789", *COLORS, *SHAPES)] * 1000
-    tokenizer.train_from_iterator(sentences + colours_and_counts + [" " + ENGLISH.replace("\n", " ")] * 40, trainer)
+    tokenizer.train_from_iterator(sentences + colours_and_counts + [" " + " ".join(ENGLISH.split())] * 40, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -177,6 +186,14 @@ def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int)
     return scenes
 
 
+def said(tokenizer, rng: random.Random) -> tuple[list[int], int]:
+    """A block that asks for a word and gets it; half of them are the words that later tasks will want."""
+    word = rng.choice(WANTED if rng.random() < 0.5 else ENGLISH.split())
+    question = tokenizer(f"Say {word}. ASSISTANT:", add_special_tokens=False).input_ids
+    answer = tokenizer(f" {word}</s>", add_special_tokens=False).input_ids
+    return question + answer, len(answer)
+
+
 def check_tokens(scene: Scene, sample: Sample, processor) -> None:
     """What is trained here is, token for token, what the chat template renders."""
     question, answer = (m.text for m in sample.messages[:2])
@@ -184,7 +201,8 @@ def check_tokens(scene: Scene, sample: Sample, processor) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
-    text = processor.apply_chat_template(turns).replace("<image>", "<image>" * scene.prefix.count(processor.image_token_id))
+    pictures = "<image>" * scene.prefix.count(processor.image_token_id)
+    text = processor.apply_chat_template(turns).replace("<image>", pictures)
     expected = processor.tokenizer(text, add_special_tokens=False).input_ids
     assert expected == scene.prefix + scene.blocks[0][0], "the recipe's tokens differ from the chat template's"
 
@@ -219,14 +237,14 @@ def collate(batch: list[Scene], pad: int) -> dict[str, Tensor]:
     return inputs | {"labels": labels}
 
 
-def train(config: RunConfig, model, processor, scenes: list[Scene], output: Path) -> None:
+def train(config: RunConfig, model, processor, scenes: list[Scene], cycle: int) -> None:
     settings = config.training
-    steps = settings.max_steps
+    steps = int(settings.max_steps * CYCLES[cycle])
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     other = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
+        lr=settings.learning_rate * CYCLES[cycle],
         betas=(0.9, settings.adam_beta2),
         fused=True,
     )
@@ -238,18 +256,18 @@ def train(config: RunConfig, model, processor, scenes: list[Scene], output: Path
     tokenizer = processor.tokenizer
     words = [torch.tensor([tokenizer(f" {w}").input_ids[-1] for w in group]) for group in (COLORS, SHAPES)]
     projected: list[Tensor] = []
-    model.model.multi_modal_projector.register_forward_hook(lambda _m, _i, out: projected.append(out))
-    rng = random.Random(settings.seed)
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda _m, _i, out: projected.append(out))
+    rng = random.Random(settings.seed + cycle)
     simple = [s for s in scenes if s.things == 1]
-    pool, hits, started = simple, 0.5, time.time()
+    pool, hits, started = simple if cycle == 0 else scenes, 0.5, time.time()
     order: list[Scene] = []
     model.train()
     for step in range(1, steps + 1):
         if len(order) < settings.batch_size:
             order += rng.sample(pool, len(pool))
         batch, order = order[: settings.batch_size], order[settings.batch_size :]
-        for scene in batch:
-            rng.shuffle(scene.blocks)
+        if cycle > 0:
+            batch = [replace(s, blocks=[*s.blocks, said(tokenizer, rng)]) for s in batch]
         inputs = collate(batch, tokenizer.pad_token_id)
         labels = inputs.pop("labels")[:, 1:]
         projected.clear()
@@ -277,17 +295,17 @@ def train(config: RunConfig, model, processor, scenes: list[Scene], output: Path
             pool, order, hits = scenes, [], 0.7
         if step % 25 == 0:
             pace = (time.time() - started) / step
-            log.info("step %d/%d loss %.3f patches %.3f right %.3f %.2f s/step", step, steps, loss.item(), aside.item(), hits, pace)
-        if step % 300 == 0:
-            save(model, processor, output / "partial")
+            figures = (step, steps, loss.item(), aside.item(), hits, pace)
+            log.info("step %d/%d loss %.3f patches %.3f right %.3f %.2f s/step", *figures)
+        if step % 300 == 0 or step == steps:
+            save(model, processor, Path(settings.output) / f"cycle-{cycle}")
+    hook.remove()
     model.eval()
 
 
 def save(model, processor, folder: Path) -> None:
     """fp16 halves the file; the weights are loaded in whatever `model.dtype` says."""
-    state = {k: v.half() for k, v in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
-    processor.save_pretrained(folder)
+    save_model(copy.deepcopy(model).half(), processor, folder)
 
 
 def main() -> None:
@@ -295,6 +313,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--refine", type=Path, help="leave out the first cycle and go on from this model")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = load_config(args.config, args.overrides)
@@ -302,15 +321,19 @@ def main() -> None:
     (source,) = config.data.train
     path = Path(source.path)
     started = time.time()
-    samples = [s for s in DATASET_FORMATS["shapes"](path, path.parent) if isinstance(s, Sample)]
+    samples = [s for s in DATASET_FORMATS["shapes"](path, path.parent, {}) if isinstance(s, Sample)]
     rows = json.loads(path.read_text(encoding="utf-8"))
-    write_language_model(Path(config.model.language_model.path), samples, config.training.seed)
-    torch.manual_seed(config.training.seed)
-    model, processor = compose(config.model)
+    if args.refine is not None:
+        model, processor = load_model(ModelConfig(path=str(args.refine), dtype="float32"))
+    else:
+        write_language_model(Path(config.model.language_model.path), samples, config.training.seed)
+        torch.manual_seed(config.training.seed)
+        model, processor = load_model(config.model)
     scenes = prepare(samples, rows, processor, config.data.video.num_frames)
     parameters = sum(p.numel() for p in model.parameters())
     log.info("%d scenes ready after %.0f s; %d parameters", len(scenes), time.time() - started, parameters)
-    train(config, model, processor, scenes, Path(config.training.output))
+    for cycle in range(0 if args.refine is None else 1, len(CYCLES)):
+        train(config, model, processor, scenes, cycle)
     save(model, processor, args.out)
     log.info("wrote %s after %.0f min", args.out, (time.time() - started) / 60)
 

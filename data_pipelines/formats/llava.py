@@ -1,8 +1,8 @@
 """LLaVA's JSON: `image` (a string or a list) or `video`, and `conversations` with `human`/`gpt` turns.
 
-`<image>` and `<video>` in the text say where the media stand; LLaVA-NeXT also writes `<image>` for a video, and media that no
-placeholder names stand before the first question, as LLaVA's own loader puts them.
-Source: https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
+`<image>` and `<video>` in the text say where the media stand; LLaVA-NeXT also writes `<image>` for a video, and media
+that no placeholder names stand before the first question, as LLaVA's own loader puts them. Source:
+https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 """
 
 from __future__ import annotations

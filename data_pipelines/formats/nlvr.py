@@ -1,7 +1,7 @@
 """NLVR 1.0 in its official layout: a JSON-lines file beside `images/<directory>/<split>-<identifier>-<0…5>.png`.
 
-One sample for each picture that is there: an official split has six permutations of the boxes for every sentence, a subset
-fewer. Source: https://github.com/lil-lab/nlvr/tree/master/nlvr
+One sample for each picture that is there: an official split has six permutations of the boxes for every sentence, a
+subset fewer. Source: https://github.com/lil-lab/nlvr/tree/master/nlvr
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A small world of coloured shapes, made from a seed as ordinary files in LLaVA's format.
 
 `path: data/shapes/counting_train.json` names a task (`base`, `counting`, `motion`, `retained`) and a split (`train`,
-`held_out`). Where the file does not exist yet, its pictures (JPEG and PNG), clips (H.264 mp4) and questions are made; then it
-is read like any LLaVA file. A scene belongs to one split by a hash of what it shows, so no scene is ever in both.
+`held_out`). Where the file does not exist yet, its pictures (JPEG and PNG), clips (H.264 mp4) and questions are made;
+then it is read like any LLaVA file. A scene belongs to one split by a hash of what it shows, so no scene is ever in
+both.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +42,8 @@ HELD_OUT_SHARE = 8  # one scene in eight
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape on the canvas; x, y is its centre and r its radius, in pixels; it ends at `to` where the scene is a clip."""
+    """A shape on the canvas; x, y is its centre and r its radius, in pixels; it ends at `to` where the scene is a
+    clip."""
 
     color: str
     shape: str
@@ -102,7 +104,9 @@ def draw(scene: Scene, time: float = 0.0) -> PILImage.Image:
     return picture.reduce(zoom)
 
 
-def outline(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int] | int) -> None:
+def outline(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int] | int
+) -> None:
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "square":
@@ -231,7 +235,7 @@ TASKS = {
 
 
 @DATASET_FORMATS.register("shapes")
-def read_shapes(path: Path, media: Path, where: Where) -> Iterator[Sample | Rejected]:
+def read_shapes(path: Path, media: Path, where: Where) -> Iterable[Sample | Rejected]:
     """Read `path`, made first where it does not exist. Raises UserError where its name is no task and split."""
     if not path.exists():
         make(path)
@@ -248,7 +252,7 @@ def make(path: Path) -> None:
     aside = path.parent / f".{path.stem}.{os.getpid()}"
     (aside / path.stem).mkdir(parents=True)
     rng = random.Random(f"{SEED} {path.stem}")
-    rows = []
+    rows: list[dict[str, object]] = []
     while len(rows) < (task.train if split == "train" else task.held_out):
         scene, questions = task.make(rng, len(rows))
         if split_of(scene) != split:
@@ -276,7 +280,13 @@ def _write_row(folder: Path, stem: str, index: int, scene: Scene, questions: lis
         opening = f"<{kind}>\n" if number == 0 else ""
         turns += [{"from": "human", "value": opening + question}, {"from": "gpt", "value": answer}]
     things = [asdict(thing) for thing in scene]
-    return {"id": f"{stem}-{index:05d}", kind: name, "conversations": turns, "category": questions[0][0], "scene": things}
+    return {
+        "id": f"{stem}-{index:05d}",
+        kind: name,
+        "conversations": turns,
+        "category": questions[0][0],
+        "scene": things,
+    }
 
 
 def _write_clip(path: Path, scene: Scene) -> None:

@@ -17,8 +17,8 @@ os.environ.setdefault("DECORD_EOF_RETRY_MAX", "256")
 def read_decord(path: Path, num_frames: int) -> VideoClip:
     """`num_frames` frames at equal steps. Raises MediaError that names the file.
 
-    One reader a call, closed at once: an idle decord reader goes on filling its buffers. Frames leave as numpy arrays, since
-    decord's tensor bridges are global state and not thread-safe.
+    One reader a call, closed at once: an idle decord reader goes on filling its buffers. Frames leave as numpy
+    arrays, since decord's tensor bridges are global state and not thread-safe.
     """
     from decord import DECORDError, VideoReader, cpu
 

@@ -13,7 +13,8 @@ from data_pipelines.video.sampling import uniform_indices
 
 @VIDEO_READERS.register("pyav")
 def read_pyav(path: Path, num_frames: int) -> VideoClip:
-    """`num_frames` frames at equal steps, by decoding the file from its start. Raises MediaError that names the file."""
+    """`num_frames` frames at equal steps, by decoding the file from its start. Raises MediaError that names the
+    file."""
     import av
 
     try:

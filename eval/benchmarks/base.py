@@ -28,7 +28,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's worth, from 0 to 1: as the official code counts it, and with what cannot be parsed counted as wrong."""
+    """One answer's worth, from 0 to 1: as the official code counts it, and with what cannot be parsed counted as
+    wrong."""
 
     official: float
     strict: float

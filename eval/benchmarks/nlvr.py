@@ -1,9 +1,9 @@
 """`nlvr`: is a sentence true of a picture of boxes with shapes? NLVR 1.0 (Suhr et al., ACL 2017).
 
-Scorer: lil-lab/nlvr, nlvr/metrics_images.py: a prediction is right if it equals the label, whatever its case, over every
-picture; "consistency" is the share of sentences with all their pictures right. The official script wants all six
-permutations of an example; a subset is scored on what is there, and the report says how many that is.
-`data` is the split's JSON-lines file or the folder that holds it.
+Scorer: lil-lab/nlvr, nlvr/metrics_images.py: a prediction is right if it equals the label, whatever its case, over
+every picture; "consistency" is the share of sentences with all their pictures right. The official script wants all
+six permutations of an example; a subset is scored on what is there, and the report says how many that is. `data` is
+the split's JSON-lines file or the folder that holds it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`vqa`: open questions over any dataset format, scored as VQA v2.0 scores them.
 
-Scorer: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py: an answer earns min(matches / 3, 1), averaged over the
-leave-one-out subsets of the annotators. Two of its ways are kept: answers are normalised only where the annotators differ, and
-a period between words is removed only as its regular expression finds it. A question with a single reference, as in one's
-own data, is right or wrong, normalised on both sides.
+Scorer: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py: an answer earns min(matches / 3, 1), averaged
+over the leave-one-out subsets of the annotators. Two of its ways are kept: answers are normalised only where the
+annotators differ, and a period between words is removed only as its regular expression finds it. A question with a
+single reference, as in one's own data, is right or wrong, normalised on both sides.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from mmdora.config import EvaluationConfig, SourceConfig
 from mmdora.errors import UserError
 
 ARTICLES = {"a", "an", "the"}
-NUMBERS = {
-    word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(i) for i, word in enumerate(DIGITS)} | {"none": "0"}
 PUNCTUATION = list(';/[]"{}()=+\\_-><@`,?!')
 PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # the official pattern, its misplaced look-behind included
 COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
-CONTRACTIONS = """aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've
-couldnt've:couldn't've didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
-havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've I'dve:I'd've
-Im:I'm Ive:I've isnt:isn't itd:it'd itd've:it'd've it'dve:it'd've itll:it'll let's:let's maam:ma'am mightnt:mightn't
-mightnt've:mightn't've mightn'tve:mightn't've mightve:might've mustnt:mustn't mustve:must've neednt:needn't
-notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at 'ows'at:'ow's'at 'ow'sat:'ow's'at shant:shan't
-shed've:she'd've she'dve:she'd've she's:she's shouldve:should've shouldnt:shouldn't shouldnt've:shouldn't've
-shouldn'tve:shouldn't've somebody'd:somebodyd somebodyd've:somebody'd've somebody'dve:somebody'd've
-somebodyll:somebody'll somebodys:somebody's someoned:someone'd someoned've:someone'd've someone'dve:someone'd've
-someonell:someone'll someones:someone's somethingd:something'd somethingd've:something'd've something'dve:something'd've
-somethingll:something'll thats:that's thered:there'd thered've:there'd've there'dve:there'd've therere:there're
-theres:there's theyd:they'd theyd've:they'd've they'dve:they'd've theyll:they'll theyre:they're theyve:they've twas:'twas
-wasnt:wasn't wed've:we'd've we'dve:we'd've weve:we've werent:weren't whatll:what'll whatre:what're whats:what's
-whatve:what've whens:when's whered:where'd wheres:where's whereve:where've whod:who'd whod've:who'd've who'dve:who'd've
-wholl:who'll whos:who's whove:who've whyll:why'll whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't
-wouldnt've:wouldn't've wouldn'tve:wouldn't've yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've
-y'alld've:y'all'd've y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're
-youve:you've"""
+CONTRACTIONS = """
+aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
+didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
+havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've
+I'dve:I'd've Im:I'm Ive:I've isnt:isn't itd:it'd itd've:it'd've it'dve:it'd've itll:it'll let's:let's maam:ma'am
+mightnt:mightn't mightnt've:mightn't've mightn'tve:mightn't've mightve:might've mustnt:mustn't mustve:must've
+neednt:needn't notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at 'ows'at:'ow's'at 'ow'sat:'ow's'at
+shant:shan't shed've:she'd've she'dve:she'd've she's:she's shouldve:should've shouldnt:shouldn't
+shouldnt've:shouldn't've shouldn'tve:shouldn't've somebody'd:somebodyd somebodyd've:somebody'd've
+somebody'dve:somebody'd've somebodyll:somebody'll somebodys:somebody's someoned:someone'd someoned've:someone'd've
+someone'dve:someone'd've someonell:someone'll someones:someone's somethingd:something'd somethingd've:something'd've
+something'dve:something'd've somethingll:something'll thats:that's thered:there'd thered've:there'd've
+there'dve:there'd've therere:there're theres:there's theyd:they'd theyd've:they'd've they'dve:they'd've
+theyll:they'll theyre:they're theyve:they've twas:'twas wasnt:wasn't wed've:we'd've we'dve:we'd've weve:we've
+werent:weren't whatll:what'll whatre:what're whats:what's whatve:what've whens:when's whered:where'd wheres:where's
+whereve:where've whod:who'd whod've:who'd've who'dve:who'd've wholl:who'll whos:who's whove:who've whyll:why'll
+whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't wouldnt've:wouldn't've wouldn'tve:wouldn't've
+yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've y'alld've:y'all'd've y'all'dve:y'all'd've
+youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're youve:you've
+"""
 EXPANDED = dict(pair.split(":") for pair in CONTRACTIONS.split())
 
 
@@ -83,7 +84,8 @@ def conversation_questions(config: EvaluationConfig) -> list[Question]:
     source = read_source(SourceConfig(path=config.data, format=config.format, media=config.media, where=config.where))
     if source.rejected:
         first = source.rejected[0]
-        raise UserError(f"{config.data}: row {first.id!r} cannot be asked ({first.reason}); mend it, or leave it out by `where`")
+        why = f"row {first.id!r} cannot be asked ({first.reason})"
+        raise UserError(f"{config.data}: {why}; mend it, or leave it out by `where`")
     questions = []
     for sample in source.samples:
         turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]

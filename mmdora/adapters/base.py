@@ -47,8 +47,8 @@ class LowRankSpec:
 class AdapterLayer(ABC, nn.Module):
     """A layer with low-rank adapters beside its frozen weight, as `lora_A.<name>`, `lora_B.<name>` and so on.
 
-    The layer keeps its class's own parameter names (`weight`, `bias`), so a base model's state dict fits before and after.
-    `active` is the adapter that the forward pass uses; None is the base layer alone.
+    The layer keeps its class's own parameter names (`weight`, `bias`), so a base model's state dict fits before and
+    after. `active` is the adapter that the forward pass uses; None is the base layer alone.
     """
 
     specs: dict[str, LowRankSpec]

@@ -72,7 +72,7 @@ class DoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, lora_b, magnitude, norm, u = ctx.saved_tensors
+        _, weight, h, lora_b, magnitude, norm, u = ctx.saved_tensors
         gain = dora_gain(magnitude, norm)
         du = dy * gain.to(dy.dtype)
         flat_du = du.flatten(0, -2)
@@ -86,9 +86,7 @@ class DoRALinear(torch.autograd.Function):
         return dx, None, None, dh, db.to(lora_b.dtype), dm.to(magnitude.dtype), None, None
 
 
-def merged_weight(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, magnitude: Tensor | None
-) -> Tensor:
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
     """The weight [out, in] of the plain layer that computes the same, in the weight's own dtype (computed in fp32)."""
     merged = weight.float() + scale * (lora_b.float() @ lora_a.float())
     if magnitude is not None:

@@ -72,6 +72,7 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
         return self._plain(nn.Parameter(merged, requires_grad=False))
 
     def unwrap(self) -> nn.Linear:
+        assert isinstance(self.weight, nn.Parameter)
         return self._plain(self.weight)
 
     def _plain(self, weight: nn.Parameter) -> nn.Linear:
@@ -89,7 +90,8 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
 
 
 def wrap(model: nn.Module, path: str) -> AdapterLayer:
-    """The adapter layer at `path`, put there if a plain layer still is. Raises UserError for layers that cannot have one."""
+    """The adapter layer at `path`, put there if a plain layer still is. Raises UserError for layers that cannot have
+    one."""
     module = model.get_submodule(path)
     if isinstance(module, AdapterLayer):
         return module

@@ -1,7 +1,7 @@
 """Weight decomposition analysis (§3.2 of arXiv 2402.09353): how far tuning moved each layer's magnitude and direction.
 
-The paper finds that full fine-tuning moves the two in opposite measure (correlation −0.62), LoRA together (+0.83), and DoRA
-more like full fine-tuning (−0.31).
+The paper finds that full fine-tuning moves the two in opposite measure (correlation −0.62), LoRA together (+0.83),
+and DoRA more like full fine-tuning (−0.31).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The roof: the command line. Each command's work is in its own file, imported when it runs, so that --help is quick."""
+"""The roof: the command line. Each command's work is in its own file, imported when it runs, so that --help is
+quick."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def evaluate(
     only: Annotated[str | None, typer.Option(help="Just this entry of the run's `evaluation`.")] = None,
     benchmark: Annotated[str | None, typer.Option(help="A benchmark by name, in place of the run's own.")] = None,
     data: Annotated[str | None, typer.Option(help="The benchmark's data.")] = None,
-    data_format: Annotated[str | None, typer.Option("--format", help="The data's format, if it cannot be told.")] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="The data's format, if it cannot be told.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results go; a model without a run needs it.")] = None,
@@ -97,7 +100,8 @@ def analyze(run: Target, trust_remote_code: Trust = False) -> None:
 @app.command("list")
 def list_names(
     kind: Annotated[
-        str, typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers or benchmarks")
+        str,
+        typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers or benchmarks"),
     ],
 ) -> None:
     """List what a config can name."""
@@ -117,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _stop(f"no disk space left on device while writing {error.filename or 'the run'}; free some and go on with --resume")
+        where = error.filename or "the run"
+        _stop(f"no disk space left on device while writing {where}; free some and go on with --resume")
     except KeyboardInterrupt:
         sys.exit(130)
 

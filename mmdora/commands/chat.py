@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
+from eval.benchmarks import Question
+from eval.generation import generate
 from mmdora.commands.console import make_console
 from mmdora.errors import UserError
 from mmdora.rundir import load_target
@@ -34,15 +35,11 @@ def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int
         sample = Sample("chat", (*sample.messages, Message("assistant", (Text(answer),))), "the terminal")
 
 
-@torch.inference_mode()
-def reply(model: torch.nn.Module, encoder: Encoder, sample: Sample, max_new_tokens: int) -> str:
-    """The model's greedy answer to a conversation that ends with the user."""
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in encoder.encode_prompt(sample).items()}
-    tokenizer = encoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)  # type: ignore[operator]
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+def reply(model: Any, encoder: Encoder, sample: Sample, max_new_tokens: int) -> str:
+    """The model's greedy answer to a conversation that ends with the user: what evaluation would generate."""
+    question = Question(sample.id, sample, (), sample.id)
+    ((_, answer),) = generate(model, encoder, [question], 1, max_new_tokens)
+    return answer
 
 
 def _read() -> str:

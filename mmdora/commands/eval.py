@@ -43,7 +43,9 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
         if finished.exists() and request.overwrite:
             finished.unlink()
         elif finished.exists():
-            raise UserError(f"{finished.parent} holds a finished result; --overwrite replaces it, --out puts it elsewhere")
+            raise UserError(
+                f"{finished.parent} holds a finished result; --overwrite replaces it, --out puts it elsewhere"
+            )
     questions = {entry.name: len(read_questions(entry)) for entry in entries}
 
     loaded = load_target(request.target, trust_remote_code)
@@ -68,7 +70,9 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
         raise UserError(f"{request.target} is not a run; say --benchmark NAME --data DIR --out DIR")
     names = [entry.name for entry in config.evaluation]
     if request.only is not None and request.only not in names:
-        raise UserError(f"--only {request.only}: the run has no such entry.{nearest(request.only, names)} It has: {names}")
+        raise UserError(
+            f"--only {request.only}: the run has no such entry.{nearest(request.only, names)} It has: {names}"
+        )
     entries = [e for e in config.evaluation if request.only in (None, e.name)]
     if not entries:
         raise UserError(f"{request.target}: its config has no `evaluation`; say --benchmark NAME --data DIR")

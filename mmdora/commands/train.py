@@ -145,7 +145,11 @@ def make_trainer(
         prepare_wandb(run_dir)
     log = RunLog(run_dir.metrics, console)
     trainer = AdapterTrainer(
-        config, model=model, args=arguments, train_dataset=dataset, data_collator=Collator(pad, fillers=fillers)
+        config,
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(pad, fillers=fillers),
     )
     log.trainer = trainer
     trainer.add_callback(log)

@@ -1,4 +1,5 @@
-"""`transformers.Trainer` for adapters: learning rates per part, checkpoints without the base, an audit of the first steps."""
+"""`transformers.Trainer` for adapters: learning rates per part, checkpoints without the base, an audit of the first
+steps."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient at the secon
 
 class AdapterTrainer(Trainer):
     """Trains what `inject_adapters` left trainable."""
+
+    optimizer: Any
 
     def __init__(self, config: RunConfig, **kwargs: Any):
         super().__init__(**kwargs)

@@ -1,8 +1,8 @@
 """OpenCLIP image towers as Hugging Face vision models, with attention that adapters can reach.
 
-The tower is open_clip's own `VisionTransformer` (without the contrastive projection) inside a small `PreTrainedModel`, so it
-saves, reloads and sits in any stock LLaVA class as its `vision_config`. `to_clip` turns it into a `CLIPVisionModel` that plain
-transformers loads without mmdora.
+The tower is open_clip's own `VisionTransformer` (without the contrastive projection) inside a small
+`PreTrainedModel`, so it saves, reloads and sits in any stock LLaVA class as its `vision_config`. `to_clip` turns it
+into a `CLIPVisionModel` that plain transformers loads without mmdora.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.attention import explicit_attention, explicit_state_dict
@@ -33,7 +40,14 @@ class OpenCLIPVisionConfig(PretrainedConfig):
         image_std: list[float] | None = None,
         **kwargs: Any,
     ):
-        cfg = {"width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
+        cfg = {
+            "width": 768,
+            "layers": 12,
+            "head_width": 64,
+            "mlp_ratio": 4.0,
+            "patch_size": 16,
+            "image_size": 224,
+        }
         cfg |= vision_cfg or {}
         self.vision_cfg = cfg
         self.embed_dim = embed_dim
@@ -54,7 +68,8 @@ class OpenCLIPVisionConfig(PretrainedConfig):
 
 
 class OpenCLIPVisionModel(PreTrainedModel):
-    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, 1 + patches, hidden_size], class token first."""
+    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, 1 + patches, hidden_size], class token
+    first."""
 
     config_class = OpenCLIPVisionConfig
     base_model_prefix = "open_clip_vision"
@@ -88,9 +103,7 @@ class OpenCLIPVisionModel(PreTrainedModel):
                 x = block(x)
             hidden_states.append(x)
         pooled = self.visual.ln_post(x[:, 0])
-        return BaseModelOutputWithPooling(
-            last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(hidden_states)
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled, hidden_states=tuple(hidden_states))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.visual.conv1
@@ -99,7 +112,9 @@ class OpenCLIPVisionModel(PreTrainedModel):
         """The same function as transformers' own CLIP vision model. Raises ValueError where CLIP has no such layer."""
         cfg = self.config
         if not isinstance(self.visual.ln_pre, nn.LayerNorm) or cfg.vision_cfg.get("ls_init_value"):
-            raise ValueError("this OpenCLIP tower (no ln_pre, or LayerScale) has no equal in transformers' CLIPVisionModel")
+            raise ValueError(
+                "this OpenCLIP tower (no ln_pre, or LayerScale) has no equal in transformers' CLIPVisionModel"
+            )
         clip = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=cfg.hidden_size,
@@ -146,8 +161,8 @@ def open_clip_encoder(
 ) -> OpenCLIPVisionModel:
     """An OpenCLIP ViT by architecture name and `pretrained` tag (or file), ready for adapters.
 
-    `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`); `name` is
-    then only a label. Raises ValueError for towers that are not plain ViTs.
+    `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`);
+    `name` is then only a label. Raises ValueError for towers that are not plain ViTs.
     """
     import open_clip
 

@@ -1,0 +1,170 @@
+"""Scores against the official scorers' vectors, intervals by simulation, and answers that are kept, resumed and
+keyed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.encoding import Encoder
+from data_pipelines.samples import Image, Message, Sample, Text
+from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks.vqa import (
+    normalize,
+    process_digits_and_articles,
+    process_punctuation,
+    strip_whitespace,
+    vqa_accuracy,
+)
+from eval.generation import answer_all, generate, read_responses
+from eval.metrics import cluster_bootstrap, majority_share, wilson
+from eval.scoring import make_report, score_all
+from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
+from tests.media import write_image
+
+VECTORS = Path(os.environ.get("MMDORA_VECTORS", Path(__file__).parent / "vectors"))
+
+
+def vqa_cases() -> list[dict]:
+    return json.loads((VECTORS / "vqa_v2.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", vqa_cases(), ids=lambda c: f"{c['kind']}")
+def test_vqa_scores_as_the_official_code(case):
+    given_, expected = case["input"], case["expected"]
+    if case["kind"] == "normalize":
+        stripped = strip_whitespace(given_)
+        steps = {
+            "after_strip": stripped,
+            "processPunctuation": process_punctuation(stripped),
+            "processDigitArticle_only": process_digits_and_articles(stripped),
+            "full": normalize(given_),
+        }
+        assert {k: steps[k] for k in expected} == expected
+    elif case["kind"] == "question":
+        accuracy = vqa_accuracy(given_["prediction"], tuple(given_["answers"]))
+        assert round(100 * accuracy, 2) == expected["accuracy_percent"]
+    else:
+        assert case["kind"] == "dataset", f"a kind of case that this test does not know: {case['kind']}"
+        values = [vqa_accuracy(q["prediction"], tuple(q["answers"])) for q in given_]
+        assert round(100 * sum(values) / len(values), 2) == expected["overall"]
+
+
+@given(st.text())
+def test_no_answer_breaks_a_scorer(text):
+    sample = Sample("q", (Message("user", (Text("?"),)),), "t")
+    for name in BENCHMARKS:
+        score = BENCHMARKS[name]().score(text, Question("q", sample, ("true",), "c"))
+        assert 0 <= score.strict <= score.official <= 1
+
+
+def test_a_single_reference_is_compared_normalized():
+    question = Question("q", Sample("q", (), "t"), ("A dog.",), "c")
+    assert BENCHMARKS["vqa"]().score("the dog", question).official == 1
+    assert BENCHMARKS["vqa"]().score("two dogs", question).official == 0
+    empty = BENCHMARKS["vqa"]().score("  ", question)
+    assert (empty.official, empty.strict, empty.unparsed) == (0, 0, True)
+
+
+def test_intervals_cover_the_truth():
+    """Of 300 simulated studies with clusters of three that agree, about 95% of the intervals hold the true mean."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):
+        shares = rng.beta(7, 3, 120)  # mean 0.7, one share a cluster
+        values = (rng.random((120, 3)) < shares[:, None]).astype(float).ravel()
+        clusters = [str(i) for i in range(120) for _ in range(3)]
+        estimate = cluster_bootstrap(values.tolist(), clusters)
+        held += estimate.low <= 70 <= estimate.high
+    assert 0.91 <= held / 300 <= 0.985
+
+
+def test_intervals_know_clusters_and_never_vanish():
+    values = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0] * 20
+    together = cluster_bootstrap(values, [str(i // 3) for i in range(120)])
+    apart = cluster_bootstrap(values, [str(i) for i in range(120)])
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)
+    perfect = cluster_bootstrap([1.0] * 50, [str(i) for i in range(50)])
+    assert perfect.value == perfect.high == 100
+    assert perfect.low == pytest.approx(100 * wilson(1.0, 50)[0])
+    assert majority_share(["a", "b", "a", "a"]) == 0.75
+
+
+def test_nlvr_official_rule(tmp_path):
+    (tmp_path / "images" / "0").mkdir(parents=True)
+    rows = []
+    for m, label in enumerate(("true", "false")):
+        rows.append({"sentence": "A box.", "label": label, "identifier": f"7-{m}", "directory": "0"})
+        for k in range(2):
+            write_image(tmp_path / "images" / "0" / f"dev-7-{m}-{k}.png", size=(40, 10))
+    (tmp_path / "dev.json").write_text("\n".join(json.dumps(r) for r in rows))
+    config = EvaluationConfig(name="n", benchmark="nlvr", data=str(tmp_path / "dev.json"))
+    questions = BENCHMARKS["nlvr"]().questions(config)
+    responses = dict(zip([q.id for q in questions], ["TRUE", "true", "false", "perhaps"], strict=True))
+    scores = score_all("nlvr", responses, questions)
+    report = make_report(config, responses, questions, scores, {})
+    assert report["scores"]["official"]["value"] == 75
+    assert report["unparsed_rate"] == 0.25
+    assert report["consistency"] == 0
+    assert report["pictures_of_official"] == "4 of 12"
+    assert report["majority_baseline"] == 50
+    with pytest.raises(UserError, match=r"NLVR's layout is <split>/<split>\.json"):
+        BENCHMARKS["nlvr"]().questions(config.model_copy(update={"data": str(tmp_path / "images")}))
+
+
+@pytest.fixture
+def questions(tmp_path) -> list[Question]:
+    out = []
+    for i, ask in enumerate(
+        ["What color is the circle?", "Is there a red square?", "What shape is the blue thing?"] * 2
+    ):
+        path = write_image(tmp_path / f"{i}.png", seed=i, size=(64, 64 if i % 2 else 128))
+        sample = Sample(f"q{i}", (Message("user", (Image(path), Text(ask))),), "t")
+        out.append(Question(sample.id, sample, ("red",), str(path)))
+    return out
+
+
+def test_batched_answers_equal_single_ones(tiny, questions):
+    model, processor = tiny
+    encoder = Encoder(processor)
+    batched = {q.id: text for q, text in generate(model, encoder, questions, 4, 8)}
+    single = {q.id: text for q, text in generate(model, encoder, questions, 1, 8)}
+    assert batched == single
+    assert set(batched) == {q.id for q in questions}
+
+
+def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
+    model, processor = tiny
+    encoder, folder = Encoder(processor), tmp_path / "result"
+    asked: list[int] = []
+    first = answer_all(model, encoder, questions, folder, 2, 8)
+
+    def ask_again(max_new_tokens: int = 8) -> int:
+        """How many questions were generated anew."""
+        asked.clear()
+        answers = answer_all(model, encoder, questions, folder, 2, max_new_tokens, asked.append)
+        assert set(answers) == set(first)
+        return len(asked) - 1  # the first call reports what was known
+
+    assert ask_again() == 0
+    lines = (folder / "responses.jsonl").read_text().splitlines()
+    torn = "\n".join([*lines[:4], lines[4][:20]])
+    (folder / "responses.jsonl").write_text(torn)
+    assert ask_again() == 2
+    assert {k: v["response"] for k, v in read_responses(folder).items()} == first
+    assert ask_again(max_new_tokens=7) == len(questions)  # another decoding is another answer
+    Path(next(iter(questions[0].sample.media())).path).write_bytes(write_image(tmp_path / "x.png", 99).read_bytes())
+    from eval.generation import file_digest
+
+    file_digest.cache_clear()
+    assert ask_again(max_new_tokens=7) == 1  # another picture, too
+    with np.errstate(all="ignore"):
+        model.lm_head.weight.data[0] += 1
+    assert ask_again(max_new_tokens=7) == len(questions)  # and other weights

@@ -1,0 +1,192 @@
+"""Dataset formats: what they read, what they refuse, and that nothing is lost in silence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_pipelines.dataset import TrainDataset, guess_format, read_source
+from data_pipelines.encoding import Encoder
+from data_pipelines.formats import shapes
+from data_pipelines.ledger import Ledger, read_ledger
+from data_pipelines.samples import Image, Rejected, Sample, Text, Video
+from mmdora.config import SourceConfig
+from mmdora.errors import UserError
+from tests.media import write_image
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": "human" if i % 2 == 0 else "gpt", "value": t} for i, t in enumerate(texts)]
+
+
+def read(tmp_path, rows, **options):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return read_source(SourceConfig(path=str(path), format="llava", **options))
+
+
+def test_llava_media_stand_where_their_placeholders_are(tmp_path):
+    rows = [
+        {"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "red")},
+        {"id": "b", "image": ["a.png", "b.png"], "conversations": turns("One <image> two <image>?", "x")},
+        {"id": "c", "video": "c.mp4", "conversations": turns("<image>\nLLaVA-NeXT's way", "x")},
+        {"id": "d", "image": "a.png", "conversations": turns("No placeholder", "x")},
+        {"id": "e", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Text", "x")]},
+    ]
+    a, b, c, d, e = read(tmp_path, rows).samples
+    png = (tmp_path / "a.png").resolve()
+    assert a.messages[0].parts == (Image(png), Text("What?"))
+    assert [type(p) for p in b.messages[0].parts] == [Text, Image, Text, Image, Text]
+    assert [type(p) for p in c.messages[0].parts] == [Video, Text]
+    assert d.messages[0].parts == (Image(png), Text("No placeholder"))
+    assert [m.role for m in e.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("text", "expected an object"),
+        ({"id": "x"}, "'conversations' must be a list"),
+        ({"conversations": [{"from": "human"}]}, "string 'value'"),
+        ({"conversations": turns("a", "b") + turns("c")[:0] + turns("d", "e")[1:]}, "turns must alternate"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "'from' is 'bot'"),
+        ({"image": "../secret.png", "conversations": turns("<image>", "b")}, "leaves the media folder"),
+        ({"image": "/etc/passwd", "conversations": turns("<image>", "b")}, "leaves the media folder"),
+        ({"image": "http://x/y.png", "conversations": turns("<image>", "b")}, "is an address"),
+        ({"image": 3, "conversations": turns("<image>", "b")}, "non-empty string"),
+        ({"conversations": turns("<image>", "b")}, "placeholder has no file"),
+        ({"image": ["a", "b"], "conversations": turns("<image>", "b")}, "have no <image>"),
+    ],
+)
+def test_llava_rows_that_are_no_samples_are_rejected_with_a_reason(tmp_path, row, reason):
+    good = {"id": "good", "conversations": turns("a", "b")}
+    source = read(tmp_path, [row, good])
+    assert [s.id for s in source.samples] == ["good"]
+    assert reason in source.rejected[0].reason
+    assert len(source) == 2
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "data.json"
+    for text, message in [
+        ("{", "not valid JSON"),
+        ('{"a": 1}', "expected a JSON list"),
+        ("[]", "no usable sample"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_source(SourceConfig(path=str(path), format="llava"))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_source(SourceConfig(path=str(path), format="llava"))
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_source(SourceConfig(path=str(path), format="llava"))
+    with pytest.raises(UserError, match="no such data file"):
+        read_source(SourceConfig(path="gone.json", format="llava"))
+
+
+def test_where_keeps_rows_by_their_fields(tmp_path):
+    rows = [{"id": str(i), "split": i % 2, "conversations": turns("a", "b")} for i in range(6)]
+    assert [s.id for s in read(tmp_path, rows, where={"split": [1]}).samples] == ["1", "3", "5"]
+
+
+def test_the_format_is_told_from_the_file(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"conversations": turns("a", "b")}]))
+    assert guess_format(path) == "llava"
+    path.write_text(json.dumps([{"question": "?"}]))
+    with pytest.raises(UserError, match="cannot tell the format"):
+        guess_format(path)
+
+
+def test_nlvr_reads_the_official_layout(tmp_path):
+    (tmp_path / "images" / "3").mkdir(parents=True)
+    for k in (0, 4):
+        write_image(tmp_path / "images" / "3" / f"dev-12-1-{k}.png", size=(80, 20))
+    good = {"sentence": "There is a box.", "label": "True", "identifier": "12-1", "directory": "3"}
+    lines = [
+        good,
+        good | {"identifier": "13-0"},
+        good | {"label": "maybe"},
+        good | {"directory": "../.."},
+        [1],
+    ]
+    (tmp_path / "dev.json").write_text("\n".join(json.dumps(line) for line in lines))
+    source = read_source(SourceConfig(path=str(tmp_path / "dev.json"), format="nlvr"))
+    assert [s.id for s in source.samples] == ["dev-12-1-0.png", "dev-12-1-4.png"]
+    assert source.samples[0].messages[1].text == "true"
+    reasons = [r.reason for r in source.rejected]
+    assert [
+        word in reason for word, reason in zip(("none of its", "'label'", "numbers", "object"), reasons, strict=True)
+    ]
+
+
+def test_shapes_worlds_are_the_same_from_the_same_seed_and_share_no_scene(world, tmp_path):
+    scenes = {}
+    for stem in ("counting_held_out", "motion_held_out"):
+        first = read_source(SourceConfig(path=str(world / f"{stem}.json"), format="shapes"))
+        again = read_source(SourceConfig(path=str(tmp_path / f"{stem}.json"), format="shapes"))
+        assert [s.messages[1] for s in first.samples] == [s.messages[1] for s in again.samples]
+        rows = json.loads((world / f"{stem}.json").read_text())
+        scenes[stem] = [json.dumps(row["scene"]) for row in rows]
+        assert len(set(scenes[stem])) == len(rows)
+    for thing_rows in (json.loads((world / f"{s}.json").read_text()) for s in scenes):
+        for row in thing_rows:
+            things = tuple(shapes.Thing(**{**t, "to": tuple(t["to"]) if t["to"] else None}) for t in row["scene"])
+            assert shapes.split_of(things) == "held_out"
+    with pytest.raises(UserError, match="the shapes world has no such file"):
+        read_source(SourceConfig(path=str(tmp_path / "counting_trian.json"), format="shapes"))
+
+
+def test_counting_answers_are_balanced(world):
+    source = read_source(SourceConfig(path=str(world / "counting_held_out.json"), format="shapes"))
+    answers = [s.messages[1].text for s in source.samples]
+    assert {a: answers.count(a) for a in set(answers)} == {"1": 96, "2": 96, "3": 96, "4": 96}
+
+
+def test_a_broken_sample_goes_to_the_ledger_and_is_replaced_the_same_way_each_time(tiny, tmp_path):
+    write_image(tmp_path / "a.png")
+    rows = [{"id": f"ok{i}", "conversations": turns(f"Question {i}?", "b")} for i in range(9)]
+    rows.append({"id": "broken", "image": "gone.png", "conversations": turns("<image>", "b")})
+    source = read(tmp_path, rows)
+    encoder = Encoder(tiny[1])
+
+    def tenth(name: str):
+        ledger = Ledger(tmp_path / name, len(source), max_skipped=0.5)
+        return ledger, TrainDataset([source], encoder, ledger, seed=0)[9]["input_ids"].tolist()
+
+    ledger, first = tenth("one.jsonl")
+    _, second = tenth("two.jsonl")
+    assert first == second
+    (entry,) = read_ledger(ledger.path)
+    assert (entry.id, entry.stage) == ("broken", "media")
+    assert "gone.png: no such file" in entry.reason
+    assert ledger.summary() == "1 of 10 samples skipped"
+
+
+def test_too_many_broken_samples_stop_the_run(tiny, tmp_path):
+    rows = [{"id": f"x{i}", "image": "gone.png", "conversations": turns("<image>", "b")} for i in range(5)]
+    ledger = Ledger(tmp_path / "skipped.jsonl", 5, max_skipped=0.2)
+    dataset = TrainDataset([read(tmp_path, rows)], Encoder(tiny[1]), ledger, seed=0)
+    with pytest.raises(UserError, match=r"more than data.max_skipped 20.0% allows.*gone\.png"):
+        list(map(dataset.__getitem__, range(5)))
+
+
+def test_weight_repeats_samples(tiny, tmp_path):
+    rows = [{"id": str(i), "conversations": turns("a", "b")} for i in range(4)]
+    ledger = Ledger(tmp_path / "skipped.jsonl", 4, 0.0)
+    for weight, expected in ((1, 4), (2.5, 10), (0.5, 2)):
+        assert len(TrainDataset([read(tmp_path, rows, weight=weight)], Encoder(tiny[1]), ledger, 0)) == expected
+
+
+def test_repeated_ids_stay_apart(tmp_path):
+    rows = [
+        {"id": "same", "conversations": turns("a", "b")},
+        {"id": "same", "conversations": turns("c", "d")},
+    ]
+    samples = read(tmp_path, rows).samples
+    assert len({s.id for s in samples}) == 2
+    assert not any(isinstance(s, Rejected) for s in samples)
+    assert all(isinstance(s, Sample) for s in samples)

@@ -1,0 +1,246 @@
+"""Whole runs through the command line: train, resume, evaluate, merge, chat; and what a user's mistake says."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmdora.commands import main
+from mmdora.rundir import RunDir
+from tests.conftest import ROOT
+
+
+def command(*arguments: str) -> int:
+    """Run the command line in this process; returns its exit code."""
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def small(world: Path, output: Path, steps: int = 4) -> list[str]:
+    """The quickstart, with few steps and questions."""
+    motion, counting = (f"path: {world}/{task}_held_out.json, format: shapes" for task in ("motion", "counting"))
+    benchmark = f"name: counting, benchmark: vqa, data: {world}/counting_held_out.json, format: shapes"
+    return [
+        "quickstart",
+        f"data.train=[{{{motion}}}, {{{counting}}}]",
+        f"training.output={output}",
+        f"training.max_steps={steps}",
+        "training.batch_size=8",
+        "training.micro_batch_size=4",
+        "training.save_every=2",
+        "training.warmup_ratio=0",
+        f"evaluation=[{{{benchmark}, limit: 6, before: true}}]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "small"
+    assert command("train", *small(world, output)) == 0
+    return output
+
+
+def test_a_run_directory_holds_what_the_contract_says(trained):
+    for name in ("config.yaml", "metrics.jsonl", "skipped.jsonl", "report.html", "loss.png", "checkpoints"):
+        assert (trained / name).exists(), name
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (trained / "adapter").iterdir()}
+    for folder in ("eval/counting", "eval/before/counting"):
+        assert (trained / folder / "responses.jsonl").exists()
+        assert (trained / folder / "scores.jsonl").exists()
+        report = json.loads((trained / folder / "report.json").read_text())
+        assert {"name", "benchmark", "n", "scores", "unparsed_rate", "receipt"} <= set(report)
+        assert report["n"] == 6
+        assert set(report["scores"]) == {"official", "strict"}
+        assert set(report["scores"]["official"]) == {"value", "low", "high"}
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    page = (trained / "report.html").read_text()
+    assert "How many" in page
+    assert "data:image/jpeg;base64," in page
+
+
+def test_checkpoints_hold_no_base(trained):
+    checkpoint = RunDir(trained).checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    size = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
+    adapter = (trained / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size < 3.5 * adapter  # the adapter and AdamW's two moments
+
+
+def test_resumed_equals_uninterrupted(world, trained, tmp_path):
+    """Stopped after two of four steps and resumed, a run ends with the same adapter, bit for bit."""
+    output = tmp_path / "resumed"
+    assert command("train", *small(world, output)) == 0
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        import shutil
+
+        shutil.rmtree(output / name)
+    assert command("train", *small(world, output), "--resume") == 0
+    first = load_file(trained / "adapter" / "adapter_model.safetensors")
+    again = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_run_that_is_there_is_not_overwritten(world, trained, capsys):
+    assert command("train", *small(world, trained)) == 2
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    assert "--overwrite" in message
+
+
+def test_overwrite_moves_the_old_run_aside(world, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "config.yaml").write_text("old")
+    assert command("train", *small(world, output, steps=1), "evaluation=[]", "--overwrite") == 0
+    aside = [p for p in tmp_path.iterdir() if p != output]
+    assert len(aside) == 1
+    assert (aside[0] / "config.yaml").read_text() == "old"
+
+
+def test_eval_of_a_run(trained, tmp_path, capsys):
+    assert command("eval", str(trained)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert command("eval", str(trained), "--out", str(tmp_path)) == 0
+    again = json.loads((tmp_path / "counting" / "report.json").read_text())
+    first = json.loads((trained / "eval" / "counting" / "report.json").read_text())
+    assert again["scores"] == first["scores"]
+    assert again["receipt"]["weights"] == first["receipt"]["weights"]
+    assert command("eval", str(trained), "--only", "countin", "--out", str(tmp_path / "x")) == 2
+    assert "Did you mean 'counting'" in capsys.readouterr().err
+    assert command("eval", "assets/tiny-llava") == 2
+    assert "--benchmark NAME --data DIR --out DIR" in capsys.readouterr().err
+
+
+def test_merge_loads_in_plain_transformers(trained, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert command("merge", str(trained), str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "largest logit difference" in printed
+    assert float(printed.split("difference")[1].split()[0]) < 1e-3
+    # In a process that never imports mmdora.
+    code = f"""
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained({str(out)!r})
+AutoProcessor.from_pretrained({str(out)!r})
+assert "mmdora" not in sys.modules
+print(type(model).__name__, type(model.model.vision_tower).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == ["LlavaOnevisionForConditionalGeneration", "CLIPVisionModel"]
+    assert command("merge", str(trained), str(out)) == 2
+
+
+def test_chat_answers_from_a_pipe(world, trained, capsys, monkeypatch):
+    picture = next((world / "counting_held_out").glob("*.png"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What shape is the red thing?\nAnd what color is it?\n"))
+    assert command("chat", str(trained), "--image", str(picture), "--max-new-tokens", "4") == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2
+    assert command("chat", str(trained), "--image", "gone.png") == 2
+    assert "gone.png: no such file" in capsys.readouterr().err
+
+
+def test_analyze_and_list(trained, capsys):
+    assert command("analyze", str(trained)) == 0
+    assert "correlation of ΔD and ΔM over 39 layers" in capsys.readouterr().out
+    for kind, name in [
+        ("adapters", "dora"),
+        ("vision-encoders", "open_clip"),
+        ("architectures", "llava_onevision"),
+        ("formats", "llava"),
+        ("video-readers", "decord"),
+        ("benchmarks", "nlvr"),
+    ]:
+        assert command("list", kind) == 0
+        assert name in capsys.readouterr().out
+    assert command("list", "adaptors") == 2
+    assert "Did you mean 'adapters'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["model.path=assets/tiny-lava"], ["model.path", "assets/tiny-lava"]),
+        (["data.train=[gone.json]"], ["data.train.0.path: no such file 'gone.json'"]),
+        (["data.train.0.media=nowhere"], ["data.train.0.media: no such folder 'nowhere'"]),
+        (["data.train.0.format=lava"], ["data.train.0.format", "Did you mean 'llava'"]),
+        (["parts.vision.method=dorra"], ["parts.vision.method", "Did you mean 'dora'"]),
+        (["parts.visoin={method: dora}"], ["parts.visoin", "Did you mean 'vision'"]),
+        (["evaluation.0.benchmark=vqq"], ["evaluation.0.benchmark", "Did you mean 'vqa'"]),
+        (["data.video.reader=decrod"], ["data.video.reader", "Did you mean 'decord'"]),
+        (["training.deepspeed=zero9"], ["training.deepspeed: no such config 'zero9'", "zero2, zero3"]),
+        (["training.batch_size=x", "model.dtyp=y"], ["training.batch_size", "model.dtyp: unknown key"]),
+        (["plugins=[no_such_plugin]"], ["plugins: cannot import 'no_such_plugin'"]),
+    ],
+)
+def test_a_mistake_is_one_clear_error_and_exit_code_2(world, tmp_path, capsys, overrides, messages):
+    assert command("train", *small(world, tmp_path / "run"), *overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    for message in messages:
+        assert message in error
+
+
+def test_a_full_disk_is_one_clear_error(world, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert command("train", *small(world, tmp_path / "run"), "evaluation=[]") == 2
+    assert "no disk space" in capsys.readouterr().err
+
+
+def test_help_is_quick_to_import():
+    """The command line imports neither torch nor pydantic before a command runs."""
+    code = (
+        "import sys, mmdora.commands; print(sorted({'torch', 'pydantic', 'rich', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_wandb_records_offline(world, tmp_path):
+    output = tmp_path / "run"
+    assert command("train", *small(world, output, steps=1), "evaluation=[]", "training.report_to=wandb") == 0
+    assert list((output / "wandb").glob("offline-run-*"))
+
+
+def test_real_media(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "real"
+    arguments = ["real_media", f"training.output={output}", "training.epochs=4", "evaluation=[]"]
+    assert command("train", *arguments) == 0
+    assert "1 of 7 samples skipped" in capsys.readouterr().out
+    (entry,) = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert entry["id"] == "corrupted-1"
+    assert "corrupted.mp4" in entry["reason"]
+
+
+def test_nlvr(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "nlvr"
+    arguments = [
+        "nlvr",
+        f"training.output={output}",
+        "training.max_steps=2",
+        "evaluation.0.limit=20",
+        "evaluation.0.before=false",
+    ]
+    assert command("train", *arguments) == 0
+    report = json.loads((output / "eval" / "nlvr" / "report.json").read_text())
+    assert report["n"] == 20
+    assert report["majority_baseline"] >= 50
