@@ -35,11 +35,12 @@ def answer_all(
     folder: Path,
     batch_size: int,
     max_new_tokens: int,
+    weights: str,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Every question's answer by id; those already in `folder` under the same key are not asked again.
 
-    Several processes share the questions out and all return all answers. Raises UserError where a question cannot be
+    `weights` is the model's `weights_digest`; `advance` hears how many more questions are answered. Several processes share the questions out and all return all answers. Raises UserError where a question cannot be
     asked.
     """
     ids = [q.id for q in questions]
@@ -48,7 +49,6 @@ def answer_all(
         raise UserError(f"two questions have the id {doubled!r}; ids must be unique")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = weights_digest(model)
     keys = {q.id: question_key(q, encoder, max_new_tokens, weights) for q in questions}
     known = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
     advance(len(known))

@@ -25,6 +25,7 @@ def evaluate(
     model: Any,
     encoder: Encoder,
     config: EvaluationConfig,
+    questions: list[Question],
     folder: Path,
     advance: Callable[[int], None] = lambda _: None,
     origin: Mapping[str, Any] | None = None,
@@ -34,12 +35,13 @@ def evaluate(
     import torch
     import transformers
 
-    questions = read_questions(config)
-    responses = answer_all(model, encoder, questions, folder, config.batch_size, config.max_new_tokens, advance)
+    weights = weights_digest(model)
+    limits = (config.batch_size, config.max_new_tokens)
+    responses = answer_all(model, encoder, questions, folder, *limits, weights, advance)
     scores = score_all(config.benchmark, responses, questions)
     receipt = {
         **(origin or {}),
-        "weights": weights_digest(model),
+        "weights": weights,
         "prompt": encoder.render(questions[0].sample, add_generation_prompt=True),
         "num_frames": encoder.video.num_frames,
         "video_reader": resolve_reader(encoder.video.reader),

@@ -26,9 +26,8 @@ def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None
 
 def mark_leaf(module: nn.Module) -> None:
     """Let ZeRO-3 gather `module` as one: the parameters of its children are read in its own forward."""
-    module._z3_leaf = (
-        True  # what deepspeed.utils.set_z3_leaf_module sets; written here so that DeepSpeed stays optional
-    )
+    # What deepspeed.utils.set_z3_leaf_module does; written here so that DeepSpeed stays optional.
+    module.__dict__["_z3_leaf"] = True
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -46,15 +46,15 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
             raise UserError(
                 f"{finished.parent} holds a finished result; --overwrite replaces it, --out puts it elsewhere"
             )
-    questions = {entry.name: len(read_questions(entry)) for entry in entries}
+    questions = {entry.name: read_questions(entry) for entry in entries}
 
     loaded = load_target(request.target, trust_remote_code)
     encoder = Encoder(loaded.processor, loaded.video)
     reports = []
     for entry in entries:
-        with progress_bar(console, entry.name, questions[entry.name]) as advance:
-            origin = {"target": request.target}
-            reports.append(evaluate(loaded.model, encoder, entry, out / entry.name, advance, origin))
+        asked, origin = questions[entry.name], {"target": request.target}
+        with progress_bar(console, entry.name, len(asked)) as advance:
+            reports.append(evaluate(loaded.model, encoder, entry, asked, out / entry.name, advance, origin))
     console.print(results_table([(report, None) for report in reports]))
     console.print(f"Results are in {out}", soft_wrap=True)
 

@@ -18,7 +18,7 @@ from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger, from_rejected
 from data_pipelines.samples import Image
 from data_pipelines.video import VIDEO_READERS
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import BENCHMARKS, Question
 from eval.report import write_report
 from eval.run import evaluate, read_questions
 from eval.scoring import read_report
@@ -35,6 +35,8 @@ from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
 from mmdora.training.trainer import AdapterTrainer
 
+Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
+
 
 def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     config = load_config(name, overrides)
@@ -48,15 +50,15 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
         if is_main():
             run_dir.begin(config, resume, overwrite)
         sources = [read_source(source) for source in config.data.train]
-        for entry in config.evaluation:
-            read_questions(entry)  # what evaluation will want is missed now, not after training
+        # Read now: what evaluation will want is missed before training, not after.
+        questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     checkpoint = run_dir.checkpoint() if resume else None
 
     model, processor = load_model(config.model)
     encoder = Encoder(processor, config.data.video, config.data.max_length)
     if is_main():
         processor.save_pretrained(run_dir.processor)
-    evaluate_base(config, on_device(model), encoder, run_dir, console)
+    evaluate_base(config, questions, on_device(model), encoder, run_dir, console)
 
     report = inject_adapters(model, config.parts)
     show_adapters(console, report)
@@ -68,7 +70,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     del trainer, model
     gc.collect()
     arguments.distributed_state.wait_for_everyone()
-    finish(config, run_dir, ledger, console)
+    finish(config, questions, run_dir, ledger, console)
 
 
 def check_names(config: RunConfig) -> None:
@@ -99,13 +101,16 @@ def check_names(config: RunConfig) -> None:
         raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
 
 
-def evaluate_base(config: RunConfig, model: Any, encoder: Encoder, run_dir: RunDir, console: Console) -> None:
+def evaluate_base(
+    config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
+) -> None:
     """Score the model as it is, for the entries that say `before: true`; a finished result is kept."""
     for entry in config.evaluation:
         folder = run_dir.result(entry.name, before=True)
         if entry.before and not (folder / "report.json").exists():
-            with progress_bar(console, f"{entry.name}, before", len(read_questions(entry))) as advance:
-                evaluate(model, encoder, entry, folder, advance, {"model": config.model.path, "adapter": None})
+            asked, origin = questions[entry.name], {"model": config.model.path, "adapter": None}
+            with progress_bar(console, f"{entry.name}, before", len(asked)) as advance:
+                evaluate(model, encoder, entry, asked, folder, advance, origin)
 
 
 def show_adapters(console: Console, report: InjectionReport) -> None:
@@ -167,15 +172,16 @@ def prepare_wandb(run_dir: RunDir) -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def finish(config: RunConfig, run_dir: RunDir, ledger: Ledger, console: Console) -> None:
+def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Ledger, console: Console) -> None:
     """Score the tuned model as anyone would who has the run, then write the report and say what to do next."""
     results = []
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
     origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
     for entry in config.evaluation:
-        with progress_bar(console, f"{entry.name}, after", len(read_questions(entry))) as advance:
-            evaluate(loaded.model, encoder, entry, run_dir.result(entry.name), advance, origin)
+        asked = questions[entry.name]
+        with progress_bar(console, f"{entry.name}, after", len(asked)) as advance:
+            evaluate(loaded.model, encoder, entry, asked, run_dir.result(entry.name), advance, origin)
         before = run_dir.result(entry.name, before=True)
         results.append((run_dir.result(entry.name), before if (before / "report.json").exists() else None))
     if not is_main():
