@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the comments in mmdora/config.py: every key of a run's YAML, its type, default and meaning."""
+"""Write docs/settings.md from the comments in mmdora/config.py: every key of a run's YAML."""
 
 from __future__ import annotations
 

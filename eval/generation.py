@@ -40,8 +40,8 @@ def answer_all(
 ) -> dict[str, str]:
     """Every question's answer by id; those already in `folder` under the same key are not asked again.
 
-    `weights` is the model's `weights_digest`; `advance` hears how many more questions are answered. Several processes share the questions out and all return all answers. Raises UserError where a question cannot be
-    asked.
+    `weights` is the model's `weights_digest`; `advance` hears how many more questions are answered. Several processes
+    share the questions out and all return all answers. Raises UserError where a question cannot be asked.
     """
     ids = [q.id for q in questions]
     if len(set(ids)) != len(ids):
