@@ -123,14 +123,16 @@ def _only(scene: Scene, key: Callable[[Thing], str]) -> list[Thing]:
     return [t for t in scene if keys.count(key(t)) == 1]
 
 
-def _side(what: str, x: int, y: int, when: str = "") -> list[tuple[str, str]]:
-    """Questions on which half of the canvas a point lies in, where it is clear of the middle."""
+def _place(what: str, x: int, y: int, when: str = "") -> list[tuple[str, str]]:
+    """Questions on which third of the canvas a point lies in, where it is clear of the borders between thirds."""
+    third, clear = CANVAS // 3, 4
+    ways = ((x, "on the", ("left", "middle", "right")), (y, "at the", ("top", "middle", "bottom")))
     out = []
-    if abs(x - CANVAS / 2) > 8:
-        out.append((f"{when}is the {what} on the left or on the right?", "left" if x < CANVAS / 2 else "right"))
-    if abs(y - CANVAS / 2) > 8:
-        out.append((f"{when}is the {what} at the top or at the bottom?", "top" if y < CANVAS / 2 else "bottom"))
-    return [(question[0].upper() + question[1:], answer) for question, answer in out]
+    for value, where, (low, middle, high) in ways:
+        if min(abs(value - third), abs(value - 2 * third)) >= clear:
+            question = f"{when}is the {what} {where} {low}, {middle} or {high}?"
+            out.append((question[0].upper() + question[1:], (low, middle, high)[value // third]))
+    return out
 
 
 def image_questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -147,7 +149,7 @@ def image_questions(scene: Scene, rng: random.Random) -> list[Question]:
     hard = rng.sample(mixed, min(len(mixed), len(names) - 1))
     out += [("exists", f"Is there a {n}?", "no") for n in hard + rng.sample(absent, len(names) - len(hard))]
     for t in _only(scene, lambda t: t.name):
-        out += [("side", q, a) for q, a in _side(t.name, t.x, t.y)]
+        out += [("place", q, a) for q, a in _place(t.name, t.x, t.y)]
     return out
 
 
@@ -160,8 +162,8 @@ def clip_questions(scene: Scene, rng: random.Random) -> list[Question]:
         ("clip color", f"What color is the {t.shape}?", t.color),
         ("clip shape", f"What shape is the {t.color} thing?", t.shape),
     ]
-    out += [("clip start", q, a) for q, a in _side(what, t.x, t.y, "At the start, ")]
-    out += [("clip end", q, a) for q, a in _side(what, *t.to, "At the end, ")]
+    out += [("clip start", q, a) for q, a in _place(what, t.x, t.y, "At the start, ")]
+    out += [("clip end", q, a) for q, a in _place(what, *t.to, "At the end, ")]
     return out
 
 
@@ -227,7 +229,7 @@ class Task:
 
 
 TASKS = {
-    "base": Task(_base, train=24_000, held_out=800, turns=8),
+    "base": Task(_base, train=24_000, held_out=2_000, turns=8),
     "retained": Task(_base, train=400, held_out=300, turns=1),
     "counting": Task(_counting, train=1_500, held_out=384, turns=3),
     "motion": Task(_motion, train=1_000, held_out=256, turns=1),
