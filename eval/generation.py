@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,16 @@ def answer_all(
     model: Any,
     encoder: Encoder,
     questions: list[Question],
+    keys: Mapping[str, str],
     folder: Path,
     batch_size: int,
     max_new_tokens: int,
-    weights: str,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, str]:
     """Every question's answer by id; those already in `folder` under the same key are not asked again.
 
-    `weights` is the model's `weights_digest`; `advance` hears how many more questions are answered. Several processes
-    share the questions out and all return all answers. Raises UserError where a question cannot be asked.
+    `keys` holds each question's `question_key`; `advance` hears how many more questions are answered. Several
+    processes share the questions out and all return all answers. Raises UserError where a question cannot be asked.
     """
     ids = [q.id for q in questions]
     if len(set(ids)) != len(ids):
@@ -49,7 +49,6 @@ def answer_all(
         raise UserError(f"two questions have the id {doubled!r}; ids must be unique")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder.mkdir(parents=True, exist_ok=True)
-    keys = {q.id: question_key(q, encoder, max_new_tokens, weights) for q in questions}
     known = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
     advance(len(known))
     mine = [q for i, q in enumerate(questions) if i % world == rank and q.id not in known]

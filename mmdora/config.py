@@ -106,10 +106,10 @@ class TrainingConfig(Section):
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None  # null: as many as the epochs take
     batch_size: Positive = 32  # samples an optimizer step, over all processes
-    micro_batch_size: Positive = 8  # samples a process holds at once
+    micro_batch_size: Positive = 8  # samples a process holds at once, or its share of batch_size where that is less
     learning_rate: Rate = 2.0e-4
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Share = 0.03
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.03  # of the steps
     weight_decay: Rate = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: Rate = 1.0  # 0: no clipping

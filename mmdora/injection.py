@@ -64,19 +64,12 @@ def inject_adapters(
 
     `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, a dotted module path, or `""` for the root) to
     its settings, as in a run's YAML. The model computes what it computed before, until it is trained. Raises
-    UserError for a part, method or target that does not exist; the model is then unchanged.
+    UserError for a part, method or target that does not exist; nothing is then adapted or frozen.
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     if name in records(model):
         raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
-    paths = {part: find_part(model, part) for part in configs}
-    targets: dict[str, list[str]] = {}
-    for part, config in configs.items():
-        if ADAPTERS[config.method].takes_targets:
-            _explicit(model, paths[part])
-            targets[part] = resolve_targets(model, part, paths[part], config.targets)
-    _check_disjoint(targets)
-
+    paths, targets = resolve_parts(model, configs)
     model.requires_grad_(False)
     whole = []
     for part, config in configs.items():
@@ -84,6 +77,22 @@ def inject_adapters(
         whole += changed if part not in targets else []
     records(model)[name] = AdapterRecord(configs, whole)
     return _report(model, configs, paths, targets, name)
+
+
+def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The path of every part, and of the layers to adapt in those whose method takes targets.
+
+    Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
+    that hides its layers is made explicit, which does not change what it computes. Raises UserError.
+    """
+    paths = {part: find_part(model, part) for part in configs}
+    targets: dict[str, list[str]] = {}
+    for part, config in configs.items():
+        if ADAPTERS[config.method].takes_targets:
+            _explicit(model, paths[part])
+            targets[part] = resolve_targets(model, part, paths[part], config.targets)
+    _check_disjoint(targets)
+    return paths, targets
 
 
 def resolve_targets(model: nn.Module, part: str, part_path: str, targets: str | list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from eval.benchmarks.vqa import (
     strip_whitespace,
     vqa_accuracy,
 )
-from eval.generation import answer_all, file_digest, generate, read_responses, weights_digest
+from eval.generation import answer_all, file_digest, generate, question_key, read_responses, weights_digest
 from eval.metrics import cluster_bootstrap, majority_share, wilson
 from eval.scoring import make_report, score_all
 from mmdora.config import EvaluationConfig
@@ -144,13 +144,18 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     model, processor = tiny
     encoder, folder = Encoder(processor), tmp_path / "result"
     asked: list[int] = []
-    first = answer_all(model, encoder, questions, folder, 2, 8, weights_digest(model))
+
+    def answers(max_new_tokens: int = 8) -> dict[str, str]:
+        weights = weights_digest(model)
+        keys = {q.id: question_key(q, encoder, max_new_tokens, weights) for q in questions}
+        return answer_all(model, encoder, questions, keys, folder, 2, max_new_tokens, asked.append)
+
+    first = answers()
 
     def ask_again(max_new_tokens: int = 8) -> int:
         """How many questions were generated anew."""
         asked.clear()
-        answers = answer_all(model, encoder, questions, folder, 2, max_new_tokens, weights_digest(model), asked.append)
-        assert set(answers) == set(first)
+        assert set(answers(max_new_tokens)) == set(first)
         return len(asked) - 1  # the first call reports what was known
 
     assert ask_again() == 0

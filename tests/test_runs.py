@@ -111,9 +111,17 @@ def test_overwrite_moves_the_old_run_aside(world, tmp_path):
 
 
 def test_eval_of_a_run(trained, tmp_path, capsys):
-    assert command("eval", str(trained)) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    responses = trained / "eval" / "counting" / "responses.jsonl"
+    written = responses.stat().st_mtime_ns
+    assert command("eval", str(trained)) == 0  # finished: told again, not answered again
+    assert "counting" in capsys.readouterr().out
+    assert command("eval", str(trained), "--limit", "3") == 2
+    assert "a finished result with other limit; --overwrite replaces it" in capsys.readouterr().err
+    assert responses.stat().st_mtime_ns == written
     assert command("eval", str(trained), "--out", str(tmp_path)) == 0
+    assert command("eval", str(trained), "--limit", "3", "--out", str(tmp_path), "--overwrite") == 0
+    assert json.loads((tmp_path / "counting" / "report.json").read_text())["n"] == 3
+    assert command("eval", str(trained), "--out", str(tmp_path), "--overwrite") == 0
     again = json.loads((tmp_path / "counting" / "report.json").read_text())
     first = json.loads((trained / "eval" / "counting" / "report.json").read_text())
     assert again["scores"] == first["scores"]
@@ -179,6 +187,8 @@ def test_analyze_and_list(trained, capsys):
         (["data.train.0.format=lava"], ["data.train.0.format", "Did you mean 'llava'"]),
         (["parts.vision.method=dorra"], ["parts.vision.method", "Did you mean 'dora'"]),
         (["parts.visoin={method: dora}"], ["parts.visoin", "Did you mean 'vision'"]),
+        (["evaluation.0.media=nowhere"], ["evaluation.0.media: no such folder 'nowhere'"]),
+        (["evaluation.0.format=lava"], ["evaluation.0.format", "Did you mean 'llava'"]),
         (["evaluation.0.benchmark=vqq"], ["evaluation.0.benchmark", "Did you mean 'vqa'"]),
         (["data.video.reader=decrod"], ["data.video.reader", "Did you mean 'decord'"]),
         (["training.deepspeed=zero9"], ["training.deepspeed: no such config 'zero9'", "zero2, zero3"]),
@@ -188,7 +198,8 @@ def test_analyze_and_list(trained, capsys):
 )
 def test_a_mistake_is_one_clear_error_and_exit_code_2(world, tmp_path, capsys, overrides, messages):
     assert command("train", *small(world, tmp_path / "run"), *overrides) == 2
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
+    assert "before" not in printed  # told before anything is scored
     assert error.startswith("error: ")
     assert "Traceback" not in error
     for message in messages:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from mmdora.analysis.decomposition import analyze, correlation
-from mmdora.commands.console import make_console
+from mmdora.commands.console import make_console, make_table
 from mmdora.errors import UserError
 from mmdora.rundir import load_target
 
@@ -15,9 +13,7 @@ def run(target: str, trust_remote_code: bool) -> None:
     changes = analyze(load_target(target, trust_remote_code).model)
     if not changes:
         raise UserError(f"{target}: no layer of it has an adapter")
-    table = Table(title="change of weights", title_justify="left")
-    for column in ("layer", "ΔM", "ΔD"):
-        table.add_column(column)
+    table = make_table("change of weights", "layer", "ΔM", "ΔD")
     for change in changes:
         table.add_row(change.path, f"{change.magnitude:.4f}", f"{change.direction:.4f}")
     console.print(table)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -53,25 +54,28 @@ def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
         yield lambda n: progress.advance(task, n)
 
 
-def percent(scores: dict[str, float] | None) -> str:
-    """`98.7% [97.4, 99.7]`"""
-    if scores is None:
-        return "–"
-    return f"{scores['value']:.1f}% [{scores['low']:.1f}, {scores['high']:.1f}]"
+def make_table(title: str, *columns: str) -> Table:
+    """A table with rules under its head only, which stays inside 80 columns where a boxed one wraps its figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def estimate(scores: dict[str, float] | None) -> str:
+    """`98.7 [97.4, 99.7]`"""
+    return "–" if scores is None else f"{scores['value']:.1f} [{scores['low']:.1f}, {scores['high']:.1f}]"
 
 
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:
-    """After and before, with 95% intervals, a row a benchmark."""
-    table = Table(title="scores, with 95% intervals", title_justify="left")
-    for column in ("benchmark", "questions", "before", "after", "commonest answer"):
-        table.add_column(column)
+    """A row a benchmark: the score before, where there is one, and now; and what one constant answer would score."""
+    earlier = any(before is not None for _, before in reports)
+    columns = ("before", "after") if earlier else ("score",)
+    table = make_table("scores, with 95% intervals", "benchmark", "questions", *columns, "commonest answer")
     for after, before in reports:
+        shown = [estimate(after["scores"]["official"])]
+        if earlier:
+            shown.insert(0, estimate(before["scores"]["official"] if before else None))
         baseline = after["majority_baseline"]
-        table.add_row(
-            after["name"],
-            str(after["n"]),
-            percent(before["scores"]["official"] if before else None),
-            percent(after["scores"]["official"]),
-            "–" if baseline is None else f"{baseline:.1f}%",
-        )
+        table.add_row(after["name"], str(after["n"]), *shown, "–" if baseline is None else f"{baseline:.1f}")
     return table

@@ -38,14 +38,6 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
     out = request.out or (run_dir.path / "eval" if config else None)
     if out is None:
         raise UserError(f"{request.target} is not a run; say with --out where the results go")
-    for entry in entries:
-        finished = out / entry.name / "report.json"
-        if finished.exists() and request.overwrite:
-            finished.unlink()
-        elif finished.exists():
-            raise UserError(
-                f"{finished.parent} holds a finished result; --overwrite replaces it, --out puts it elsewhere"
-            )
     questions = {entry.name: read_questions(entry) for entry in entries}
 
     loaded = load_target(request.target, trust_remote_code)
@@ -54,7 +46,10 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
     for entry in entries:
         asked, origin = questions[entry.name], {"target": request.target}
         with progress_bar(console, entry.name, len(asked)) as advance:
-            reports.append(evaluate(loaded.model, encoder, entry, asked, out / entry.name, advance, origin))
+            folder = out / entry.name
+            reports.append(
+                evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, overwrite=request.overwrite)
+            )
     console.print(results_table([(report, None) for report in reports]))
     console.print(f"Results are in {out}", soft_wrap=True)
 

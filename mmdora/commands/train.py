@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from transformers import PrinterCallback, set_seed
 
 from data_pipelines.collator import Collator
@@ -25,10 +24,10 @@ from eval.scoring import read_report
 from mmdora.adapters import ADAPTERS
 from mmdora.analysis.plots import plot_loss
 from mmdora.checkpoint import save_adapter
-from mmdora.commands.console import import_plugins, is_main, make_console, progress_bar, results_table
+from mmdora.commands.console import import_plugins, is_main, make_console, make_table, progress_bar, results_table
 from mmdora.config import RunConfig, find_path, load_config
 from mmdora.errors import UserError
-from mmdora.injection import InjectionReport, inject_adapters
+from mmdora.injection import InjectionReport, inject_adapters, resolve_parts
 from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
@@ -55,6 +54,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     checkpoint = run_dir.checkpoint() if resume else None
 
     model, processor = load_model(config.model)
+    resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
     encoder = Encoder(processor, config.data.video, config.data.max_length)
     if is_main():
         processor.save_pretrained(run_dir.processor)
@@ -95,8 +95,11 @@ def check_names(config: RunConfig) -> None:
         check("data.video.reader", VIDEO_READERS, config.data.video.reader)
     for i, entry in enumerate(config.evaluation):
         check(f"evaluation.{i}.benchmark", BENCHMARKS, entry.benchmark)
+        check(f"evaluation.{i}.format", DATASET_FORMATS, entry.format)
         if entry.format != "shapes" and not find_path(entry.data).exists():
             problems.append(f"evaluation.{i}.data: no such file or folder {entry.data!r}")
+        if entry.media is not None and not find_path(entry.media).is_dir():
+            problems.append(f"evaluation.{i}.media: no such folder {entry.media!r}")
     if problems:
         raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
 
@@ -104,10 +107,10 @@ def check_names(config: RunConfig) -> None:
 def evaluate_base(
     config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
 ) -> None:
-    """Score the model as it is, for the entries that say `before: true`; a finished result is kept."""
+    """Score the model as it is, for the entries that say `before: true`."""
     for entry in config.evaluation:
         folder = run_dir.result(entry.name, before=True)
-        if entry.before and not (folder / "report.json").exists():
+        if entry.before:
             asked, origin = questions[entry.name], {"model": config.model.path, "adapter": None}
             with progress_bar(console, f"{entry.name}, before", len(asked)) as advance:
                 evaluate(model, encoder, entry, asked, folder, advance, origin)
@@ -115,9 +118,7 @@ def evaluate_base(
 
 def show_adapters(console: Console, report: InjectionReport) -> None:
     """What was adapted, and what was not."""
-    table = Table(title="parts", title_justify="left")
-    for column in ("part", "method", "modules", "left as they are", "trainable", "of", "share"):
-        table.add_column(column)
+    table = make_table("what is tuned", "part", "method", "modules", "left", "trainable", "of", "share")
     for part in report.parts:
         share = f"{100 * part.trainable / part.total:.2f}%"
         counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
@@ -181,7 +182,8 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     for entry in config.evaluation:
         asked = questions[entry.name]
         with progress_bar(console, f"{entry.name}, after", len(asked)) as advance:
-            evaluate(loaded.model, encoder, entry, asked, run_dir.result(entry.name), advance, origin)
+            folder = run_dir.result(entry.name)  # a run that was resumed may hold results of fewer steps
+            evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, overwrite=True)
         before = run_dir.result(entry.name, before=True)
         results.append((run_dir.result(entry.name), before if (before / "report.json").exists() else None))
     if not is_main():

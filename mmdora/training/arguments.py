@@ -20,21 +20,22 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     settings = config.training
     deepspeed = deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % (settings.micro_batch_size * world):
+    micro = min(settings.micro_batch_size, max(1, settings.batch_size // world))
+    if settings.batch_size % (micro * world):
         raise UserError(
             f"training.batch_size {settings.batch_size} cannot be split over {world} processes of "
-            f"micro_batch_size {settings.micro_batch_size}; make it a multiple of {settings.micro_batch_size * world}"
+            f"micro_batch_size {micro}; make it a multiple of {micro * world}"
         )
     half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * world),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // (micro * world),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.lr_scheduler, settings.lr_scheduler),
-        warmup_steps=settings.warmup_ratio if settings.warmup_ratio < 1 else 0,
+        warmup_steps=settings.warmup_ratio,  # below 1: a share of the steps
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,

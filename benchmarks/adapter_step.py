@@ -1,0 +1,161 @@
+"""What an adapter costs: forward + backward of a few Llama layers, as a multiple of the same layers without adapters.
+
+    python benchmarks/adapter_step.py                                          # a CPU
+    python benchmarks/adapter_step.py --hidden 4096 --tokens 8192 --layers 2   # a GPU, at the shapes of a 7B model
+
+Every round times all candidates in a new order, one step each; figures are medians over the rounds, and ratios to the
+frozen layers of the same run, since the machine is noisy. Saved activations are what autograd keeps for the backward
+pass, beyond the weights and beyond what the frozen layers keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+import mmdora
+
+Build = Callable[[LlamaModel, int], nn.Module]
+
+
+def frozen(model: LlamaModel, rank: int) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def with_peft(use_dora: bool, autocast_adapter_dtype: bool) -> Build:
+    """`autocast_adapter_dtype` is PEFT's default: adapters of a half-precision model are kept in fp32."""
+
+    def build(model: LlamaModel, rank: int) -> nn.Module:
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    return build
+
+
+def with_mmdora(method: str) -> Build:
+    def build(model: LlamaModel, rank: int) -> nn.Module:
+        mmdora.inject_adapters(model, {"": {"method": method, "rank": rank, "alpha": 2 * rank}})
+        return model
+
+    return build
+
+
+CANDIDATES: dict[str, Build] = {
+    "frozen": frozen,
+    "PEFT LoRA": with_peft(use_dora=False, autocast_adapter_dtype=True),
+    "PEFT LoRA, adapters in the model's dtype": with_peft(use_dora=False, autocast_adapter_dtype=False),
+    "PEFT DoRA": with_peft(use_dora=True, autocast_adapter_dtype=True),
+    "PEFT DoRA, adapters in the model's dtype": with_peft(use_dora=True, autocast_adapter_dtype=False),
+    "mmdora LoRA": with_mmdora("lora"),
+    "mmdora DoRA": with_mmdora("dora"),
+}
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    """One forward and backward pass, down to the gradient of the input [1, tokens, hidden]."""
+    model(inputs_embeds=x).last_hidden_state.float().square().mean().backward()
+    x.grad = None
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def seconds(model: nn.Module, x: Tensor) -> float:
+    _wait(x)
+    start = time.perf_counter()
+    step(model, x)
+    _wait(x)
+    return time.perf_counter() - start
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd saves for the backward pass; storages shared with a parameter or each other count once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(inputs_embeds=x).last_hidden_state
+    total = sum(storages.values())
+    del out
+    return total
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 43 // 16,  # 11008 for 4096, as in Llama 7B
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 128),
+    )
+    base = LlamaModel(config).to(device, dtype)
+    models = {name: build(copy.deepcopy(base), args.rank).train() for name, build in CANDIDATES.items()}
+    x = torch.randn(1, args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
+
+    saved = {name: saved_bytes(model, x) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        step(model, x)  # warm up
+    for _ in range(args.rounds):
+        for name in random.sample(list(models), len(models)):
+            times[name].append(seconds(models[name], x))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    figures = {
+        name: {
+            "step_over_frozen": round(medians[name] / medians["frozen"], 3),
+            "saved_over_frozen_mib": round((saved[name] - saved["frozen"]) / 2**20, 1),
+        }
+        for name in models
+    }
+    print(f"{'':42} {'step':>6} {'saved, MiB':>11}   (over frozen: {medians['frozen'] * 1000:.1f} ms)")
+    for name, row in figures.items():
+        print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f}")
+    if args.out is not None:
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+            "threads": torch.get_num_threads(),
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
+            "shape": {k: getattr(args, k) for k in ("hidden", "layers", "tokens", "rank", "dtype", "rounds")},
+            "frozen_ms": round(medians["frozen"] * 1000, 2),
+        }
+        args.out.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

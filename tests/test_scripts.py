@@ -1,0 +1,58 @@
+"""The scripts beside the packages run: the example, the benchmark, and the recipe of the tiny base."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from mmdora.config import ModelConfig
+from mmdora.loading import load_model
+from tests.conftest import ROOT
+
+
+def script(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_example_learns_and_merges(tmp_path):
+    printed = script("examples/own_loop.py", str(tmp_path))
+    losses = [float(line.split("loss")[1]) for line in printed.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.1 * losses[0]
+    assert float(printed.rsplit("difference", 1)[1]) < 1e-3
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_benchmark_measures_every_candidate(tmp_path):
+    out = tmp_path / "result.json"
+    script("benchmarks/adapter_step.py", "--hidden=64", "--tokens=16", "--rank=2", "--rounds=2", f"--out={out}")
+    result = json.loads(out.read_text())
+    assert {"frozen", "PEFT LoRA", "PEFT DoRA", "mmdora LoRA", "mmdora DoRA"} <= set(result["figures"])
+    assert result["figures"]["frozen"] == {"step_over_frozen": 1.0, "saved_over_frozen_mib": 0.0}
+    saved = {name: row["saved_over_frozen_mib"] for name, row in result["figures"].items()}
+    assert saved["mmdora DoRA"] < saved["PEFT DoRA"]
+
+
+def test_the_recipe_builds_a_base_with_its_card(world, tmp_path):
+    overrides = [
+        f"training.output={tmp_path}/run",
+        f"model.language_model.path={tmp_path}/run/language_model",
+        f"data.train=[{{path: {world}/retained_train.json, format: shapes}}]",
+        f"evaluation.0.data={world}/retained_held_out.json",
+        "training.max_steps=2",
+    ]
+    out = tmp_path / "model"
+    script("assets/tiny-llava/recipe.py", "configs/tiny_base.yaml", *overrides, f"--out={out}")
+    card = (out / "README.md").read_text()
+    assert "| place | " in card
+    assert "@" not in card
+    model, _ = load_model(ModelConfig(path=str(out), dtype="float32"))
+    shipped, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in shipped.state_dict().items()}
+    assert all(torch.isfinite(p).all() for p in model.parameters())

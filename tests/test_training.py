@@ -1,0 +1,50 @@
+"""Batches over processes, and which learning rate each part trains with."""
+
+from __future__ import annotations
+
+import pytest
+
+import mmdora
+from mmdora.config import load_config
+from mmdora.errors import UserError
+from mmdora.training.arguments import training_arguments
+from mmdora.training.trainer import optimizer_groups
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "micro", "expected"),
+    [(1, 32, 32, (32, 1)), (2, 32, 32, (16, 1)), (2, 32, 4, (4, 4)), (1, 32, 8, (8, 4))],
+)
+def test_the_global_batch_is_kept_over_processes(monkeypatch, tmp_path, world, batch, micro, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    config = load_config("quickstart", [f"training.batch_size={batch}", f"training.micro_batch_size={micro}"])
+    arguments = training_arguments(config, tmp_path)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == expected
+
+
+def test_a_batch_that_cannot_be_split_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"batch_size 32 cannot be split over 3 processes.*a multiple of 30"):
+        training_arguments(load_config("quickstart"), tmp_path)
+
+
+def test_each_part_trains_with_its_own_rate_and_decay(tiny):
+    model, _ = tiny
+    config = load_config(
+        "quickstart",
+        [
+            "parts.vision.learning_rate=1e-3",
+            "parts.projector.learning_rate=null",
+            "parts.language.weight_decay=0.1",
+            "training.learning_rate=7e-3",
+        ],
+    )
+    mmdora.inject_adapters(model, config.parts)
+    groups = optimizer_groups(model, config)
+    rates = {g["name"]: g["lr"] for g in groups}
+    assert rates == {"vision": 1e-3, "projector": 7e-3, "language": 5e-3}
+    decays = {(g["name"], g["weight_decay"]) for g in groups}
+    assert ("language", 0.1) in decays  # A and B
+    assert ("language", 0.0) in decays  # magnitudes
+    grouped = [id(p) for g in groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
