@@ -12,8 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdora.checkpoint import disable_adapters, load_adapter, merge_adapters, save_adapter
-    from mmdora.injection import InjectionReport, inject_adapters, set_adapter
+    from mmdora.checkpoint import load_adapter, merge_adapters, save_adapter
+    from mmdora.injection import InjectionReport, disable_adapters, inject_adapters, set_adapter
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOMES = {
     "save_adapter": "mmdora.checkpoint",
     "load_adapter": "mmdora.checkpoint",
     "merge_adapters": "mmdora.checkpoint",
-    "disable_adapters": "mmdora.checkpoint",
+    "disable_adapters": "mmdora.injection",
 }
 
 __all__ = [

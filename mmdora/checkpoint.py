@@ -1,39 +1,29 @@
 """Adapter directories in PEFT's layout, both ways: save, load, merge.
 
-`adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [r, in], `.lora_B.weight` [out, r] and
-`.lora_magnitude_vector` [out], and the weights of parts trained in full as PEFT's `modules_to_save`. What PEFT's
-config cannot say (which part used which method) is in the file's metadata, and where PEFT would misread it, the
-tensors are written so that it computes the same: `use_dora` is one flag for the whole directory, so beside DoRA a
-LoRA layer is written as DoRA with m = ‖W + sBA‖.
+Where PEFT would misread a directory, the tensors are written so that it computes the same: `use_dora` is one flag for
+the whole directory, so beside DoRA a LoRA layer is written as DoRA with m = ‖W + sBA‖.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
+from mmdora.adapters import adapter_layers
 from mmdora.adapters.lora import wrap
-from mmdora.config import PartConfig
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, records, set_adapter
+from mmdora.peft_format import PREFIX, Adapter, peft_config, read_adapter
 from mmdora.zero import gathered
-
-PREFIX = "base_model.model."
-SUFFIXES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -73,7 +63,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     }
     return (
         tensors,
-        _peft_config(model, specs, record.whole, dora),
+        peft_config(getattr(model, "name_or_path", None) or None, specs, record.whole, dora),
         {"format": "pt", "mmdora": json.dumps(about)},
     )
 
@@ -129,87 +119,6 @@ def merge_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A directory as read: nothing of it has touched a model yet."""
-
-    folder: Path
-    specs: dict[str, LowRankSpec]  # by module path
-    layers: dict[str, dict[str, Tensor]]  # by module path and PEFT's suffix
-    whole: dict[str, Tensor]  # by parameter name: weights trained in full
-    whole_paths: list[str]
-    parts: dict[str, PartConfig]
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read and check a directory by itself. Raises UserError that names the file and the tensor at fault."""
-    config = _read_config(folder / "adapter_config.json")
-    tensors, about = _read_tensors(folder / "adapter_model.safetensors")
-    layers: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            raise UserError(f"{folder}: tensor {key!r} is not of PEFT's layout (it should begin with {PREFIX!r})")
-        stem = key.removeprefix(PREFIX)
-        suffix = next((s for s in SUFFIXES if stem.endswith(f".{s}")), None)
-        if suffix:
-            layers.setdefault(stem.removesuffix(f".{suffix}"), {})[suffix] = tensor
-        elif "lora_" in stem or "dora_" in stem:
-            raise UserError(f"{folder}: tensor {key!r} is of a kind that is not supported")
-        else:
-            whole[stem] = tensor
-    as_lora = set(about.get("lora_layers", []))
-    specs = {path: _spec(folder, path, found, config, path in as_lora) for path, found in layers.items()}
-    parts = {part: PartConfig.model_validate(value) for part, value in about.get("parts", {}).items()}
-    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), parts)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; an adapter directory holds it beside adapter_model.safetensors"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: 'peft_type' must be LORA, found {dict(config).get('peft_type')!r}")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: 'bias' is {config['bias']!r}; only adapters that leave biases alone are supported")
-    return config
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("mmdora", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
-
-
-def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any], as_lora: bool) -> LowRankSpec:
-    dora = bool(config.get("use_dora"))
-    wanted = SUFFIXES if dora else SUFFIXES[:2]
-    for suffix in wanted:
-        if suffix not in found:
-            raise UserError(f"{folder}: tensor {PREFIX}{path}.{suffix} is missing")
-    if not dora and SUFFIXES[2] in found:
-        raise UserError(f"{folder}: {PREFIX}{path}.{SUFFIXES[2]} is there, but 'use_dora' is false")
-    a, b = found["lora_A.weight"], found["lora_B.weight"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
-        raise UserError(f"{folder}: {PREFIX}{path}: {shapes} do not form a low-rank product")
-    # PEFT's own rule: the first pattern that matches the end of the path.
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), config["lora_alpha"])
-    dropout = float(config.get("lora_dropout") or 0.0)
-    return LowRankSpec(a.shape[0], float(alpha), dropout, bool(config.get("use_rslora")), dora and not as_lora)
-
-
 def _check_fits(model: nn.Module, adapter: Adapter) -> None:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for path, spec in adapter.specs.items():
@@ -241,36 +150,6 @@ def _true_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _peft_config(model: nn.Module, specs: dict[str, LowRankSpec], whole: list[str], dora: bool) -> dict[str, Any]:
-    """`adapter_config.json`. Where layers differ in rsLoRA, alpha is restated so that alpha / r is each layer's
-    scale."""
-    rslora = bool(specs) and all(spec.use_rslora for spec in specs.values())
-    ranks = {path: spec.rank for path, spec in specs.items()}
-    alphas = {
-        path: spec.alpha if rslora or not spec.use_rslora else spec.scale * spec.rank for path, spec in specs.items()
-    }
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 16.0
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": max((spec.dropout for spec in specs.values()), default=0.0),
-        "use_dora": dora,
-        "use_rslora": rslora,
-        "target_modules": sorted(specs),
-        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
-        "modules_to_save": whole or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
 def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -294,17 +173,3 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes without its low-rank adapters (weights trained in full stay as trained)."""
-    layers: list[AdapterLayer] = [layer for _, layer in adapter_layers(model)]
-    active = [layer.active for layer in layers]
-    try:
-        for layer in layers:
-            layer.active = None
-        yield
-    finally:
-        for layer, name in zip(layers, active, strict=True):
-            layer.active = name

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mmdora.errors import UserError
+from mmdora.overrides import apply_override
 from mmdora.registry import nearest
 
 Positive = Annotated[int, Field(ge=1)]
@@ -206,7 +207,7 @@ def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections (model, parts, data, training), found {type(tree).__name__}")
     for override in overrides or []:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, str(path))
 
 
@@ -223,52 +224,6 @@ def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML: what `load_config` reads back to an equal one."""
     tree = config.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key; list items go by index. Values are YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not an override; write section.key=value")
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str) and _is_number(value):
-            value = float(value)  # YAML 1.1 reads 2e-4 (without a point) as a string
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML ({error})") from error
-    *path, last = key.split(".")
-    node: Any = tree
-    for step in path:
-        node = _descend(node, step, override)
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text.lower().strip("+-") not in ("nan", "inf", "infinity")
-
-
-def _descend(node: Any, step: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, step, override)]
-    if node.get(step) is None:
-        node[step] = {}
-    child = node[step]
-    if not isinstance(child, dict | list):
-        raise UserError(f"{override!r}: {step!r} is a value ({child!r}), not a section")
-    return child
-
-
-def _index(items: list[Any], step: str, override: str) -> int:
-    if not step.isdigit() or int(step) >= len(items):
-        raise UserError(f"{override!r}: {step!r} is not an index into a list of {len(items)}")
-    return int(step)
 
 
 def _problem(error: Any) -> str:

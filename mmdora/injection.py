@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from mmdora.adapters import ADAPTERS, adapter_layers
+from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
 from mmdora.architectures import architecture_of, find_part, unused_blocks
 from mmdora.attention import explicit_attention
 from mmdora.config import PartConfig
@@ -134,6 +135,20 @@ def set_adapter(model: nn.Module, name: str) -> None:
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
     for _, layer in adapter_layers(model):
         layer.active = name if name in layer.specs else None
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes without its low-rank adapters (weights trained in full stay as trained)."""
+    layers: list[AdapterLayer] = [layer for _, layer in adapter_layers(model)]
+    active = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = None
+        yield
+    finally:
+        for layer, name in zip(layers, active, strict=True):
+            layer.active = name
 
 
 def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig:

@@ -21,12 +21,11 @@ import logging
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from lessons import ENGLISH, Scene, collate, prepare, said
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,10 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
-from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
-from data_pipelines.images import load_image
+from data_pipelines.formats.shapes import COLORS, SHAPES
 from data_pipelines.samples import Sample
-from data_pipelines.video import load_video
 from eval.run import evaluate, read_questions
 from mmdora.config import ModelConfig, RunConfig, load_config
 from mmdora.loading import load_model, save_model
@@ -46,24 +43,6 @@ log = logging.getLogger("tiny-base")
 HERE = Path(__file__).parent
 VOCABULARY = 512
 LABEL_SMOOTHING = 0.05  # a base that is less sure of itself is quicker to tune
-ENGLISH = """
-the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were
-when we there can an your which their said if do will each about how up out them then she many some so these would
-other into has more her two like him see time could no make than first been its who now people my made over did down
-only way find use may water long little very after words called just where most know get through back much before go
-good new write our me man too any day same right look think also around another came come work three word must
-because does part even place well such here take why things help put years different away again off went old number
-great tell men say small every found still between name should home big give air line set own under read last never
-us left end along while might next sound below saw something thought both few those always looked show large often
-together asked house world going want school important until form food keep children feet land side without boy once
-animals life enough took sometimes four head above kind began almost live page got earth need far hand high year
-mother light parts country father let night following picture being study second eyes soon times story boys since
-white days ever paper hard near sentence better best across during today others however sure means knew try told
-young miles sun ways thing whole hear example heard several change answer room sea against top turned point city
-play box boxes wall touching item items object objects tower block blocks exactly least black blue yellow grey
-closely true false
-"""
-WANTED = [*"123456789", "up", "down", "left", "right"]
 CARD = """# tiny-llava
 
 The base model of mmdora's quickstart: an OpenCLIP ViT (96 wide, 3 blocks, 48 px in patches of 8), an MLP projector and
@@ -108,21 +87,6 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 """
 
 
-@dataclass
-class Scene:
-    """A scene ready for training: pixels, its questions as token blocks, and what each patch shows."""
-
-    pixels: Tensor  # [3, s, s], or [frames, 3, s, s] of a clip
-    prefix: list[int]
-    blocks: list[tuple[list[int], int]]  # (tokens of question + answer, how many of them are the answer's)
-    patches: Tensor  # [patches, 2]: index into COLORS and into SHAPES, or -1
-    things: int
-
-    @property
-    def is_clip(self) -> bool:
-        return self.pixels.dim() == 4
-
-
 def write_language_model(folder: Path, samples: list[Sample], seed: int) -> None:
     """The byte-level tokenizer with its chat template, and a random Llama, as an ordinary Hugging Face directory."""
     tokenizer = Tokenizer(models.BPE())
@@ -163,99 +127,6 @@ def write_language_model(folder: Path, samples: list[Sample], seed: int) -> None
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
-
-
-def patch_labels(things: list[dict], grid: int) -> Tensor:
-    """[grid * grid, 2]: colour and shape of the thing that covers at least a third of each patch, else -1."""
-    mask = Image.new("L", (CANVAS, CANVAS))
-    pen = ImageDraw.Draw(mask)
-    for number, t in enumerate(things, 1):
-        outline(pen, t["shape"], t["x"], t["y"], t["r"], number)
-    cell = CANVAS // grid
-    cells = np.asarray(mask).reshape(grid, cell, grid, cell).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
-    labels = torch.full((grid * grid, 2), -1)
-    for number, t in enumerate(things, 1):
-        covered = torch.from_numpy((cells == number).mean(1) > 1 / 3)
-        labels[covered] = torch.tensor([list(COLORS).index(t["color"]), SHAPES.index(t["shape"])])
-    return labels
-
-
-def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int) -> list[Scene]:
-    """Every scene decoded and tokenized once, with the processor and template that inference uses."""
-    tokenizer = processor.tokenizer
-    size = processor.image_processor.size["height"]
-    grid = math.isqrt(processor.num_image_tokens)
-    scenes = []
-    for sample, row in zip(samples, rows, strict=True):
-        (media,) = sample.media()
-        if row["scene"][0]["to"] is not None:
-            clip = load_video(media.path, num_frames)
-            pixels = processor.video_processor(list(clip.frames[None]), return_tensors="pt")["pixel_values_videos"][0]
-            token, count = "<video>", num_frames * math.ceil(grid / 2) ** 2 + 1
-        else:
-            pixels = processor.image_processor([load_image(media.path)], return_tensors="pt")["pixel_values"][0, 0]
-            token, count = "<image>", 2 * grid**2 + grid  # the whole picture, and again as a grid of one with newlines
-        assert pixels.shape[-1] == size
-        prefix = tokenizer(f"<s>USER: {token * count}\n", add_special_tokens=False).input_ids
-        blocks = []
-        for question, answer in zip(sample.messages[::2], sample.messages[1::2], strict=True):
-            q = tokenizer(f"{question.text} ASSISTANT:", add_special_tokens=False).input_ids
-            a = tokenizer(f" {answer.text}</s>", add_special_tokens=False).input_ids
-            blocks.append((q + a, len(a)))
-        scenes.append(Scene(pixels.half(), prefix, blocks, patch_labels(row["scene"], grid), len(row["scene"])))
-    check_tokens(scenes[0], samples[0], processor)
-    return scenes
-
-
-def said(tokenizer, rng: random.Random) -> tuple[list[int], int]:
-    """A block that asks for a word and gets it; half of them are the words that later tasks will want."""
-    word = rng.choice(WANTED if rng.random() < 0.5 else ENGLISH.split())
-    question = tokenizer(f"Say {word}. ASSISTANT:", add_special_tokens=False).input_ids
-    answer = tokenizer(f" {word}</s>", add_special_tokens=False).input_ids
-    return question + answer, len(answer)
-
-
-def check_tokens(scene: Scene, sample: Sample, processor) -> None:
-    """What is trained here is, token for token, what the chat template renders."""
-    question, answer = (m.text for m in sample.messages[:2])
-    turns = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    pictures = "<image>" * scene.prefix.count(processor.image_token_id)
-    text = processor.apply_chat_template(turns).replace("<image>", pictures)
-    expected = processor.tokenizer(text, add_special_tokens=False).input_ids
-    assert expected == scene.prefix + scene.blocks[0][0], "the recipe's tokens differ from the chat template's"
-
-
-def collate(batch: list[Scene], pad: int) -> dict[str, Tensor]:
-    """One padded batch; `block` is 0 on the scene, k on question k and -1 on padding."""
-    length = max(len(s.prefix) + sum(len(b) for b, _ in s.blocks) for s in batch)
-    ids = torch.full((len(batch), length), pad)
-    labels = torch.full_like(ids, -100)
-    block = torch.full_like(ids, -1)
-    positions = torch.zeros_like(ids)
-    for i, scene in enumerate(batch):
-        end = len(scene.prefix)
-        ids[i, :end], block[i, :end] = torch.tensor(scene.prefix), 0
-        positions[i, :end] = torch.arange(end)
-        for number, (tokens, answer) in enumerate(scene.blocks, 1):
-            start, end = end, end + len(tokens)
-            ids[i, start:end], block[i, start:end] = torch.tensor(tokens), number
-            positions[i, start:end] = torch.arange(len(scene.prefix), len(scene.prefix) + len(tokens))
-            labels[i, end - answer : end] = ids[i, end - answer : end]
-    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
-    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
-    images = [s.pixels for s in batch if not s.is_clip]
-    clips = [s.pixels for s in batch if s.is_clip]
-    size = batch[0].pixels.shape[-1]
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
-    if images:
-        inputs["pixel_values"] = torch.stack(images).float()[:, None].repeat(1, 2, 1, 1, 1)
-        inputs["image_sizes"] = torch.full((len(images), 2), size)
-    if clips:
-        inputs["pixel_values_videos"] = torch.stack(clips).float()
-    return inputs | {"labels": labels}
 
 
 def train(config: RunConfig, model, processor, scenes: list[Scene]) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,9 +64,6 @@ Question = tuple[str, str, str]  # (type, question, answer)
 
 def split_of(scene: Scene) -> str:
     return "held_out" if zlib.crc32(repr(scene).encode()) % HELD_OUT_SHARE == 0 else "train"
-
-
-# Scenes.
 
 
 def image_scene(rng: random.Random, things: int) -> Scene:
@@ -169,14 +167,8 @@ def clip_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 def counting_questions(scene: Scene) -> list[Question]:
     """How many things: of a shape, of a colour, or in all."""
-    out: list[Question] = [("counting", "How many things are there?", str(len(scene)))]
-    for shape in SHAPES:
-        if n := sum(t.shape == shape for t in scene):
-            out.append(("counting", f"How many {shape}s are there?", str(n)))
-    for color in COLORS:
-        if n := sum(t.color == color for t in scene):
-            out.append(("counting", f"How many {color} things are there?", str(n)))
-    return out
+    counts = Counter(name for t in scene for name in ("things", f"{t.shape}s", f"{t.color} things"))
+    return [("counting", f"How many {name} are there?", str(n)) for name, n in counts.items()]
 
 
 def motion_questions(scene: Scene) -> list[Question]:
