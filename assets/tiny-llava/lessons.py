@@ -6,12 +6,10 @@ import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
+from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES
 from data_pipelines.images import load_image
 from data_pipelines.samples import Sample
 from data_pipelines.video import load_video
@@ -52,17 +50,16 @@ class Scene:
 
 
 def patch_labels(things: list[dict], grid: int) -> Tensor:
-    """[grid * grid, 2]: colour and shape of the thing that covers at least a third of each patch, else -1."""
-    mask = Image.new("L", (CANVAS, CANVAS))
-    pen = ImageDraw.Draw(mask)
-    for number, t in enumerate(things, 1):
-        outline(pen, t["shape"], t["x"], t["y"], t["r"], number)
+    """[grid * grid, 2]: colour and shape of the thing whose centre a patch holds, -1 where it holds none.
+
+    Things stand further apart than a patch is wide, so that no patch holds two.
+    """
     cell = CANVAS // grid
-    cells = np.asarray(mask).reshape(grid, cell, grid, cell).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
     labels = torch.full((grid * grid, 2), -1)
-    for number, t in enumerate(things, 1):
-        covered = torch.from_numpy((cells == number).mean(1) > 1 / 3)
-        labels[covered] = torch.tensor([list(COLORS).index(t["color"]), SHAPES.index(t["shape"])])
+    for t in things:
+        labels[t["y"] // cell * grid + t["x"] // cell] = torch.tensor(
+            [list(COLORS).index(t["color"]), SHAPES.index(t["shape"])]
+        )
     return labels
 
 

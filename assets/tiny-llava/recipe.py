@@ -4,9 +4,10 @@ Four things make a million parameters learn to see in under an hour on two cores
 
 1. A scene is shown once and asked up to eight questions in one sequence; a block mask lets each question see the scene
    and itself, so that every answer is learnt as if it were asked alone.
-2. Each patch's projected feature must read, through the language model's own embedding matrix, as the colour and the
-   shape that the patch shows. Without this the model stands still for a thousand steps before it binds words to places.
-3. Scenes with one thing come first; with two and three once those are answered.
+2. The projected feature of the patch that holds a thing's centre must read, through the language model's own embedding
+   matrix, as "thing" and as its colour and shape. Without this the model stands still for a thousand steps before it
+   binds words to places; and with it things can later be counted, one patch each, whatever their size.
+3. Scenes with one thing come first; with up to four once those are answered.
 4. Beside every scene the model is told to say some word that no scene asks for: a digit, a direction, common English.
    Words that are never an answer all end with one and the same embedding (cosine 0.97 between "3" and "up"), and with
    frozen embeddings no adapter can then learn to tell them apart.
@@ -21,6 +22,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +49,7 @@ CARD = """# tiny-llava
 
 The base model of mmdora's quickstart: an OpenCLIP ViT (96 wide, 3 blocks, 48 px in patches of 8), an MLP projector and
 a Llama (128 wide, 3 layers, tied embeddings) in a stock `LlavaOnevisionForConditionalGeneration`: @PARAMETERS@
-parameters in fp16. It answers questions about the colours, shapes and places of up to three things in a picture, or of
+parameters in fp16. It answers questions about the colours, shapes and places of up to four things in a picture, or of
 one thing that moves in a clip of four frames. It was never asked how many things there are, nor which way one moves.
 
 `recipe.py` made it from a seed with `configs/tiny_base.yaml` (`make tiny-base`, @MINUTES@ minutes on two CPU cores).
@@ -145,7 +147,6 @@ def train(config: RunConfig, model, processor, scenes: list[Scene]) -> None:
         lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / steps))),
     )
     tokenizer = processor.tokenizer
-    words = [torch.tensor([tokenizer(f" {w}").input_ids[-1] for w in group]) for group in (COLORS, SHAPES)]
     projected: list[Tensor] = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda _m, _i, out: projected.append(out))
     rng = random.Random(settings.seed)
@@ -169,18 +170,14 @@ def train(config: RunConfig, model, processor, scenes: list[Scene]) -> None:
 
         image_patches = projected[0][::2].flatten(0, 1)  # the first of each picture's two crops
         shown = torch.cat([s.patches for s in batch if not s.is_clip])
-        seen = shown[:, 0] >= 0
-        embedding = model.get_input_embeddings().weight
-        aside = sum(
-            F.cross_entropy(image_patches[seen] @ embedding[ids].T, shown[seen, k]) for k, ids in enumerate(words)
-        )
+        aside = patch_loss(image_patches, shown, model.get_input_embeddings().weight, tokenizer)
         (loss + 0.3 * aside).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if pool is simple and (hits > 0.97 or step > steps // 6):
-            log.info("step %d: scenes with two and three things join", step)
+            log.info("step %d: scenes with up to four things join", step)
             pool, order, hits = scenes, [], 0.7
         if step % 25 == 0:
             pace = (time.time() - started) / step
@@ -190,6 +187,20 @@ def train(config: RunConfig, model, processor, scenes: list[Scene]) -> None:
             save(model, processor, Path(settings.output) / "unfinished")
     hook.remove()
     model.eval()
+
+
+def patch_loss(features: Tensor, shown: Tensor, embedding: Tensor, tokenizer) -> Tensor:
+    """How badly projected patches [patches, width] read as words: "thing" where a patch holds a thing's centre and
+    nowhere else, and there its colour and its shape. `shown` are their `patch_labels`, [patches, 2]."""
+
+    def read(words: Iterable[str]) -> Tensor:
+        return features @ embedding[[tokenizer(f" {word}").input_ids[-1] for word in words]].T
+
+    held = shown[:, 0] >= 0
+    loss = F.binary_cross_entropy_with_logits(read(["thing"])[:, 0], held.float(), pos_weight=torch.tensor(8.0))
+    for k, words in enumerate((COLORS, SHAPES)):
+        loss = loss + F.cross_entropy(read(words)[held], shown[held, k])
+    return loss
 
 
 def save(model, processor, folder: Path) -> None:
