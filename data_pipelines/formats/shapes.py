@@ -137,16 +137,16 @@ def image_questions(scene: Scene, rng: random.Random) -> list[Question]:
     out: list[Question] = []
     for t in _only(scene, lambda t: t.shape):
         out.append(("color", f"What color is the {t.shape}?", t.color))
+        out += [("place", q, a) for q, a in _place(t.shape, t.x, t.y)]
     for t in _only(scene, lambda t: t.color):
         out.append(("shape", f"What shape is the {t.color} thing?", t.shape))
+        out += [("place", q, a) for q, a in _place(f"{t.color} thing", t.x, t.y)]
     names = {t.name for t in scene}
     out += [("exists", f"Is there a {name}?", "yes") for name in sorted(names)]
     mixed = sorted({f"{a.color} {b.shape}" for a in scene for b in scene} - names)
     absent = mixed + sorted({f"{c} {s}" for c in COLORS for s in SHAPES} - names - set(mixed))
     hard = rng.sample(mixed, min(len(mixed), len(names) - 1))
     out += [("exists", f"Is there a {n}?", "no") for n in hard + rng.sample(absent, len(names) - len(hard))]
-    for t in _only(scene, lambda t: t.name):
-        out += [("place", q, a) for q, a in _place(t.name, t.x, t.y)]
     return out
 
 
@@ -210,8 +210,8 @@ class Task:
 
 TASKS = {
     "base": Task(_base, train=24_000, held_out=2_000, turns=8),
-    "retained": Task(_base, train=400, held_out=300, turns=1),
-    "counting": Task(_counting, train=1_500, held_out=384, turns=1),
+    "retained": Task(_base, train=600, held_out=300, turns=1),
+    "counting": Task(_counting, train=2_000, held_out=384, turns=1),
     "motion": Task(_motion, train=1_000, held_out=256, turns=1),
 }
 

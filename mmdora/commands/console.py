@@ -71,7 +71,7 @@ def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -
     """A row a benchmark: the score before, where there is one, and now; and what one constant answer would score."""
     earlier = any(before is not None for _, before in reports)
     columns = ("before", "after") if earlier else ("score",)
-    table = make_table("scores, with 95% intervals", "benchmark", "questions", *columns, "commonest answer")
+    table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest")
     for after, before in reports:
         shown = [estimate(after["scores"]["official"])]
         if earlier:
