@@ -49,7 +49,7 @@ def answer_all(
         raise UserError(f"two questions have the id {doubled!r}; ids must be unique")
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder.mkdir(parents=True, exist_ok=True)
-    known = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
+    known = read_responses(folder, keys)
     advance(len(known))
     mine = [q for i, q in enumerate(questions) if i % world == rank and q.id not in known]
     with (folder / f"responses.{rank}.jsonl").open("a", encoding="utf-8") as file:
@@ -60,7 +60,7 @@ def answer_all(
             os.fsync(file.fileno())
             advance(1)
     _barrier()
-    answered = {k: v for k, v in read_responses(folder).items() if v["key"] == keys.get(k)}
+    answered = read_responses(folder, keys)
     missing = [i for i in ids if i not in answered]
     assert not missing, f"{len(missing)} questions have no answer, such as {missing[0]!r}"
     _barrier()
@@ -136,14 +136,16 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
 
 
-def read_responses(folder: Path) -> dict[str, dict[str, str]]:
-    """Answers by question id, from the merged file and from every process's own; a torn last line is dropped."""
+def read_responses(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Answers by question id, from the merged file and from every process's own, where they were given to the question
+    that `keys` stands for; a torn last line is dropped."""
     answers = {}
     for path in sorted(folder.glob("responses*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                answers[row["id"]] = row
+                if row["key"] == keys.get(row["id"]):
+                    answers[row["id"]] = row
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: dropped a line that was cut off", path)
     return answers

@@ -53,7 +53,7 @@ def evaluate(
         if (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"]):
             advance(len(questions))
             return report
-        changed = [k for k, v in receipt.items() if report["receipt"].get(k) != v and k != "questions"]
+        changed = [k for k, v in receipt.items() if k != "questions" and report["receipt"].get(k, v) != v]
         raise UserError(
             f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; "
             "--overwrite replaces it, --out puts the new one elsewhere"

@@ -24,10 +24,16 @@ def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None
         yield
 
 
-def mark_leaf(module: nn.Module) -> None:
-    """Let ZeRO-3 gather `module` as one: the parameters of its children are read in its own forward."""
-    # What deepspeed.utils.set_z3_leaf_module does; written here so that DeepSpeed stays optional.
-    module.__dict__["_z3_leaf"] = True
+def read_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO-3 gather `parameters`, which children of `module` hold, for the forward and backward pass of `module`.
+
+    Marking the module as a ZeRO-3 leaf would gather them too, but a leaf's gradients are reduced at its first backward
+    pass, and a vision encoder runs twice where a batch holds pictures and clips.
+    """
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def numel(parameter: nn.Parameter) -> int:

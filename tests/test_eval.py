@@ -145,10 +145,11 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     encoder, folder = Encoder(processor), tmp_path / "result"
     asked: list[int] = []
 
+    def keys(max_new_tokens: int = 8) -> dict[str, str]:
+        return {q.id: question_key(q, encoder, max_new_tokens, weights_digest(model)) for q in questions}
+
     def answers(max_new_tokens: int = 8) -> dict[str, str]:
-        weights = weights_digest(model)
-        keys = {q.id: question_key(q, encoder, max_new_tokens, weights) for q in questions}
-        return answer_all(model, encoder, questions, keys, folder, 2, max_new_tokens, asked.append)
+        return answer_all(model, encoder, questions, keys(max_new_tokens), folder, 2, max_new_tokens, asked.append)
 
     first = answers()
 
@@ -163,7 +164,7 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     torn = "\n".join([*lines[:4], lines[4][:20]])
     (folder / "responses.jsonl").write_text(torn)
     assert ask_again() == 2
-    assert {k: v["response"] for k, v in read_responses(folder).items()} == first
+    assert {k: v["response"] for k, v in read_responses(folder, keys()).items()} == first
     assert ask_again(max_new_tokens=7) == len(questions)  # another decoding is another answer
     Path(next(iter(questions[0].sample.media())).path).write_bytes(write_image(tmp_path / "x.png", 99).read_bytes())
     file_digest.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 import mmdora
 from mmdora.config import load_config
 from mmdora.errors import UserError
-from mmdora.training.arguments import training_arguments
+from mmdora.training.arguments import micro_batches
 from mmdora.training.trainer import optimizer_groups
 
 
@@ -15,17 +15,14 @@ from mmdora.training.trainer import optimizer_groups
     ("world", "batch", "micro", "expected"),
     [(1, 32, 32, (32, 1)), (2, 32, 32, (16, 1)), (2, 32, 4, (4, 4)), (1, 32, 8, (8, 4))],
 )
-def test_the_global_batch_is_kept_over_processes(monkeypatch, tmp_path, world, batch, micro, expected):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+def test_the_global_batch_is_kept_over_processes(world, batch, micro, expected):
     config = load_config("quickstart", [f"training.batch_size={batch}", f"training.micro_batch_size={micro}"])
-    arguments = training_arguments(config, tmp_path)
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == expected
+    assert micro_batches(config.training, world) == expected
 
 
-def test_a_batch_that_cannot_be_split_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_a_batch_that_cannot_be_split_is_an_error():
     with pytest.raises(UserError, match=r"batch_size 32 cannot be split over 3 processes.*a multiple of 30"):
-        training_arguments(load_config("quickstart"), tmp_path)
+        micro_batches(load_config("quickstart").training, 3)
 
 
 def test_each_part_trains_with_its_own_rate_and_decay(tiny):

@@ -13,7 +13,7 @@ from mmdora.adapters.base import ADAPTERS, AdapterLayer, AdapterMethod, LowRankS
 from mmdora.adapters.functional import DoRALinear, dora_norm, merged_weight
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
-from mmdora.zero import gathered, mark_leaf
+from mmdora.zero import gathered
 
 
 class AdaptedLinear(AdapterLayer, nn.Linear):
@@ -29,7 +29,6 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self.train(linear.training)
-        mark_leaf(self)
 
     def add_adapter(self, name: str, spec: LowRankSpec, seed: int = 0) -> None:
         """A Kaiming-uniform, B zero, m = ‖W‖; all fp32, since a bf16 magnitude rounds its updates to zero."""

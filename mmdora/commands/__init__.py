@@ -105,7 +105,8 @@ def list_names(
     ],
 ) -> None:
     """List what a config can name."""
-    from mmdora.commands.list import run
+    # Not `commands/list.py`: a submodule of that name would hide the builtin from the annotations in this file.
+    from mmdora.commands.list_names import run
 
     run(kind)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mmdora.config import RunConfig, find_path, shipped_path
+from mmdora.config import RunConfig, TrainingConfig, find_path, shipped_path
 from mmdora.errors import UserError
 
 
@@ -19,18 +19,12 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """Build these before the model is loaded: under ZeRO-3 their existence makes it load in partitions."""
     settings = config.training
     deepspeed = deepspeed_config(settings.deepspeed) if settings.deepspeed else None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(settings.micro_batch_size, max(1, settings.batch_size // world))
-    if settings.batch_size % (micro * world):
-        raise UserError(
-            f"training.batch_size {settings.batch_size} cannot be split over {world} processes of "
-            f"micro_batch_size {micro}; make it a multiple of {micro * world}"
-        )
+    micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
     half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // (micro * world),
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
@@ -60,6 +54,20 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+
+
+def micro_batches(settings: TrainingConfig, world: int) -> tuple[int, int]:
+    """Samples that each of `world` processes holds at once, and how many such make its share of `batch_size`.
+
+    Raises UserError where the batch cannot be split into whole ones.
+    """
+    micro = min(settings.micro_batch_size, max(1, settings.batch_size // world))
+    if settings.batch_size % (micro * world):
+        raise UserError(
+            f"training.batch_size {settings.batch_size} cannot be split over {world} processes of "
+            f"micro_batch_size {micro}; make it a multiple of {micro * world}"
+        )
+    return micro, settings.batch_size // (micro * world)
 
 
 def deepspeed_config(name: str) -> dict[str, Any]:

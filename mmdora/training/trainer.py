@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from mmdora.adapters import adapter_layers
 from mmdora.architectures import find_part
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import RunConfig
-from mmdora.zero import local_shard
+from mmdora.zero import local_shard, read_in_forward
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ class AdapterTrainer(Trainer):
         load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_deepspeed_enabled:
+            for _, layer in adapter_layers(self.model):
+                read_in_forward(layer, [p for name in layer.specs for p in layer.adapter_tensors(name).values()])
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
