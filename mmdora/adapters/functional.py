@@ -1,7 +1,7 @@
-"""The mathematics of DoRA (arXiv 2402.09353), as pure functions on tensors.
+"""The mathematics of LoRA and DoRA (arXiv 2106.09685, 2402.09353), as pure functions on tensors.
 
 W' = m ⊙ (W + sBA) / ‖W + sBA‖, with the norm over each row of torch's [out, in] weight. The norm n is a constant in the
-backward pass (§4.3 of the paper), and the bias stands outside: y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + b with g = m / n.
+backward pass (§4.3 of the DoRA paper), and the bias stands outside: y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + b with g = m / n.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 # Below this share of the summands' size, the factored norm has cancelled too far to be trusted (W ≈ −sBA).
 CANCELLATION = 1e-3
+# What a gain of exactly zero is computed as, so that the magnitude's gradient can be taken from the output.
+LEAST_GAIN = 1e-20
+ROWS = 256  # of an activation at once, where a pass over it has temporaries: they then stay in the cache
 
 
 @torch.no_grad()
@@ -24,66 +26,116 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
     n² = ‖W‖² + 2s·rowsum((WAᵀ) ⊙ B) + s²·rowsum((B(AAᵀ)) ⊙ B). Rows where this cancels are computed densely.
     """
     a, b = lora_a.float(), lora_b.float()
-    w = weight.float()
-    w2 = w.square().sum(1)
-    cross = ((w @ a.T) * b).sum(1)
+    w2 = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    cross = (_times_transposed(weight, a) * b).sum(1)
     ba2 = ((b @ (a @ a.T)) * b).sum(1)
     squared = w2 + 2 * scale * cross + scale**2 * ba2
     cancelled = squared < CANCELLATION * (w2 + scale**2 * ba2)
     if cancelled.any():
-        rows = w[cancelled] + scale * (b[cancelled] @ a)
+        rows = weight[cancelled].float() + scale * (b[cancelled] @ a)
         squared[cancelled] = rows.square().sum(1)
     return squared.clamp_min(0).sqrt()
+
+
+def _times_transposed(weight: Tensor, a: Tensor) -> Tensor:
+    """W Aᵀ [out, r] in fp32. A half-precision W meets A in a high and a low half; no fp32 copy of it is made."""
+    if weight.dtype == torch.float32:
+        return weight @ a.T
+    high = a.to(weight.dtype)
+    low = (a - high.float()).to(weight.dtype)
+    return (weight @ torch.cat([high, low]).T).float().unflatten(1, (2, -1)).sum(1)
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """g = m / n in fp32; 1 for a zero row, which has no direction that a magnitude could scale."""
     zero = norm == 0
-    return torch.where(zero, torch.ones_like(norm), magnitude.float() / norm.masked_fill(zero, 1.0))
+    gain = magnitude.float() / norm.masked_fill(zero, 1.0)
+    return gain.masked_fill(gain == 0, LEAST_GAIN).masked_fill(zero, 1.0)
 
 
-class DoRALinear(torch.autograd.Function):
-    """y = g ⊙ (xWᵀ + s·hBᵀ) + b, for a frozen W and h = dropout(x)Aᵀ.
+class AdaptedLinearFunction(torch.autograd.Function):
+    """y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + b for a frozen W and b, with gradients for x, A, B and m; LoRA is g = 1.
 
-    Saves x, h and the pre-bias output u (not the two products): dm comes from Σ dy ⊙ u.
+    Saves x, h = xAᵀ and, for dm, the output itself where there is no bias (u = y / g), else the pre-bias u; never the
+    two products apart. All matrix products beside the base layer's own two are skinny.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # [..., in]
+        dropped: Tensor | None,  # [..., in]: what the low-rank branch reads; None: x
         weight: Tensor,  # [out, in], frozen
         bias: Tensor | None,  # [out], frozen
-        h: Tensor,  # [..., r]
+        lora_a: Tensor,  # [r, in]
         lora_b: Tensor,  # [out, r]
-        magnitude: Tensor,  # [out]
-        norm: Tensor,  # [out], fp32, a constant
+        magnitude: Tensor | None,  # [out]; None: LoRA
+        norm: Tensor | None,  # [out], fp32, a constant
         scale: float,
     ) -> Tensor:
-        gain = dora_gain(magnitude, norm)
-        u = F.linear(x, weight) + scale * F.linear(h, lora_b.to(h.dtype))
-        y = u * gain.to(u.dtype)
-        if bias is not None:
-            y = y + bias
-        ctx.save_for_backward(x, weight, h, lora_b, magnitude, norm, u)
-        ctx.scale = scale
-        return y
+        dtype = x.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+        a, b = lora_a.to(dtype), (scale * lora_b).to(dtype)
+        h = low @ a.T
+        u = rows @ weight.to(dtype).T
+        u.addmm_(h, b.T)
+        gain = None
+        if magnitude is None:
+            y = u if bias is None else u.add_(bias)
+        else:
+            assert norm is not None
+            gain = dora_gain(magnitude, norm)
+            g = gain.to(dtype)
+            # fp16's range is too small to find u again from u * g.
+            keep_output = bias is None and dtype != torch.float16
+            y = u.mul_(g) if keep_output else u * g if bias is None else torch.addcmul(bias.to(dtype), u, g)
+            u = y if keep_output else u
+        ctx.save_for_backward(
+            x, dropped, weight, lora_a, lora_b, h, norm, gain, None if gain is None else u.view(*x.shape[:-1], -1)
+        )
+        ctx.scale, ctx.from_output = scale, magnitude is not None and u is y
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _, weight, h, lora_b, magnitude, norm, u = ctx.saved_tensors
-        gain = dora_gain(magnitude, norm)
-        du = dy * gain.to(dy.dtype)
-        flat_du = du.flatten(0, -2)
-        dx = du @ weight if ctx.needs_input_grad[0] else None
-        dh = ctx.scale * (du @ lora_b.to(du.dtype))
-        db = ctx.scale * (flat_du.T @ h.flatten(0, -2))
-        # A zero row's gain is the constant 1, so its magnitude gets no gradient.
-        zero = norm == 0
-        dm = (dy * u).flatten(0, -2).sum(0, dtype=torch.float32) / norm.masked_fill(zero, 1.0)
-        dm = dm.masked_fill(zero, 0.0)
-        return dx, None, None, dh, db.to(lora_b.dtype), dm.to(magnitude.dtype), None, None
+        x, dropped, weight, lora_a, lora_b, h, norm, gain, u = ctx.saved_tensors
+        dtype = x.dtype
+        du = dy.reshape(-1, dy.shape[-1])
+        dm = None
+        if gain is not None:
+            du, dm = _scaled_and_dotted(du, gain, u.view(du.shape))
+            dm = dm / (norm * gain if ctx.from_output else norm).masked_fill(norm == 0, 1.0)
+            dm = dm.masked_fill(norm == 0, 0.0)  # a zero row's gain is the constant 1
+        a, b = lora_a.to(dtype), (ctx.scale * lora_b).to(dtype)
+        dh = du @ b
+        dx = ddropped = None
+        if ctx.needs_input_grad[0]:
+            dx = du @ weight.to(dtype)
+            if dropped is None:
+                dx.addmm_(dh, a)
+            dx = dx.view(x.shape)
+        if dropped is not None and ctx.needs_input_grad[1]:
+            ddropped = (dh @ a).view(x.shape)
+        low = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
+        da = (dh.T @ low).to(lora_a.dtype)
+        db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
+        return dx, ddropped, None, None, da, db, dm, None, None
+
+
+def _scaled_and_dotted(dy: Tensor, gain: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """dy ⊙ g, and Σ dy ⊙ u over the rows in fp32, shape [out]."""
+    g = gain.to(dy.dtype)
+    if dy.is_cuda:
+        return dy * g, (dy * u).sum(0, dtype=torch.float32)
+    du = torch.empty_like(dy)
+    total = torch.zeros_like(gain)
+    for start in range(0, dy.shape[0], ROWS):
+        some = dy[start : start + ROWS]
+        torch.mul(some, g, out=du[start : start + ROWS])
+        total += (some * u[start : start + ROWS]).sum(0, dtype=torch.float32)
+    return du, total
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdora.adapters import norms
 from mmdora.adapters.base import ADAPTERS, AdapterLayer, AdapterMethod, LowRankSpec
-from mmdora.adapters.functional import DoRALinear, dora_norm, merged_weight
+from mmdora.adapters.functional import AdaptedLinearFunction, dora_norm, merged_weight
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 from mmdora.zero import gathered
@@ -24,6 +25,7 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.specs = {}
+        self.keys: dict[str, int] = {}  # under which this layer's norms are kept
         self.active = None
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -42,7 +44,7 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
             with gathered([self.weight]), torch.no_grad():
                 norm = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32)
             self.lora_magnitude_vector[name] = nn.Parameter(norm)
-        self.specs[name] = spec
+        self.specs[name], self.keys[name] = spec, norms.new_key()
         self.active = name
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
@@ -56,12 +58,16 @@ class AdaptedLinear(AdapterLayer, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         name, spec = self.active, self.specs[self.active]
         a, b = self.lora_A[name], self.lora_B[name]
-        h = F.linear(F.dropout(x, spec.dropout, self.training), a.to(x.dtype))
-        if not spec.use_dora:
-            return F.linear(x, self.weight, self.bias) + spec.scale * F.linear(h, b.to(x.dtype))
-        norm = dora_norm(self.weight, a, b, spec.scale)
-        magnitude = self.lora_magnitude_vector[name]
-        return DoRALinear.apply(x, self.weight, self.bias, h, b, magnitude, norm, spec.scale)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else None
+        magnitude = norm = None
+        if spec.use_dora:
+            magnitude = self.lora_magnitude_vector[name]
+            norm = norms.norm(self.weight.detach(), a.detach(), b.detach(), spec.scale, self.keys[name])
+        with torch.autocast(device, enabled=False):
+            return AdaptedLinearFunction.apply(x, dropped, self.weight, self.bias, a, b, magnitude, norm, spec.scale)
 
     def merge(self, name: str) -> nn.Linear:
         spec = self.specs[name]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from mmdora.adapters import adapter_layers
+from mmdora.adapters.norms import fix_weights
 from mmdora.architectures import find_part
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import RunConfig
@@ -20,6 +21,16 @@ from mmdora.zero import local_shard, read_in_forward
 log = logging.getLogger(__name__)
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient at the second step; the warm-up may begin at rate 0
+
+
+class NormsOnceAStep(TrainerCallback):
+    """Weights do not change from a step's first micro-batch to its update: DoRA's norms are computed once for it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fix_weights(True)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fix_weights(False)
 
 
 class AdapterTrainer(Trainer):
@@ -32,6 +43,13 @@ class AdapterTrainer(Trainer):
         self.run_config = config
         self.tokens_seen = 0  # by this process, media tokens included
         self._start: dict[str, torch.Tensor] | None = None
+        self.add_callback(NormsOnceAStep)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            fix_weights(False)  # an error may have come in the middle of a step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""

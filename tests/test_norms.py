@@ -1,0 +1,148 @@
+"""DoRA's norm is never stale: fresh by default, kept only inside a scope in which nothing changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mmdora
+from mmdora.adapters import norms
+
+DORA = {"method": "dora", "rank": 4, "alpha": 8}
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6))
+    mmdora.inject_adapters(net, {"": DORA})
+    return net
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[float]:
+    """Grows with every norm that is really computed."""
+    calls: list[float] = []
+    real = norms.dora_norm
+
+    def counting(weight, a, b, scale):
+        calls.append(scale)
+        return real(weight, a, b, scale)
+
+    monkeypatch.setattr(norms, "dora_norm", counting)
+    return calls
+
+
+def expected(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """The network's output in float64, with every norm taken from what its tensors hold now."""
+    for layer in (net[0], net[2]):
+        a, b, m = (t[layer.active].double() for t in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
+        v = layer.weight.double() + layer.specs[layer.active].scale * b @ a
+        x = F.linear(x.double(), m[:, None] * v / v.norm(dim=1, keepdim=True), layer.bias.double())
+        x = F.gelu(x) if layer is net[0] else x
+    return x
+
+
+def by_optimizer(**options):
+    def change(net: nn.Sequential) -> None:
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1, **options)
+        net(torch.randn(5, 12)).square().sum().backward()
+        optimizer.step()
+
+    return change
+
+
+def by_state_dict(net: nn.Sequential) -> None:
+    net.load_state_dict({k: v + 0.1 for k, v in net.state_dict().items()})
+
+
+def by_data(net: nn.Sequential) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+
+
+def by_average(net: nn.Sequential) -> None:
+    other = copy.deepcopy(net)
+    by_data(other)
+    with torch.no_grad():
+        for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+            mine.lerp_(theirs, 0.5)
+
+
+def by_swap(net: nn.Sequential) -> None:
+    mmdora.inject_adapters(net, {"": DORA | {"rank": 2}}, name="other")
+    by_data(net)
+    mmdora.set_adapter(net, "default")
+    net(torch.randn(2, 12))
+    mmdora.set_adapter(net, "other")
+
+
+ROADS = {
+    "for-each optimizer": by_optimizer(foreach=True),
+    "fused optimizer": by_optimizer(fused=True),
+    "load_state_dict": by_state_dict,
+    ".data": by_data,
+    "moving average": by_average,
+    "swap": by_swap,
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_change_by_any_road_is_seen(net, road):
+    x = torch.randn(7, 12)
+    for _ in range(2):
+        net(x)
+        ROADS[road](net) if road != "swap" or len(net[0].specs) == 1 else by_data(net)
+        torch.testing.assert_close(net(x).double(), expected(net, x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_scope_computes_each_norm_once(net, computed):
+    x = torch.randn(7, 12, requires_grad=True)
+    with norms.weights_fixed():
+        first = net(x)
+        checkpoint(net, x, use_reentrant=False).sum().backward()  # runs forward twice
+        second = net(x)
+    assert len(computed) == 2
+    assert torch.equal(first, second)
+    by_data(net)
+    torch.testing.assert_close(net(x).double(), expected(net, x), atol=1e-5, rtol=1e-5)
+    with norms.weights_fixed():  # a new scope knows nothing of the old one
+        torch.testing.assert_close(net(x).double(), expected(net, x), atol=1e-5, rtol=1e-5)
+    assert len(computed) == 6
+
+
+def test_a_scope_keeps_adapters_apart(net):
+    mmdora.inject_adapters(net, {"": DORA}, name="other")
+    by_data(net)
+    x = torch.randn(7, 12)
+    with norms.weights_fixed():
+        for name in ("default", "other", "default"):
+            mmdora.set_adapter(net, name)
+            torch.testing.assert_close(net(x).double(), expected(net, x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_ends_the_scope(net, computed):
+    with pytest.raises(RuntimeError), norms.weights_fixed():
+        net(torch.randn(3, 11))
+    net(torch.randn(3, 12))
+    net(torch.randn(3, 12))
+    assert len(computed) >= 4
+
+
+def test_compiled_is_the_same_without_a_graph_break(net):
+    by_data(net)
+    x = torch.randn(7, 12)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for model in (net, compiled):
+        net.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        gradients.append([out.detach()] + [p.grad.clone() for p in net.parameters() if p.requires_grad])
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager, atol=1e-5, rtol=1e-5)
