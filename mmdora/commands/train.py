@@ -197,7 +197,7 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     console.print(
         f"\nThe run is in {run_dir.path}. Next:\n"
         f"  open {run_dir.path}/report.html          pictures, questions, answers before and after\n"
-        f"  mmdora eval {run_dir.path}               score it again\n"
+        f"  mmdora eval {run_dir.path}               its scores again\n"
         f"  mmdora chat {run_dir.path} --image FILE  talk with it\n"
         f"  mmdora merge {run_dir.path} OUT          a plain Hugging Face model",
         soft_wrap=True,
