@@ -126,6 +126,15 @@ def test_a_scope_keeps_adapters_apart(net):
             torch.testing.assert_close(net(x).double(), expected(net, x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_scope_keeps_copies_apart(net):
+    other = copy.deepcopy(net)
+    by_data(other)
+    x = torch.randn(7, 12)
+    with norms.weights_fixed():
+        for model in (net, other):
+            torch.testing.assert_close(model(x).double(), expected(model, x), atol=1e-5, rtol=1e-5)
+
+
 def test_an_error_ends_the_scope(net, computed):
     with pytest.raises(RuntimeError), norms.weights_fixed():
         net(torch.randn(3, 11))
