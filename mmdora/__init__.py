@@ -12,29 +12,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdora.checkpoint import load_adapter, merge_adapters, save_adapter
-    from mmdora.injection import InjectionReport, disable_adapters, inject_adapters, set_adapter
+    from mmdora.checkpoint import load_adapter, save_adapter, swap_adapter
+    from mmdora.injection import InjectionReport, adapters_by_row, disable_adapters, inject_adapters, set_adapter
+    from mmdora.merging import LoRAExport, combine_adapters, export_lora, merge_adapters, unmerge_adapters
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "inject_adapters": "mmdora.injection",
     "InjectionReport": "mmdora.injection",
-    "set_adapter": "mmdora.injection",
-    "save_adapter": "mmdora.checkpoint",
-    "load_adapter": "mmdora.checkpoint",
-    "merge_adapters": "mmdora.checkpoint",
+    "LoRAExport": "mmdora.merging",
+    "adapters_by_row": "mmdora.injection",
+    "combine_adapters": "mmdora.merging",
     "disable_adapters": "mmdora.injection",
+    "export_lora": "mmdora.merging",
+    "inject_adapters": "mmdora.injection",
+    "load_adapter": "mmdora.checkpoint",
+    "merge_adapters": "mmdora.merging",
+    "save_adapter": "mmdora.checkpoint",
+    "set_adapter": "mmdora.injection",
+    "swap_adapter": "mmdora.checkpoint",
+    "unmerge_adapters": "mmdora.merging",
 }
 
 __all__ = [
     "InjectionReport",
+    "LoRAExport",
+    "adapters_by_row",
+    "combine_adapters",
     "disable_adapters",
+    "export_lora",
     "inject_adapters",
     "load_adapter",
     "merge_adapters",
     "save_adapter",
     "set_adapter",
+    "swap_adapter",
+    "unmerge_adapters",
 ]
 
 

@@ -7,6 +7,8 @@ around `scaled_dot_product_attention`: the same function, with layers that can b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,3 +140,12 @@ def explicit_attention(model: nn.Module) -> int:
     for parent, name, child in found:
         setattr(parent, name, ExplicitAttention.from_multihead(child))
     return len(found)
+
+
+def explicit_where_named(model: nn.Module, paths: Iterable[str]) -> None:
+    """Make those attentions explicit whose `q_proj`, `k_proj`, `v_proj` or `out_proj` is among the layer `paths`."""
+    parents = {path.rpartition(".")[0] for path in paths if path.endswith(("q_proj", "k_proj", "v_proj", "out_proj"))}
+    for path, module in list(model.named_modules()):
+        if path in parents and path and isinstance(module, nn.MultiheadAttention):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ExplicitAttention.from_multihead(module))

@@ -1,4 +1,4 @@
-"""Adapter directories in PEFT's layout, both ways: save, load, merge.
+"""Adapter directories in PEFT's layout, both ways: save, load, swap.
 
 Where PEFT would misread a directory, the tensors are written so that it computes the same: `use_dora` is one flag for
 the whole directory, so beside DoRA a LoRA layer is written as DoRA with m = ‖W + sBA‖.
@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdora.adapters import adapter_layers
-from mmdora.adapters.lora import wrap
+from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
+from mmdora.adapters.layer import Projection
+from mmdora.attention import explicit_where_named
 from mmdora.errors import UserError
-from mmdora.injection import AdapterRecord, records, set_adapter
-from mmdora.peft_format import PREFIX, Adapter, peft_config, read_adapter
+from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
+from mmdora.peft_format import MAGNITUDE, PREFIX, Adapter, metadata, own_config, peft_config, read_adapter
 from mmdora.zero import gathered
 
 
@@ -33,39 +34,59 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """
     if name not in records(model):
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
-    tensors, config, metadata = adapter_contents(model, name)
+    tensors, config, about = adapter_contents(model, name)
     if int(os.environ.get("RANK", "0")) == 0:
-        with written_aside(Path(folder)) as aside:
-            save_file(tensors, aside / "adapter_model.safetensors", metadata=metadata)
-            (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_adapter(Path(folder), tensors, config, about)
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], about: dict[str, str]) -> None:
+    """Write an adapter directory, complete or not at all."""
+    with written_aside(folder) as aside:
+        save_file(tensors, aside / "adapter_model.safetensors", metadata=about)
+        (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """The tensors, PEFT config and metadata of one adapter, gathered and on the CPU."""
-    layers = dict(adapter_layers(model, name))
-    dora = any(layer.specs[name].use_dora for layer in layers.values())
+    """The tensors, config and metadata of one adapter, gathered and on the CPU."""
+    layers, record = dict(adapter_layers(model, name)), records(model)[name]
+    specs = {path: layer.specs[name] for path, layer in layers.items()}
+    in_peft = all(layer.in_peft and not layer.specs[name].use_vera for layer in layers.values())
+    dora = in_peft and any(spec.use_dora for spec in specs.values())
     tensors: dict[str, Tensor] = {}
+    owners: dict[int, str] = {}  # by the identity of a shared projection: the layer whose name it is saved under
     for path, layer in layers.items():
+        found: dict[str, Tensor] = {}
         for suffix, parameter in layer.adapter_tensors(name).items():
             with gathered([parameter]):
-                tensors[f"{PREFIX}{path}.{suffix}"] = _cpu(parameter)
-        if dora and not layer.specs[name].use_dora:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = _cpu(layer.magnitude_for(name))
-    record = records(model)[name]
+                found[suffix] = _cpu(parameter)
+        if dora:
+            found = _as_dora(layer, name, found)
+        if specs[path].use_vera:
+            shared = layer.vera[name]
+            if owners.setdefault(id(shared), path) == path:
+                found |= {"vera_A": _cpu(shared.vera_A), "vera_B": _cpu(shared.vera_B)}
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in found.items()}
     for path in record.whole:
         for key, parameter in model.get_submodule(path).named_parameters(prefix=path):
             with gathered([parameter]):
                 tensors[f"{PREFIX}{key}"] = _cpu(parameter)
-    specs = {path: layer.specs[name] for path, layer in layers.items()}
-    about = {
-        "parts": {part: config.model_dump(mode="json") for part, config in record.parts.items()},
-        "lora_layers": [path for path, spec in specs.items() if not spec.use_dora] if dora else [],
-    }
-    return (
-        tensors,
-        peft_config(getattr(model, "name_or_path", None) or None, specs, record.whole, dora),
-        {"format": "pt", "mmdora": json.dumps(about)},
-    )
+    base = getattr(model, "name_or_path", None) or None
+    config = (peft_config if in_peft else own_config)(base, specs, record.whole)
+    projections = {path: owners[id(layer.vera[name])] for path, layer in layers.items() if specs[path].use_vera}
+    return tensors, config, metadata(specs, record.parts, projections)
+
+
+def _as_dora(layer: AdapterLayer, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's tensors as DoRA's, for a directory where PEFT reads every layer so: LoRA with the magnitude at which
+    DoRA computes the same, and a magnitude alone beside a product of rank 1 that is zero and stays so."""
+    spec = layer.specs[name]
+    shapes = layer.shapes(layer, max(spec.rank, 1))
+    if not spec.use_dora:
+        return found | {MAGNITUDE: _cpu(layer.fresh_norm(name)).view(shapes.magnitude)}
+    if not spec.rank:
+        a, b = (f"{attribute}{layer.file_suffix}" for attribute in layer.low_rank)
+        return found | {a: torch.zeros(shapes.a), b: torch.zeros(shapes.b)}
+    return found
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -73,76 +94,133 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
     Everything is checked before anything changes. Raises UserError that names the file and the tensor at fault.
     """
-    if name in records(model):
-        raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
+    check_new_name(model, name)
     adapter = read_adapter(Path(folder))
+    explicit_where_named(model, adapter.specs)
     _check_fits(model, adapter)
     model.requires_grad_(False)
+    projections: dict[str, Projection] = {}
     for path, spec in adapter.specs.items():
-        layer = wrap(model, path)
-        layer.add_adapter(name, spec)
-        for suffix, parameter in layer.adapter_tensors(name).items():
-            _copy(parameter, adapter.layers[path][suffix])
-    parameters = dict(model.named_parameters())
-    for key, tensor in adapter.whole.items():
-        _copy(parameters[key], tensor)
-        parameters[key].requires_grad_(True)
+        _add(wrap(model, path), name, spec, adapter, path, projections)
+    _copy_whole(model, adapter)
     records(model)[name] = AdapterRecord(adapter.parts, adapter.whole_paths)
     set_adapter(model, name)
 
 
+def swap_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Put the tensors of a directory in the place of an adapter that the model has, on the same layers.
+
+    Where shapes agree, the parameters themselves stay, so that compiled code and optimizers go on with them; ranks and
+    scales may differ. Everything is checked before anything changes. Raises UserError.
+    """
+    adapter = read_adapter(Path(folder))
+    _check_same_layers(model, adapter, name)
+    projections: dict[str, Projection] = {}
+    for path, layer in adapter_layers(model, name):
+        spec, active, trained = adapter.specs[path], layer.active, _is_trained(layer, name)
+        shapes = layer.named_shapes(layer.shapes(layer, spec.rank), spec)
+        if {
+            suffix: tuple(p.shape) for suffix, p in layer.adapter_tensors(name).items()
+        } == shapes and not spec.use_vera:
+            layer.specs[name] = spec
+            _copy_layer(layer, name, adapter.layers[path])
+        else:
+            layer.remove_adapter(name)
+            _add(layer, name, spec, adapter, path, projections)
+            layer.active = active
+            for parameter in layer.adapter_tensors(name).values():
+                parameter.requires_grad_(trained)
+    _copy_whole(model, adapter)
+
+
 def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
-    """Copy a directory's tensors into an adapter that the model already has. Raises UserError where they do not fit."""
+    """Copy a directory's tensors into an adapter of the same shapes. Raises UserError where they do not fit."""
     adapter = read_adapter(folder)
-    _check_fits(model, adapter)
+    _check_same_layers(model, adapter, name)
     layers = dict(adapter_layers(model, name))
-    if set(layers) != set(adapter.specs):
-        odd = sorted(set(layers) ^ set(adapter.specs))[0]
-        raise UserError(f"{folder}: made with other `parts` than this run's: {odd} is adapted in only one of the two")
-    parameters = dict(model.named_parameters())
     for path, layer in layers.items():
-        for suffix, parameter in layer.adapter_tensors(name).items():
-            _copy(parameter, adapter.layers[path][suffix])
+        if layer.specs[name] != adapter.specs[path]:
+            raise UserError(f"{folder}: made with other `parts` than this run's: {path} has {adapter.specs[path]}")
+    for path, layer in layers.items():
+        _copy_layer(layer, name, adapter.layers[path])
+    _copy_whole(model, adapter)
+
+
+def _check_same_layers(model: nn.Module, adapter: Adapter, name: str) -> None:
+    if name not in records(model):
+        raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+    _check_fits(model, adapter)
+    here = dict.fromkeys(path for path, _ in adapter_layers(model, name))
+    for mine, theirs in ((list(here), list(adapter.specs)), (records(model)[name].whole, adapter.whole_paths)):
+        if odd := sorted(set(mine) ^ set(theirs)):
+            raise UserError(f"{adapter.folder}: made with other `parts`: {odd[0]} is tuned in only one of the two")
+
+
+def _is_trained(layer: AdapterLayer, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in layer.adapter_tensors(name).values())
+
+
+def _add(
+    layer: AdapterLayer, name: str, spec: LowRankSpec, adapter: Adapter, path: str, projections: dict[str, Projection]
+) -> None:
+    shared = None
+    if spec.use_vera:
+        owner, device = adapter.shared[path], layer.weight.device
+        if owner not in projections:
+            pair = adapter.layers[owner]
+            projections[owner] = Projection(pair["vera_A"].float().to(device), pair["vera_B"].float().to(device))
+        shared = projections[owner]
+    layer.add_adapter(name, spec, shared=shared)
+    _copy_layer(layer, name, adapter.layers[path])
+
+
+def _copy_layer(layer: AdapterLayer, name: str, found: dict[str, Tensor]) -> None:
+    for suffix, parameter in layer.adapter_tensors(name).items():
+        _copy(parameter, found[suffix])
+
+
+def _copy_whole(model: nn.Module, adapter: Adapter) -> None:
+    parameters = dict(model.named_parameters())
     for key, tensor in adapter.whole.items():
         _copy(parameters[key], tensor)
-
-
-def merge_adapters(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Fold the active adapter (or `name`) into the weights, in place, and return the model without adapter code."""
-    if name is not None:
-        set_adapter(model, name)
-    for path, layer in list(adapter_layers(model)):
-        parent, _, leaf = path.rpartition(".")
-        plain = layer.merge(layer.active) if layer.active is not None else layer.unwrap()
-        setattr(model.get_submodule(parent), leaf, plain)
-    records(model).clear()
-    return model
+        parameters[key].requires_grad_(True)
 
 
 def _check_fits(model: nn.Module, adapter: Adapter) -> None:
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for path, spec in adapter.specs.items():
-        module = modules.get(path)
-        if not isinstance(module, nn.Linear):
-            there = "is not in this model" if module is None else f"is a {type(module).__name__}, not a linear layer"
+        shapes, found = tensor_shapes(model, path, spec), adapter.layers[path]
+        if shapes is None:
+            module = dict(model.named_modules()).get(path)
+            there = "is not in this model" if module is None else f"is a {type(module).__name__}, which can have none"
             raise UserError(f"{adapter.folder}: made for another model: {path} {there}")
-        shapes = {
-            "lora_A.weight": (spec.rank, module.in_features),
-            "lora_B.weight": (module.out_features, spec.rank),
-            "lora_magnitude_vector": (module.out_features,),
-        }
-        for suffix, tensor in adapter.layers[path].items():
-            if tuple(tensor.shape) != shapes[suffix]:
-                raise UserError(
-                    f"{adapter.folder}: tensor {PREFIX}{path}.{suffix} has shape {list(tensor.shape)}; "
-                    f"this model needs {list(shapes[suffix])}"
-                )
+        for suffix, shape in shapes.items():
+            where = f"{adapter.folder}: tensor {PREFIX}{path}.{suffix}"
+            if suffix not in found:
+                raise UserError(f"{where} is missing")
+            if tuple(found[suffix].shape) != shape:
+                raise UserError(f"{where} has shape {list(found[suffix].shape)}; this model needs {list(shape)}")
+        if spec.use_vera:
+            _check_projection(model, adapter, path, spec.rank)
+    parameters = dict(model.named_parameters())
     for key, tensor in adapter.whole.items():
-        shape = _true_shape(parameters[key]) if key in parameters else None
-        if shape != tuple(tensor.shape):
-            wanted = "has no such parameter" if shape is None else f"needs {list(shape)}"
+        needed = _true_shape(parameters[key]) if key in parameters else None
+        if needed != tuple(tensor.shape):
+            wanted = "has no such parameter" if needed is None else f"needs {list(needed)}"
             raise UserError(
                 f"{adapter.folder}: tensor {PREFIX}{key} has shape {list(tensor.shape)}; this model {wanted}"
+            )
+
+
+def _check_projection(model: nn.Module, adapter: Adapter, path: str, rank: int) -> None:
+    owner = adapter.shared.get(path, "")
+    found = adapter.layers.get(owner, {})
+    layer = model.get_submodule(path)
+    for suffix, least in (("vera_A", (rank, layer.in_features)), ("vera_B", (layer.out_features, rank))):
+        shape = tuple(found[suffix].shape) if suffix in found else ()
+        if len(shape) != 2 or shape[0] < least[0] or shape[1] < least[1]:  # type: ignore[operator]
+            raise UserError(
+                f"{adapter.folder}: tensor {PREFIX}{owner}.{suffix} has shape {list(shape)}; {path} needs "
+                f"at least {list(least)}"
             )
 
 

@@ -65,8 +65,13 @@ class PartConfig(Section):
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    peft_dropout: bool = False  # DoRA: drop the input of the base product too, as PEFT does; costs a second product
     use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
     targets: str | list[str] = "all-linear"  # or a regex over the path inside the part, or names (dotted suffixes)
+    magnitude_targets: str | list[str] | None = None  # DoRA: layers with a magnitude; null: those of targets
+    exclude: str | list[str] = []  # of targets: a regex, or names
+    rank_pattern: dict[str, Positive] = {}  # regex over the end of a layer's path → its rank
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     learning_rate: Rate | None = None  # null: training.learning_rate
     weight_decay: Rate | None = None  # null: training.weight_decay
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
-from mmdora.architectures import architecture_of, find_part, unused_blocks
+from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
+from mmdora.adapters.targets import is_weight, join, layers_inside
+from mmdora.architectures import architecture_of, find_part
 from mmdora.attention import explicit_attention
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
@@ -68,73 +69,59 @@ def inject_adapters(
     UserError for a part, method or target that does not exist; nothing is then adapted or frozen.
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
+    check_new_name(model, name)
+    paths, plans = resolve_parts(model, configs)
+    model.requires_grad_(False)
+    whole: list[str] = []
+    for part, config in configs.items():
+        whole += ADAPTERS[config.method]().apply(model, paths[part], plans[part], name)
+    records(model)[name] = AdapterRecord(configs, whole)
+    set_adapter(model, name)
+    return _report(model, configs, paths, plans)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise UserError where the model cannot have another adapter of this name."""
     if name in records(model):
         raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
-    paths, targets = resolve_parts(model, configs)
-    model.requires_grad_(False)
-    whole = []
-    for part, config in configs.items():
-        changed = ADAPTERS[config.method]().adapt(model, paths[part], targets.get(part, []), config, name)
-        whole += changed if part not in targets else []
-    records(model)[name] = AdapterRecord(configs, whole)
-    return _report(model, configs, paths, targets, name)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"an adapter cannot be named {name!r}: letters, digits, - and _ only")
+    trained = [other for other, record in records(model).items() if record.whole]
+    if trained:
+        raise UserError(
+            f"the adapter {trained[0]!r} holds weights trained in full ({records(model)[trained[0]].whole[0]}), "
+            "of which a model has one set: put the second adapter on a base of its own, or swap (swap_adapter)"
+        )
 
 
-def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The path of every part, and of the layers to adapt in those whose method takes targets.
+def resolve_parts(
+    model: nn.Module, configs: Mapping[str, PartConfig]
+) -> tuple[dict[str, str], dict[str, dict[str, LowRankSpec]]]:
+    """The path of every part, and the layers to adapt in it.
 
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
     that hides its layers is made explicit, which does not change what it computes. Raises UserError.
     """
     paths = {part: find_part(model, part) for part in configs}
-    targets: dict[str, list[str]] = {}
+    plans = {}
     for part, config in configs.items():
-        if ADAPTERS[config.method].takes_targets:
+        method = ADAPTERS[config.method]()
+        if "targets" in method.settings:
             _explicit(model, paths[part])
-            targets[part] = resolve_targets(model, part, paths[part], config.targets)
-    _check_disjoint(targets)
-    return paths, targets
-
-
-def resolve_targets(model: nn.Module, part: str, part_path: str, targets: str | list[str]) -> list[str]:
-    """Full paths of the layers that `targets` names inside the part.
-
-    `all-linear`; a regular expression over the path inside the part; or names that match as dotted suffixes inside
-    it. Blocks of a vision encoder whose output nothing reads are left out.
-    """
-    unused = unused_blocks(model, part_path) if architecture_of(model).resolve(model).get("vision") == part_path else []
-    inside = {
-        path: module
-        for path, module in model.get_submodule(part_path).named_modules()
-        if path and not any(_join(part_path, path).startswith(f"{block}.") for block in unused)
-    }
-    if targets == "all-linear":
-        # Left out of the root's, as in PEFT: the output embedding, which is often tied to the input's.
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [p for p, m in inside.items() if isinstance(m, nn.Linear) and m is not head]
-        if not found and isinstance(model.get_submodule(part_path), nn.Linear):
-            return [part_path]
-    elif isinstance(targets, str):
-        try:
-            found = [p for p in inside if re.fullmatch(targets, p)]
-        except re.error as error:
-            raise UserError(f"parts.{part}.targets: {targets!r} is not a regular expression ({error})") from error
-    else:
-        found = [p for p in inside if any(p == t or p.endswith(f".{t}") for t in targets)]
-        idle = [t for t in targets if not any(p == t or p.endswith(f".{t}") for p in inside)]
-        if idle:
-            raise UserError(f"parts.{part}.targets: nothing in the part is named {idle[0]!r}. {_examples(inside)}")
-    if not found:
-        raise UserError(f"parts.{part}.targets: {targets!r} matches no layer of the part. {_examples(inside)}")
-    return [_join(part_path, p) for p in found]
+        plans[part] = method.plan(model, part, paths[part], config)
+    _check_disjoint(plans)
+    return paths, plans
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make `name` the adapter that the model computes with. Raises UserError for a name that it does not have."""
-    if name not in records(model):
-        raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+    """Make `name` the adapter that the model computes with, and the one that is trained. Raises UserError for a name
+    that it does not have."""
+    _check_names(model, [name])
     for _, layer in adapter_layers(model):
         layer.active = name if name in layer.specs else None
+        for other in layer.specs:
+            for parameter in layer.adapter_tensors(other).values():
+                parameter.requires_grad_(other == name)
 
 
 @contextmanager
@@ -151,6 +138,39 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.active = name
 
 
+@contextmanager
+def adapters_by_row(
+    model: nn.Module, rows: Sequence[str | None], media: Sequence[str | None] | None = None
+) -> Iterator[None]:
+    """Inside the block every row of a batch has its own adapter: `rows[i]` names that of row i, None is the base.
+
+    `media` does so for the pictures or frames that reach the vision encoder and the projector, in their order, which
+    is that of the placeholders in the rows; needed where these parts are adapted. Raises UserError for a name that the
+    model does not have; the forward pass raises ValueError where the number of rows is another.
+    """
+    _check_names(model, [name for name in (*rows, *(media or ())) if name is not None])
+    parts = architecture_of(model).resolve(model)
+    seeing = tuple(f"{parts[part]}." for part in ("vision", "projector") if part in parts)
+    layers: list[AdapterLayer] = []
+    try:
+        for path, layer in adapter_layers(model):
+            sees = path.startswith(seeing)
+            if sees and media is None:
+                raise UserError(f"{path} is adapted: name the adapter of every picture too (media=[…])")
+            layer.rows = media if sees else rows
+            layers.append(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
+
+
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in records(model):
+            raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+
+
 def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig:
     if not isinstance(value, PartConfig):
         try:
@@ -160,9 +180,13 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
             key = ".".join(str(step) for step in ("parts", part, *first["loc"]))
             raise UserError(f"{key}: {first['msg']}") from None
     try:
-        ADAPTERS[value.method]
+        method = ADAPTERS[value.method]
     except UserError as error:
         raise UserError(f"parts.{part}.method: {error}") from None
+    for key, field_info in PartConfig.model_fields.items():
+        given = getattr(value, key) != field_info.get_default(call_default_factory=True)
+        if key != "method" and given and key not in method.settings:
+            raise UserError(f"parts.{part}.{key}: the method {value.method!r} has no such setting; leave it out")
     return value
 
 
@@ -174,42 +198,29 @@ def _explicit(model: nn.Module, path: str) -> None:
     explicit_attention(module)
 
 
-def _check_disjoint(targets: dict[str, list[str]]) -> None:
+def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]]) -> None:
     owner: dict[str, str] = {}
-    for part, paths in targets.items():
-        for path in paths:
+    for part, plan in plans.items():
+        for path in plan:
             if path in owner:
                 raise UserError(f"parts.{owner[path]} and parts.{part} both adapt {path}; narrow one's targets")
             owner[path] = part
 
 
 def _report(
-    model: nn.Module,
-    configs: dict[str, PartConfig],
-    paths: dict[str, str],
-    targets: dict[str, list[str]],
-    name: str,
+    model: nn.Module, configs: dict[str, PartConfig], paths: dict[str, str], plans: dict[str, dict[str, LowRankSpec]]
 ) -> InjectionReport:
     reports = []
     for part, config in configs.items():
         module = model.get_submodule(paths[part])
-        linear = [_join(paths[part], p) for p, m in module.named_modules() if isinstance(m, nn.Linear)]
-        chosen = targets.get(part, [paths[part]] if config.method == "full" else [])
-        covered = set(chosen) if part in targets else set(linear if config.method == "full" else [])
+        full = config.method == "full"
+        could = [join(paths[part], p) for p, m in layers_inside(model, paths[part]).items() if is_weight(m)]
+        skipped = [] if full else [p for p in could if p not in plans[part]]
         trainable = sum(numel(p) for p in module.parameters() if p.requires_grad)
         total = sum(numel(p) for p in module.parameters())
-        skipped = [p for p in linear if p not in covered]
+        chosen = [paths[part]] if full else list(plans[part])
         reports.append(PartReport(part, paths[part], config.method, chosen, skipped, trainable, total))
     parameters = list(model.parameters())
     return InjectionReport(
         reports, sum(numel(p) for p in parameters if p.requires_grad), sum(numel(p) for p in parameters)
     )
-
-
-def _examples(inside: dict[str, nn.Module]) -> str:
-    names = sorted({p.rpartition(".")[2] for p, m in inside.items() if isinstance(m, nn.Linear)})
-    return f"Its linear layers are named: {', '.join(names)}"
-
-
-def _join(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix else path

@@ -1,28 +1,48 @@
 """Adapter directories in PEFT's layout, as data: nothing here touches a model.
 
 `adapter_model.safetensors` holds `base_model.model.<path>.lora_A.weight` [r, in], `.lora_B.weight` [out, r] and
-`.lora_magnitude_vector` [out], and the weights of parts trained in full as PEFT's `modules_to_save`. What PEFT's
-config cannot say (which part used which method) is in the file's metadata.
+`.lora_magnitude_vector` [out] (embeddings: `.lora_embedding_A` and `_B`), and the weights of parts trained in full as
+PEFT's `modules_to_save`. What PEFT's config cannot say is in the file's metadata. A directory that PEFT cannot compute
+at all has a `peft_type` of its own, `MMDORA`, so that PEFT refuses it.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmdora.adapters import LowRankSpec
+from mmdora.adapters.base import LowRankSpec
+from mmdora.adapters.targets import pattern_value
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
 PREFIX = "base_model.model."
-SUFFIXES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+OWN_TYPE = "MMDORA"
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+SUFFIXES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")
+SPEC = TypeAdapter(LowRankSpec)
+# PEFT's settings that do not change what the tensors mean; any other that is set is one that we do not compute.
+UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+    *("bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "eva_config", "qalora_group_size"),
+    *("runtime_config", "mmdora_dropout"),
+}
+# Starts that leave the base's weights as they are; with the others, the tensors belong to a changed base.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -30,93 +50,129 @@ class Adapter:
     """A directory as read: nothing of it has touched a model yet."""
 
     folder: Path
-    specs: dict[str, LowRankSpec]  # by module path
-    layers: dict[str, dict[str, Tensor]]  # by module path and PEFT's suffix
+    specs: dict[str, LowRankSpec]  # by layer path
+    layers: dict[str, dict[str, Tensor]]  # by layer path and suffix
     whole: dict[str, Tensor]  # by parameter name: weights trained in full
     whole_paths: list[str]
     parts: dict[str, PartConfig]
+    shared: dict[str, str]  # by layer path: the layer whose `vera_A` and `vera_B` it shares
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Read and check a directory by itself. Raises UserError that names the file and the tensor at fault."""
     config = _read_config(folder / "adapter_config.json")
-    tensors, about = _read_tensors(folder / "adapter_model.safetensors")
+    tensors, about = _read_tensors(folder)
     layers: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if "dora_scale" in key or key.startswith(("lora_unet_", "lora_te_", "lycoris_")):
+            raise UserError(
+                f"{folder}: tensor {key!r} is LyCORIS's, whose DoRA normalizes the other axis of the weight; "
+                "only PEFT's layout can be loaded"
+            )
         if not key.startswith(PREFIX):
             raise UserError(f"{folder}: tensor {key!r} is not of PEFT's layout (it should begin with {PREFIX!r})")
         stem = key.removeprefix(PREFIX)
         suffix = next((s for s in SUFFIXES if stem.endswith(f".{s}")), None)
         if suffix:
             layers.setdefault(stem.removesuffix(f".{suffix}"), {})[suffix] = tensor
-        elif "lora_" in stem or "dora_" in stem:
+        elif re.search(r"(^|[._])(lora|dora|vera|hada|lokr|oft|ia3)_", stem):
             raise UserError(f"{folder}: tensor {key!r} is of a kind that is not supported")
         else:
             whole[stem] = tensor
-    as_lora = set(about.get("lora_layers", []))
-    specs = {path: _spec(folder, path, found, config, path in as_lora) for path, found in layers.items()}
-    parts = {part: PartConfig.model_validate(value) for part, value in about.get("parts", {}).items()}
-    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), parts)
+    try:
+        own = {path: SPEC.validate_python(spec) for path, spec in about.get("specs", {}).items()}
+        parts = {part: PartConfig.model_validate(value) for part, value in about.get("parts", {}).items()}
+        shared = {str(path): str(owner) for path, owner in about.get("shared", {}).items()}
+    except (AttributeError, ValidationError) as error:
+        raise UserError(f"{folder}: its 'mmdora' metadata is damaged ({error})") from error
+    if config["peft_type"] == OWN_TYPE and (missing := sorted(set(layers) - set(own))):
+        raise UserError(f"{folder}: its 'mmdora' metadata says nothing of {missing[0]}")
+    specs = {path: own.get(path) or _spec(folder, path, found, config) for path, found in layers.items()}
+    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), parts, shared)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; an adapter directory holds it beside adapter_model.safetensors"
-        ) from None
-    except ValueError as error:
+        raise UserError(f"{path}: no such file; an adapter directory holds it beside the tensors") from None
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: 'peft_type' must be LORA, found {dict(config).get('peft_type')!r}")
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", OWN_TYPE):
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{path}: 'peft_type' must be LORA or {OWN_TYPE}, found {found!r}")
+    if config["peft_type"] == OWN_TYPE:
+        return config
     if config.get("bias", "none") != "none":
         raise UserError(f"{path}: 'bias' is {config['bias']!r}; only adapters that leave biases alone are supported")
+    if config.get("init_lora_weights") not in STARTS:
+        raise UserError(
+            f"{path}: 'init_lora_weights' is {config['init_lora_weights']!r}, which changed the base's weights; "
+            "convert it to a plain LoRA with PEFT first"
+        )
+    unknown = [key for key, value in config.items() if key not in UNDERSTOOD and value]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]!r} is set ({config[unknown[0]]!r}), which is not supported")
+    for key, kind in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{path}: {key!r} must be a number, found {config.get(key)!r}")
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and our metadata; PEFT's old `adapter_model.bin` is read as plain tensors, never as code."""
+    path, old = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     try:
+        if old.is_file() and not path.exists():
+            tensors = torch.load(old, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+                raise ValueError("it holds something else than named tensors")
+            return tensors, {}
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("mmdora", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
+    except (SafetensorError, ValueError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if path.exists():
+            raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
+        raise UserError(f"{old}: damaged or not a file of tensors ({error})") from error
 
 
-def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any], as_lora: bool) -> LowRankSpec:
+def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any]) -> LowRankSpec:
+    """What PEFT's config says about one layer, checked against its tensors."""
     dora = bool(config.get("use_dora"))
-    wanted = SUFFIXES if dora else SUFFIXES[:2]
-    for suffix in wanted:
+    a_name, b_name = (EMBEDDING_A, EMBEDDING_B) if EMBEDDING_A in found or EMBEDDING_B in found else (A, B)
+    for suffix in (a_name, b_name, MAGNITUDE)[: 3 if dora else 2]:
         if suffix not in found:
             raise UserError(f"{folder}: tensor {PREFIX}{path}.{suffix} is missing")
-    if not dora and SUFFIXES[2] in found:
-        raise UserError(f"{folder}: {PREFIX}{path}.{SUFFIXES[2]} is there, but 'use_dora' is false")
-    a, b = found["lora_A.weight"], found["lora_B.weight"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
+    if not dora and MAGNITUDE in found:
+        raise UserError(f"{folder}: {PREFIX}{path}.{MAGNITUDE} is there, but 'use_dora' is false")
+    a, b = found[a_name], found[b_name]
+    if a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1]:
+        shapes = f"{a_name.removesuffix('.weight')} {list(a.shape)}, {b_name.removesuffix('.weight')} {list(b.shape)}"
         raise UserError(f"{folder}: {PREFIX}{path}: {shapes} do not form a low-rank product")
-    # PEFT's own rule: the first pattern that matches the end of the path.
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), config["lora_alpha"])
-    dropout = float(config.get("lora_dropout") or 0.0)
-    return LowRankSpec(a.shape[0], float(alpha), dropout, bool(config.get("use_rslora")), dora and not as_lora)
+    return LowRankSpec(
+        rank=a.shape[0],
+        alpha=float(pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"])),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=dora,
+        peft_dropout=dora,
+    )
 
 
-def peft_config(base: str | None, specs: dict[str, LowRankSpec], whole: list[str], dora: bool) -> dict[str, Any]:
+def peft_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str]) -> dict[str, Any]:
     """`adapter_config.json`. Where layers differ in rsLoRA, alpha is restated so that alpha / r is each layer's
     scale."""
+    dora = any(spec.use_dora for spec in specs.values())
     rslora = bool(specs) and all(spec.use_rslora for spec in specs.values())
-    ranks = {path: spec.rank for path, spec in specs.items()}
-    alphas = {
-        path: spec.alpha if rslora or not spec.use_rslora else spec.scale * spec.rank for path, spec in specs.items()
-    }
+    ranks = {path: max(spec.rank, 1) for path, spec in specs.items()}
+    alphas = {path: s.alpha if rslora or not s.use_rslora else s.scale * s.rank for path, s in specs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 16.0
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
@@ -126,11 +182,39 @@ def peft_config(base: str | None, specs: dict[str, LowRankSpec], whole: list[str
         "use_dora": dora,
         "use_rslora": rslora,
         "target_modules": sorted(specs),
-        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        # Anchored: PEFT matches a pattern with the end of a path.
+        "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": a for path, a in alphas.items() if a != alpha},
         "modules_to_save": whole or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if any(spec.dropout and spec.use_dora and not spec.peft_dropout for spec in specs.values()):
+        config["mmdora_dropout"] = "on the low-rank branch alone; PEFT's would be on the base product too"
+    return config
+
+
+def own_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str]) -> dict[str, Any]:
+    """`adapter_config.json` of what PEFT has no layers for: it says so to a reader, and PEFT refuses its type."""
+    methods = sorted({"dvora" if s.use_vera else "dora" if s.use_dora else "lora" for s in specs.values()})
+    return {
+        "peft_type": OWN_TYPE,
+        "base_model_name_or_path": base,
+        "methods": methods,
+        "target_modules": sorted(specs),
+        "modules_to_save": whole or None,
+    }
+
+
+def metadata(
+    specs: Mapping[str, LowRankSpec], parts: Mapping[str, PartConfig], shared: Mapping[str, str]
+) -> dict[str, str]:
+    """What the file says beside its tensors: every layer's true settings, and the parts that they come from."""
+    about = {
+        "specs": {path: asdict(spec) for path, spec in specs.items()},
+        "parts": {part: config.model_dump(mode="json") for part, config in parts.items()},
+        "shared": dict(shared),
+    }
+    return {"format": "pt", "mmdora": json.dumps(about)}

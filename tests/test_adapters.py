@@ -13,11 +13,10 @@ from torch.nn import functional as F
 import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
-from mmdora.adapters import adapter_layers
+from mmdora.adapters import adapter_layers, resolve_targets
 from mmdora.adapters.functional import dora_norm
-from mmdora.config import VideoConfig
+from mmdora.config import PartConfig, VideoConfig
 from mmdora.errors import UserError
-from mmdora.injection import resolve_targets
 from tests.media import write_image, write_video
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
@@ -215,7 +214,7 @@ def test_a_whole_model_goes_through_peft(tiny, batches, tmp_path):
 def test_unused_vision_blocks_are_left_out(tiny):
     model, _ = tiny
     model.config.vision_feature_layer = -2
-    targets = resolve_targets(model, "vision", "model.vision_tower", "all-linear")
+    targets = resolve_targets(model, "vision", "model.vision_tower", PartConfig(method="dora"))
     assert len(targets) == 12
     assert not any(".resblocks.2." in t for t in targets)
 

@@ -6,10 +6,12 @@ import math
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES
+from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
 from data_pipelines.images import load_image
 from data_pipelines.samples import Sample
 from data_pipelines.video import load_video
@@ -41,7 +43,7 @@ class Scene:
     pixels: Tensor  # [3, s, s], or [frames, 3, s, s] of a clip
     prefix: list[int]
     blocks: list[tuple[list[int], int]]  # (tokens of question + answer, how many of them are the answer's)
-    patches: Tensor  # [patches, 2]: index into COLORS and into SHAPES, or -1
+    patches: Tensor  # [patches, 3], see patch_labels
     things: int
 
     @property
@@ -50,16 +52,20 @@ class Scene:
 
 
 def patch_labels(things: list[dict], grid: int) -> Tensor:
-    """[grid * grid, 2]: colour and shape of the thing whose centre a patch holds, -1 where it holds none.
-
-    Things stand further apart than a patch is wide, so that no patch holds two.
-    """
+    """[grid * grid, 3]: colour and shape of the thing that covers at least a third of each patch, -1 where none does;
+    and 1 where a patch holds a thing's centre, else 0. Things stand further apart than a patch is wide: no patch holds
+    two centres."""
+    mask = Image.new("L", (CANVAS, CANVAS))
+    pen = ImageDraw.Draw(mask)
+    for number, t in enumerate(things, 1):
+        outline(pen, t["shape"], t["x"], t["y"], t["r"], number)
     cell = CANVAS // grid
-    labels = torch.full((grid * grid, 2), -1)
-    for t in things:
-        labels[t["y"] // cell * grid + t["x"] // cell] = torch.tensor(
-            [list(COLORS).index(t["color"]), SHAPES.index(t["shape"])]
-        )
+    cells = np.asarray(mask).reshape(grid, cell, grid, cell).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    labels = torch.tensor([-1, -1, 0]).repeat(grid * grid, 1)
+    for number, t in enumerate(things, 1):
+        covered = torch.from_numpy((cells == number).mean(1) > 1 / 3)
+        labels[covered, :2] = torch.tensor([list(COLORS).index(t["color"]), SHAPES.index(t["shape"])])
+        labels[t["y"] // cell * grid + t["x"] // cell, 2] = 1
     return labels
 
 

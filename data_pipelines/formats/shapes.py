@@ -184,7 +184,7 @@ def _base(rng: random.Random, index: int) -> tuple[Scene, list[Question]]:
         scene = clip_scene(rng, straight=False)
         questions = clip_questions(scene, rng)
     else:
-        scene = image_scene(rng, 1 + index // 4 % 4)
+        scene = image_scene(rng, 1 + index // 4 % 3)
         questions = image_questions(scene, rng)
     return scene, rng.sample(questions, len(questions))
 

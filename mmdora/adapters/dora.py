@@ -1,9 +1,30 @@
 """DoRA (arXiv 2402.09353): LoRA moves the weight's direction, a vector of its own scales each output row."""
 
-from mmdora.adapters.base import ADAPTERS
-from mmdora.adapters.lora import LoRA
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from mmdora.adapters.base import ADAPTERS, LowRankSpec
+from mmdora.adapters.lora import LOW_RANK, LoRA
+from mmdora.adapters.magnitude import MAGNITUDE
+from mmdora.adapters.targets import resolve_targets
+from mmdora.config import PartConfig
 
 
 @ADAPTERS.register("dora")
 class DoRA(LoRA):
-    use_dora = True
+    """`magnitude_targets` may differ from `targets` (Table 6 of the paper): a layer in both has DoRA, one in `targets`
+    alone has LoRA, and one in `magnitude_targets` alone has nothing but a magnitude."""
+
+    settings = LOW_RANK | {"magnitude_targets", "peft_dropout"}
+
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        specs = super().plan(model, part, path, config)
+        magnitudes = list(specs)
+        if config.magnitude_targets is not None:
+            magnitudes = resolve_targets(model, part, path, config, "magnitude_targets")
+        for layer in magnitudes:
+            specs[layer] = replace(specs.get(layer, MAGNITUDE), use_dora=True, peft_dropout=config.peft_dropout)
+        return specs

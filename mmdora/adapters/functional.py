@@ -6,6 +6,7 @@ backward pass (§4.3 of the DoRA paper), and the bias stands outside: y = g ⊙ 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,38 +20,51 @@ LEAST_GAIN = 1e-20
 ROWS = 256  # of an activation at once, where a pass over it has temporaries: they then stay in the cache
 
 
-@torch.no_grad()
-def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """Row norms ‖W + sBA‖ in fp32, shape [out], without building BA.
+def as_is(weight: Tensor) -> Tensor:
+    """A frozen weight that is stored as the matrix [out, in]."""
+    return weight
 
-    n² = ‖W‖² + 2s·rowsum((WAᵀ) ⊙ B) + s²·rowsum((B(AAᵀ)) ⊙ B). Rows where this cancels are computed densely.
+
+def transposed(weight: Tensor) -> Tensor:
+    """A frozen weight that is stored as [in, out]."""
+    return weight.T
+
+
+@torch.no_grad()
+def dora_norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor:
+    """Row norms ‖W + sBA‖ in fp32 [..., out], without building BA; ‖W‖ where A and B are None.
+
+    Of W [..., out, in], A [..., r, in] and B [..., out, r]: n² = ‖W‖² + 2s·rowsum((WAᵀ) ⊙ B) + s²·rowsum((B(AAᵀ)) ⊙ B).
+    Rows where this cancels are computed densely.
     """
+    if lora_a is None or lora_b is None:
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
     a, b = lora_a.float(), lora_b.float()
-    w2 = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-    cross = (_times_transposed(weight, a) * b).sum(1)
-    ba2 = ((b @ (a @ a.T)) * b).sum(1)
+    w2 = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
+    cross = (_times_transposed(weight, a) * b).sum(-1)
+    ba2 = ((b @ (a @ a.mT)) * b).sum(-1)
     squared = w2 + 2 * scale * cross + scale**2 * ba2
     cancelled = squared < CANCELLATION * (w2 + scale**2 * ba2)
     if cancelled.any():
-        rows = weight[cancelled].float() + scale * (b[cancelled] @ a)
-        squared[cancelled] = rows.square().sum(1)
+        where = cancelled.nonzero(as_tuple=True)
+        rows = weight[where].float() + scale * (b[where].unsqueeze(-2) @ a[where[:-1]]).squeeze(-2)
+        squared[where] = rows.square().sum(-1)
     return squared.clamp_min(0).sqrt()
 
 
 def _times_transposed(weight: Tensor, a: Tensor) -> Tensor:
-    """W Aᵀ [out, r] in fp32. A half-precision W meets A in a high and a low half; no fp32 copy of it is made."""
+    """W Aᵀ [..., out, r] in fp32. A half-precision W meets A in a high and a low half; no fp32 copy of it is made."""
     if weight.dtype == torch.float32:
-        return weight @ a.T
+        return weight @ a.mT
     high = a.to(weight.dtype)
     low = (a - high.float()).to(weight.dtype)
-    return (weight @ torch.cat([high, low]).T).float().unflatten(1, (2, -1)).sum(1)
+    return (weight @ torch.cat([high, low], dim=-2).mT).float().unflatten(-1, (2, -1)).sum(-2)
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / n in fp32; 1 for a zero row, which has no direction that a magnitude could scale."""
+    """g = m / n in fp32, with m's gradient; 1 for a zero row, which has no direction that a magnitude could scale."""
     zero = norm == 0
-    gain = magnitude.float() / norm.masked_fill(zero, 1.0)
-    return gain.masked_fill(gain == 0, LEAST_GAIN).masked_fill(zero, 1.0)
+    return (magnitude.float() / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0)
 
 
 class AdaptedLinearFunction(torch.autograd.Function):
@@ -65,27 +79,30 @@ class AdaptedLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # [..., in]
         dropped: Tensor | None,  # [..., in]: what the low-rank branch reads; None: x
-        weight: Tensor,  # [out, in], frozen
+        weight: Tensor,  # frozen; `read` makes it [out, in]
         bias: Tensor | None,  # [out], frozen
-        lora_a: Tensor,  # [r, in]
-        lora_b: Tensor,  # [out, r]
+        lora_a: Tensor | None,  # [r, in]; None: the magnitude alone
+        lora_b: Tensor | None,  # [out, r]
         magnitude: Tensor | None,  # [out]; None: LoRA
         norm: Tensor | None,  # [out], fp32, a constant
         scale: float,
+        read: Callable[[Tensor], Tensor] = as_is,
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])
-        low = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-        a, b = lora_a.to(dtype), (scale * lora_b).to(dtype)
-        h = low @ a.T
-        u = rows @ weight.to(dtype).T
-        u.addmm_(h, b.T)
+        u = rows @ read(weight).to(dtype).T
+        h = None
+        if lora_a is not None and lora_b is not None:
+            low = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
+            h = low @ lora_a.to(dtype).T
+            u.addmm_(h, (scale * lora_b).to(dtype).T)
         gain = None
         if magnitude is None:
             y = u if bias is None else u.add_(bias)
         else:
             assert norm is not None
             gain = dora_gain(magnitude, norm)
+            gain.masked_fill_(gain == 0, LEAST_GAIN)
             g = gain.to(dtype)
             # fp16's range is too small to find u again from u * g.
             keep_output = bias is None and dtype != torch.float16
@@ -94,7 +111,7 @@ class AdaptedLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             x, dropped, weight, lora_a, lora_b, h, norm, gain, None if gain is None else u.view(*x.shape[:-1], -1)
         )
-        ctx.scale, ctx.from_output = scale, magnitude is not None and u is y
+        ctx.scale, ctx.read, ctx.from_output = scale, read, magnitude is not None and u is y
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -103,25 +120,25 @@ class AdaptedLinearFunction(torch.autograd.Function):
         x, dropped, weight, lora_a, lora_b, h, norm, gain, u = ctx.saved_tensors
         dtype = x.dtype
         du = dy.reshape(-1, dy.shape[-1])
-        dm = None
+        dx = ddropped = da = db = dm = None
         if gain is not None:
             du, dm = _scaled_and_dotted(du, gain, u.view(du.shape))
             dm = dm / (norm * gain if ctx.from_output else norm).masked_fill(norm == 0, 1.0)
             dm = dm.masked_fill(norm == 0, 0.0)  # a zero row's gain is the constant 1
-        a, b = lora_a.to(dtype), (ctx.scale * lora_b).to(dtype)
-        dh = du @ b
-        dx = ddropped = None
         if ctx.needs_input_grad[0]:
-            dx = du @ weight.to(dtype)
-            if dropped is None:
+            dx = du @ ctx.read(weight).to(dtype)
+        if lora_a is not None:
+            a, b = lora_a.to(dtype), (ctx.scale * lora_b).to(dtype)
+            dh = du @ b
+            if dx is not None and dropped is None:
                 dx.addmm_(dh, a)
-            dx = dx.view(x.shape)
-        if dropped is not None and ctx.needs_input_grad[1]:
-            ddropped = (dh @ a).view(x.shape)
-        low = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-        da = (dh.T @ low).to(lora_a.dtype)
-        db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
-        return dx, ddropped, None, None, da, db, dm, None, None
+            if dropped is not None and ctx.needs_input_grad[1]:
+                ddropped = (dh @ a).view(x.shape)
+            low = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
+            da = (dh.T @ low).to(lora_a.dtype)
+            db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
+        dx = None if dx is None else dx.view(x.shape)
+        return dx, ddropped, None, None, da, db, dm, None, None, None
 
 
 def _scaled_and_dotted(dy: Tensor, gain: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +155,54 @@ def _scaled_and_dotted(dy: Tensor, gain: Tensor, u: Tensor) -> tuple[Tensor, Ten
     return du, total
 
 
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
-    """The weight [out, in] of the plain layer that computes the same, in the weight's own dtype (computed in fp32)."""
-    merged = weight.float() + scale * (lora_b.float() @ lora_a.float())
+def merged_weight(
+    weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, magnitude: Tensor | None
+) -> Tensor:
+    """The weight [..., out, in] of the plain layer that computes the same, in fp32."""
+    merged = weight.float()
+    if lora_a is not None and lora_b is not None:
+        merged = merged + scale * (lora_b.float() @ lora_a.float())
     if magnitude is not None:
-        merged *= dora_gain(magnitude, dora_norm(weight, lora_a, lora_b, scale))[:, None]
-    return merged.to(weight.dtype)
+        merged = merged * dora_gain(magnitude, dora_norm(weight, lora_a, lora_b, scale))[..., None]
+    return merged
+
+
+class MergedWeightFunction(torch.autograd.Function):
+    """W' = g ⊙ (W + sBA) for a frozen W [..., out, in], with gradients for A, B and m; saves W' and no other matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        magnitude: Tensor | None,
+        norm: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        merged = weight.clone()
+        if lora_a is not None and lora_b is not None:
+            merged += scale * (lora_b @ lora_a)
+        gain = None
+        if magnitude is not None:
+            assert norm is not None
+            gain = dora_gain(magnitude, norm)
+            gain.masked_fill_(gain == 0, LEAST_GAIN)
+            merged *= gain[..., None].to(weight.dtype)
+        ctx.save_for_backward(lora_a, lora_b, gain, norm, None if gain is None else merged)
+        ctx.scale = scale
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmerged: Tensor) -> tuple[Tensor | None, ...]:
+        lora_a, lora_b, gain, norm, merged = ctx.saved_tensors
+        da = db = dm = None
+        if gain is not None:
+            dm = (dmerged * merged).sum(-1, dtype=torch.float32) / (gain * norm).masked_fill(norm == 0, 1.0)
+            dm = dm.masked_fill(norm == 0, 0.0)
+            dmerged = dmerged * gain[..., None].to(dmerged.dtype)
+        if lora_a is not None:
+            dv = dmerged.to(lora_a.dtype)
+            da, db = ctx.scale * (lora_b.mT @ dv), ctx.scale * (dv @ lora_a.mT)
+        return None, da, db, dm, None, None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmdora.adapters.functional import dora_norm
 
-_kept: dict[tuple[int, int, int], Tensor] | None = None
+_kept: dict[int, Tensor] | None = None
 _keys = itertools.count(1)
 
 
@@ -42,16 +42,20 @@ def weights_fixed() -> Iterator[None]:
 
 
 @torch.library.custom_op("mmdora::norm", mutates_args=())
-def norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, key: int) -> Tensor:
+def norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
     """‖W + sBA‖ [out] in fp32, of the adapter that `key` stands for. Opaque to torch.compile, which sees no branch."""
     if _kept is None:
         return dora_norm(weight, lora_a, lora_b, scale)
-    place = (key, lora_a.data_ptr(), lora_b.data_ptr())  # a deep copy of a layer has its key, but tensors of its own
-    if place not in _kept:
-        _kept[place] = dora_norm(weight, lora_a, lora_b, scale)
-    return _kept[place].clone()  # an operator's output may not alias another's
+    if key not in _kept:
+        _kept[key] = dora_norm(weight, lora_a, lora_b, scale)
+    return _kept[key].clone()  # an operator's output may not alias another's
 
 
 @norm.register_fake
-def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, key: int) -> Tensor:
+def _(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
     return weight.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+def kept(key: int) -> Tensor | None:
+    """The norm if it is kept; for weights that are costly even to read."""
+    return None if _kept is None else _kept.get(key)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, AdapterMethod
+from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec
 from mmdora.config import PartConfig
 
 
 @ADAPTERS.register("full")
 class Full(AdapterMethod):
-    def adapt(self, model: nn.Module, part: str, targets: list[str], config: PartConfig, name: str) -> list[str]:
-        module = model.get_submodule(part)
-        module.requires_grad_(True)
-        return [part]
+    settings = RATES
+
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        return {}
+
+    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
+        model.get_submodule(path).requires_grad_(True)
+        return [path]
 
 
 @ADAPTERS.register("frozen")
-class Frozen(AdapterMethod):
-    def adapt(self, model: nn.Module, part: str, targets: list[str], config: PartConfig, name: str) -> list[str]:
+class Frozen(Full):
+    settings = frozenset()
+
+    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
         return []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdora.adapters import AdapterLayer, adapter_layers
+from mmdora.adapters import adapter_layers
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,10 @@ def analyze(model: nn.Module) -> list[LayerChange]:
     changes = []
     for path, layer in adapter_layers(model):
         if layer.active is not None:
-            weight = base_weight(layer)
-            merged = layer.merge(layer.active).weight
-            assert isinstance(merged, Tensor)
-            changes.append(LayerChange(path, *decompose(weight, merged)))
+            changes.append(
+                LayerChange(path, *decompose(layer.matrix().flatten(0, -2), layer.merged(layer.active).flatten(0, -2)))
+            )
     return changes
-
-
-def base_weight(layer: AdapterLayer) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def correlation(changes: list[LayerChange]) -> float:

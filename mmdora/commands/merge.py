@@ -11,10 +11,10 @@ from transformers import AutoModelForImageTextToText
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
-from mmdora.checkpoint import merge_adapters
 from mmdora.commands.console import make_console
 from mmdora.errors import UserError
 from mmdora.loading import save_model, to_plain_transformers
+from mmdora.merging import merge_adapters
 from mmdora.rundir import load_target
 
 

@@ -1,0 +1,75 @@
+"""Adapters on convolutions of one, two and three dimensions, grouped or not."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from mmdora.adapters.layer import AdapterLayer, Shapes
+
+
+class AdaptedConv(AdapterLayer, _ConvNd):
+    """Convolutions of one to three dimensions. The matrix is [out, in / groups · kernel]: A looks at a kernel's window,
+    and is the same for every group; B mixes what it found. So every rank fits every number of groups."""
+
+    convolve: ClassVar[Any]
+
+    @property
+    def in_peft(self) -> bool:  # type: ignore[override]
+        # PEFT leaves dilation and padding modes out of A, and its A sees all groups at once.
+        return self.groups == 1 and set(self.dilation) == {1} and self.padding_mode == "zeros"
+
+    @staticmethod
+    def shapes(module: nn.Module, rank: int) -> Shapes:
+        assert isinstance(module, _ConvNd)
+        ones = (1,) * len(module.kernel_size)
+        a = (rank, module.in_channels // module.groups, *module.kernel_size)
+        return Shapes(a, (module.out_channels, rank, *ones), (1, module.out_channels, *ones))
+
+    def matrix(self) -> Tensor:
+        return self.weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def adapted(self, x: Tensor, name: str) -> Tensor:
+        spec = self.specs[name]
+        dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else x
+        rest, bias = None, self.bias
+        if dropped is not x and spec.peft_dropout and spec.use_dora:
+            rest = self._conv_forward(x - dropped, self.weight, None)
+            x = dropped
+        y = self._conv_forward(x, self.weight, None)
+        ones = [1] * len(self.kernel_size)
+        if spec.rank:
+            a, b = (getattr(self, attribute)[name].to(x.dtype) for attribute in self.low_rank)
+            # Groups go into the batch for A, which is the same for all of them, and come back for B.
+            groups = dropped.unflatten(1, (self.groups, -1)).flatten(0, 1)
+            h = self._low_rank(groups, a).unflatten(0, (-1, self.groups)).flatten(1, 2)
+            y = y + spec.scale * type(self).convolve(h, b, groups=self.groups)
+        if spec.use_dora:
+            y = y * self.gain(name).to(y.dtype).view(-1, *ones)
+        y = y if rest is None else y + rest
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *ones)
+
+    def _low_rank(self, x: Tensor, a: Tensor) -> Tensor:
+        """Convolve with A as the layer does with its weight."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return type(self).convolve(x, a, stride=self.stride, padding=padding, dilation=self.dilation)
+
+
+class AdaptedConv1d(AdaptedConv, nn.Conv1d):
+    convolve = staticmethod(F.conv1d)
+
+
+class AdaptedConv2d(AdaptedConv, nn.Conv2d):
+    convolve = staticmethod(F.conv2d)
+
+
+class AdaptedConv3d(AdaptedConv, nn.Conv3d):
+    convolve = staticmethod(F.conv3d)

@@ -1,0 +1,55 @@
+"""DVoRA (§5.5 of arXiv 2402.09353): DoRA's magnitude, with VeRA (arXiv 2310.11454) for the direction.
+
+W' = m ⊙ (W + Λb B Λd A) / ‖W + Λb B Λd A‖. A and B are random, shared by all layers of a part and frozen; learnt are
+the diagonals d [r] and b [out], and m [out].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec
+from mmdora.adapters.layer import Projection
+from mmdora.adapters.linear import LinearLayer
+from mmdora.adapters.lora import LoRA, layer_seed
+from mmdora.adapters.targets import resolve_targets
+from mmdora.adapters.wrapping import layer_kind, wrap
+from mmdora.config import PartConfig
+from mmdora.errors import UserError
+
+
+@ADAPTERS.register("dvora")
+class DVoRA(LoRA):
+    settings = RATES | {"rank", "dropout", "targets", "exclude", "peft_dropout"}
+
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        # Alpha is the rank: VeRA has no scale of its own.
+        spec = LowRankSpec(
+            config.rank, config.rank, config.dropout, False, True, use_vera=True, peft_dropout=config.peft_dropout
+        )
+        plan = dict.fromkeys(resolve_targets(model, part, path, config), spec)
+        modules = dict(model.named_modules())
+        for layer in plan:
+            kind = layer_kind(modules[layer]) if layer in modules else None
+            if kind is None or not issubclass(kind, LinearLayer):
+                raise UserError(f"parts.{part}.targets: dvora shares A and B among linear layers; {layer} is none")
+        return plan
+
+    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
+        layers = {layer: wrap(model, layer) for layer in plan}
+        rank = next(iter(plan.values())).rank
+        sizes = [layer.shapes(layer, rank) for layer in layers.values()]
+        device = next(iter(layers.values())).weight.device
+        where = "meta" if device.type == "meta" else "cpu"
+        a = torch.empty(rank, max(size.a[1] for size in sizes), device=where)
+        b = torch.empty(max(size.b[0] for size in sizes), rank, device=where)
+        generator = torch.Generator().manual_seed(layer_seed(path))
+        for matrix in (a, b):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        shared = Projection(a.to(device), b.to(device))
+        for layer, adapter in layers.items():
+            adapter.add_adapter(name, plan[layer], shared=shared)
+        return []

@@ -1,0 +1,58 @@
+"""Adapters on embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdora.adapters.layer import AdapterLayer, Shapes
+
+
+class AdaptedEmbedding(AdapterLayer, nn.Embedding):
+    """`nn.Embedding`, as in PEFT: the matrix is [width, vocabulary], so that a magnitude scales one dimension of every
+    token. There is no input to drop: dropout does nothing here."""
+
+    low_rank = ("lora_embedding_A", "lora_embedding_B")
+    file_suffix = ""
+    bias = None
+
+    @staticmethod
+    def shapes(module: nn.Module, rank: int) -> Shapes:
+        assert isinstance(module, nn.Embedding)
+        width = module.embedding_dim
+        return Shapes((rank, module.num_embeddings), (width, rank), (width,))
+
+    def initialize(self, a: Tensor, b: Tensor, generator: torch.Generator) -> None:
+        """A zero, B normal: tokens that are never seen keep their direction."""
+        nn.init.zeros_(a)
+        b.copy_(torch.empty(b.shape, device=a.device).normal_(generator=None if a.is_meta else generator))
+
+    def matrix(self) -> Tensor:
+        return self.weight.T
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def adapted(self, x: Tensor, name: str) -> Tensor:
+        spec = self.specs[name]
+        y = self._look_up(x, self.weight)
+        a, b = self.factors(name)
+        if a is not None and b is not None:
+            y = y + spec.scale * (self._look_up(x, a.T.to(y.dtype)) @ b.T.to(y.dtype))
+        if spec.use_dora:
+            y = y * self.gain(name).to(y.dtype)
+        return self._scaled(y)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self._scaled(self._look_up(x, self.weight))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """By what transformers multiplies some models' embeddings with."""
+        scale = getattr(self, "embed_scale", None)
+        return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
+
+    def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(
+            x, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )

@@ -1,0 +1,20 @@
+"""Only DoRA's magnitude: one factor for every output row, the direction as it was."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec
+from mmdora.adapters.lora import LoRA
+from mmdora.adapters.targets import resolve_targets
+from mmdora.config import PartConfig
+
+MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
+
+
+@ADAPTERS.register("magnitude")
+class Magnitude(LoRA):
+    settings = RATES | {"targets", "exclude"}
+
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        return dict.fromkeys(resolve_targets(model, part, path, config), MAGNITUDE)

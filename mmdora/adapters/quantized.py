@@ -1,0 +1,64 @@
+"""Adapters on a frozen base in 4 or 8 bits (QDoRA), with bitsandbytes; the extra `quant`.
+
+The weight is read as a full matrix wherever it is needed and freed at once, in the forward pass and again in the
+backward pass; 8-bit layers multiply by that matrix too, more exactly than bitsandbytes' own product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+from torch import Tensor, nn
+
+from mmdora.adapters import norms
+from mmdora.adapters.layer import AdapterLayer
+from mmdora.adapters.linear import AdaptedLinear
+
+
+class QuantizedLinear(AdaptedLinear):
+    def norm(self, name: str) -> Tensor:
+        kept = norms.kept(self.keys[name])
+        return super().norm(name) if kept is None else kept
+
+    def merge(self, name: str) -> None:
+        """Become an `nn.Linear` in the dtype that the weight had before it was quantized, where that is known."""
+        dtype = self.matrix().dtype if self.bias is None else self.bias.dtype
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.merged(name).to(dtype), requires_grad=False)
+        plain.bias = self.bias
+        plain.train(self.training)
+        self.__class__, self.__dict__ = nn.Linear, plain.__dict__  # type: ignore[assignment]
+
+
+class AdaptedLinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
+    @property
+    def read(self) -> Callable[[Tensor], Tensor]:
+        return partial(_from_4bit, state=self.weight.quant_state)
+
+
+class AdaptedLinear8bit(QuantizedLinear, bnb.nn.Linear8bitLt):
+    state: Any
+
+    @property
+    def read(self) -> Callable[[Tensor], Tensor]:
+        scale = getattr(self.weight, "SCB", None)  # until the first forward pass; then the layer's state has it
+        scale = self.state.SCB if scale is None else scale
+        return partial(_from_8bit, scale=scale)
+
+
+def _from_4bit(weight: Tensor, state: object) -> Tensor:
+    return bnb.functional.dequantize_4bit(weight.data, state)
+
+
+def _from_8bit(weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows of int8 whose largest value stands for `scale` [out]."""
+    return weight.data.float() * (scale / 127)[:, None]
+
+
+def quantized_kind(module: nn.Module) -> type[AdapterLayer] | None:
+    if isinstance(module, bnb.nn.Linear4bit):
+        return AdaptedLinear4bit
+    return AdaptedLinear8bit if isinstance(module, bnb.nn.Linear8bitLt) else None
