@@ -4,8 +4,9 @@
     python benchmarks/adapter_step.py --hidden 4096 --tokens 8192 --layers 2   # a GPU, at the shapes of a 7B model
 
 Every round times all candidates in a new order, one step each; figures are medians over the rounds, and ratios to the
-frozen layers of the same run, since the machine is noisy. Saved activations are what autograd keeps for the backward
-pass, beyond the weights and beyond what the frozen layers keep.
+frozen layers of the same run, since the machine is noisy. As in a trainer, DoRA's norms are computed once a step (our
+candidates' steps include that). Saved activations are what autograd keeps for the backward pass, beyond the weights
+and beyond what the frozen layers keep; the peak is that of a GPU's allocator over one step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mmdora
+from mmdora.adapters.norms import weights_fixed
 
 Build = Callable[[LlamaModel, int], nn.Module]
 
@@ -67,6 +69,11 @@ CANDIDATES: dict[str, Build] = {
 
 def step(model: nn.Module, x: Tensor) -> None:
     """One forward and backward pass, down to the gradient of the input [1, tokens, hidden]."""
+    with weights_fixed():
+        _step(model, x)
+
+
+def _step(model: nn.Module, x: Tensor) -> None:
     model(inputs_embeds=x).last_hidden_state.float().square().mean().backward()
     x.grad = None
     for parameter in model.parameters():
@@ -99,6 +106,15 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
+def peak_bytes(model: nn.Module, x: Tensor) -> int | None:
+    """The most that one step holds at once, weights included; None without a GPU."""
+    if not x.is_cuda:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step(model, x)
+    return torch.cuda.max_memory_allocated()
+
+
 def _wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -112,6 +128,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer's forward in the backward")
+    parser.add_argument("--only", nargs="*", choices=CANDIDATES, metavar="NAME", help="candidates besides the frozen")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
     args = parser.parse_args()
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
@@ -124,7 +143,12 @@ def main() -> None:
         num_attention_heads=max(1, args.hidden // 128),
     )
     base = LlamaModel(config).to(device, dtype)
-    models = {name: build(copy.deepcopy(base), args.rank).train() for name, build in CANDIDATES.items()}
+    chosen = ["frozen", *args.only] if args.only else list(CANDIDATES)
+    models = {name: CANDIDATES[name](copy.deepcopy(base), args.rank).train() for name in chosen}
+    if args.checkpointing:
+        for model in models.values():
+            layers = model.get_base_model() if hasattr(model, "get_base_model") else model
+            layers.gradient_checkpointing_enable({"use_reentrant": False})
     x = torch.randn(1, args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
 
     saved = {name: saved_bytes(model, x) for name, model in models.items()}
@@ -134,27 +158,43 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in random.sample(list(models), len(models)):
             times[name].append(seconds(models[name], x))
+    peaks = {name: peak_bytes(model, x) for name, model in models.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     figures = {
         name: {
             "step_over_frozen": round(medians[name] / medians["frozen"], 3),
             "saved_over_frozen_mib": round((saved[name] - saved["frozen"]) / 2**20, 1),
+            "peak_mib": None if peaks[name] is None else round(peaks[name] / 2**20, 1),
         }
         for name in models
     }
-    print(f"{'':42} {'step':>6} {'saved, MiB':>11}   (over frozen: {medians['frozen'] * 1000:.1f} ms)")
-    for name, row in figures.items():
-        print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f}")
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
+        "shape": {
+            k: getattr(args, k) for k in ("hidden", "layers", "tokens", "rank", "dtype", "rounds", "checkpointing")
+        },
+        "frozen_ms": round(medians["frozen"] * 1000, 2),
+    }
+    text = json.dumps(about | {"figures": figures}, indent=2)
     if args.out is not None:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-            "threads": torch.get_num_threads(),
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
-            "shape": {k: getattr(args, k) for k in ("hidden", "layers", "tokens", "rank", "dtype", "rounds")},
-            "frozen_ms": round(medians["frozen"] * 1000, 2),
-        }
-        args.out.write_text(json.dumps(about | {"figures": figures}, indent=2) + "\n", encoding="utf-8")
+        args.out.write_text(text + "\n", encoding="utf-8")
+    if args.json:
+        print(text)
+        return
+    print(f"{'':42} {'step':>6} {'saved, MiB':>11} {'peak, MiB':>10}   (step over frozen: {about['frozen_ms']} ms)")
+    for name, row in figures.items():
+        peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f} {peak:>10}")
+
+
+def processor_name() -> str:
+    """What Linux calls the CPU; elsewhere the architecture alone."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

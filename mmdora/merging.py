@@ -176,6 +176,8 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
             tensors[f"{PREFIX}{path}.{attribute}{layer.file_suffix}"] = tensor.reshape(shape).cpu().contiguous()
         specs[path] = LowRankSpec(a.shape[0], alpha=a.shape[0])
         missed[path] = (float((change - b @ a).norm()), float(change.norm()))
+    if not specs:
+        raise UserError(f"the adapter {name!r} has no low-rank layers, only weights trained in full: nothing to export")
     whole = records(model)[name].whole
     for path in whole:
         for key, parameter in model.get_submodule(path).named_parameters(prefix=path):

@@ -132,6 +132,13 @@ def test_eval_of_a_run(trained, tmp_path, capsys):
     assert "--benchmark NAME --data DIR --out DIR" in capsys.readouterr().err
 
 
+def test_merge_as_a_plain_lora_says_what_it_misses(trained, tmp_path, capsys):
+    out = tmp_path / "lora"
+    assert command("merge", str(trained), str(out), "--lora-rank", "4") == 0
+    assert "% of the change to the weights" in capsys.readouterr().out
+    assert not json.loads((out / "adapter_config.json").read_text())["use_dora"]
+
+
 def test_merge_loads_in_plain_transformers(trained, tmp_path, capsys):
     out = tmp_path / "merged"
     assert command("merge", str(trained), str(out)) == 0

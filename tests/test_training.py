@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mmdora
-from mmdora.config import load_config
+from mmdora.config import PartConfig, load_config
 from mmdora.errors import UserError
 from mmdora.training.arguments import micro_batches
 from mmdora.training.trainer import optimizer_groups
@@ -45,3 +46,17 @@ def test_each_part_trains_with_its_own_rate_and_decay(tiny):
     assert ("language", 0.0) in decays  # magnitudes
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_a_convolutions_magnitude_is_not_decayed():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["0"]}})
+    config = load_config("quickstart", ["training.weight_decay=0.1"])
+    config = config.model_copy(update={"parts": {"": PartConfig(method="dora")}})
+    decays = {id(p): g["weight_decay"] for g in optimizer_groups(net, config) for p in g["params"]}
+    tensors = net[0].adapter_tensors("default")
+    assert {name: decays[id(p)] for name, p in tensors.items()} == {
+        "lora_A.weight": 0.1,
+        "lora_B.weight": 0.1,
+        "lora_magnitude_vector": 0.0,
+    }

@@ -67,12 +67,15 @@ def evaluate(
 def merge(
     run: Target,
     out: Annotated[Path, typer.Argument(help="The new model's directory.")],
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Write a plain LoRA of this rank instead, and how far it falls short.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Fold a run's adapter into a plain Hugging Face model, and print how far the two differ."""
     from mmdora.commands.merge import run as merge_run
 
-    merge_run(run, out, trust_remote_code)
+    merge_run(run, out, lora_rank, trust_remote_code)
 
 
 @app.command()

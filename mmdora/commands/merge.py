@@ -1,4 +1,4 @@
-"""`mmdora merge`: a plain Hugging Face model from a run, with the proof that it computes the same."""
+"""`mmdora merge`: a plain Hugging Face model from a run, with the proof that it computes the same; or a plain LoRA."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from data_pipelines.samples import Image
 from mmdora.commands.console import make_console
 from mmdora.errors import UserError
 from mmdora.loading import save_model, to_plain_transformers
-from mmdora.merging import merge_adapters
+from mmdora.merging import export_lora, merge_adapters
 from mmdora.rundir import load_target
 
 
-def run(target: str, out: Path, trust_remote_code: bool) -> None:
+def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:
     console = make_console()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory")
     loaded = load_target(target, trust_remote_code)
+    if lora_rank is not None:
+        export = export_lora(loaded.model, out, lora_rank)
+        worst = max(export.errors, key=lambda path: export.errors[path])
+        console.print(f"{out}: a plain LoRA of rank {lora_rank}, in PEFT's layout", soft_wrap=True)
+        console.print(f"it misses {export.error:.1%} of the change to the weights (Frobenius norm)")
+        console.print(f"most in {worst}: {export.errors[worst]:.1%}", soft_wrap=True)
+        return
     encoder = Encoder(loaded.processor, loaded.video)
     probe = encoder.filler(Image)  # a blank picture and a word: enough to run every layer
     adapted = _logits(loaded.model, probe)

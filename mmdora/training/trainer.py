@@ -137,7 +137,8 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         inside = [part for part, path in paths.items() if name.startswith(f"{path}.") or path == ""]
         part = max(inside, key=lambda p: len(paths[p]))
         options = config.parts[part]
-        decayed = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
         rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
         decay = settings.weight_decay if options.weight_decay is None else options.weight_decay
         group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
