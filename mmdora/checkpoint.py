@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
 from mmdora.adapters.layer import Projection
+from mmdora.adapters.linear import share_inputs
 from mmdora.attention import explicit_where_named
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
@@ -104,6 +105,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         _add(wrap(model, path), name, spec, adapter, path, projections)
     _copy_whole(model, adapter)
     records(model)[name] = AdapterRecord(adapter.parts, adapter.whole_paths)
+    share_inputs(model)
     set_adapter(model, name)
 
 

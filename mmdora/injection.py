@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
+from mmdora.adapters.linear import share_inputs
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.architectures import architecture_of, find_part
 from mmdora.attention import explicit_attention
@@ -76,6 +77,7 @@ def inject_adapters(
     for part, config in configs.items():
         whole += ADAPTERS[config.method]().apply(model, paths[part], plans[part], name)
     records(model)[name] = AdapterRecord(configs, whole)
+    share_inputs(model)
     set_adapter(model, name)
     return _report(model, configs, paths, plans)
 

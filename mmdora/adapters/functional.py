@@ -84,20 +84,23 @@ class AdaptedLinearFunction(torch.autograd.Function):
         dropped: Tensor | None,  # [..., in]: what the low-rank branch reads; None: x
         weight: Tensor,  # frozen; `read` makes it [out, in]
         bias: Tensor | None,  # [out], frozen
-        lora_a: Tensor | None,  # [r, in]; None: the magnitude alone
-        lora_b: Tensor | None,  # [out, r]
+        lora_a: Tensor | None,  # [r, in]
+        lora_b: Tensor | None,  # [out, r]; None: the magnitude alone
         magnitude: Tensor | None,  # [out]; None: LoRA
         norm: Tensor | None,  # [out], fp32, a constant
         scale: float,
         read: Callable[[Tensor], Tensor] = as_is,
+        h: Tensor | None = None,  # [..., r]: xAᵀ, where SharedDownFunction has computed it; then lora_a is None
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])
         u = rows @ read(weight).to(dtype).T
-        h = b = gain = None
-        if lora_a is not None and lora_b is not None:
+        b = gain = None
+        if lora_a is not None:
             low = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-            h, b = low @ lora_a.to(dtype).T, (scale * lora_b).to(dtype)
+            h = low @ lora_a.to(dtype).T
+        if lora_b is not None:
+            b = (scale * lora_b).to(dtype)
         if magnitude is not None:
             assert norm is not None
             gain = dora_gain(magnitude, norm)
@@ -133,9 +136,31 @@ class AdaptedLinearFunction(torch.autograd.Function):
                 ddropped = (dh @ a).view(x.shape)
             low = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
             da = (dh.T @ low).to(lora_a.dtype)
+        if lora_b is not None:
             db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
         dx = None if dx is None else dx.view(x.shape)
-        return dx, ddropped, None, None, da, db, dm, None, None, None
+        shared = dh if lora_a is None else None
+        return dx, ddropped, None, None, da, db, dm, None, None, None, shared
+
+
+class SharedDownFunction(torch.autograd.Function):
+    """xAᵀ [rows, r] for each of several A [r, in] that read the same x [..., in]: one product, and one for all dA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *lora_a: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *lora_a)
+        ctx.ranks = [a.shape[0] for a in lora_a]
+        h = x.reshape(-1, x.shape[-1]) @ torch.cat(lora_a).to(x.dtype).T
+        return tuple(part.contiguous() for part in h.split(ctx.ranks, dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, *lora_a = ctx.saved_tensors
+        together = torch.cat(dh, dim=1)
+        dx = (together @ torch.cat(lora_a).to(x.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
+        da = together.T @ x.reshape(-1, x.shape[-1])
+        return dx, *(d.to(a.dtype) for d, a in zip(da.split(ctx.ranks), lora_a, strict=True))
 
 
 def epilogue(

@@ -54,10 +54,11 @@ class AdapterLayer(nn.Module, ABC):
 
     weight: Any
     bias: Any
-    vera: Any  # these four are there once an adapter needs them: by name
+    vera: Any  # these are there once an adapter needs them: by name
     vera_lambda_d: Any
     vera_lambda_b: Any
     lora_magnitude_vector: Any
+    lora_A: Any
     base_class: type[nn.Module]
     specs: dict[str, LowRankSpec]
     keys: dict[str, int]  # under which this layer's norms are kept
@@ -222,8 +223,8 @@ class AdapterLayer(nn.Module, ABC):
         """Become the plain base layer again."""
         for attribute in (*self.low_rank, "vera", "vera_lambda_d", "vera_lambda_b", "lora_magnitude_vector"):
             self._modules.pop(attribute, None)
-        for attribute in ("specs", "keys", "active", "rows"):
-            delattr(self, attribute)
+        for attribute in ("specs", "keys", "active", "rows", "shared"):
+            self.__dict__.pop(attribute, None)
         become(self, self.__dict__.pop("base_class"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterLayer:
