@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,3 +158,59 @@ def test_compiled_is_the_same_without_a_graph_break(net):
         gradients.append([out.detach()] + [p.grad.clone() for p in net.parameters() if p.requires_grad])
     for eager, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, eager, atol=1e-5, rtol=1e-5)
+
+
+DEEPSPEED = """
+import sys
+import deepspeed
+import torch
+from torch import nn
+import mmdora
+from mmdora.adapters import adapter_layers, norms
+from mmdora.training.arguments import _prepare_deepspeed
+from mmdora.zero import gathered, read_in_forward
+
+_prepare_deepspeed()
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6))
+mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 4, "alpha": 8}})
+layers = [layer for _, layer in adapter_layers(net)]
+for layer in layers:
+    read_in_forward(layer, layer.adapter_tensors("default").values())
+trained = [p for p in net.parameters() if p.requires_grad]
+config = {
+    "bf16": {"enabled": True}, "zero_optimization": {"stage": int(sys.argv[1])},
+    "train_micro_batch_size_per_gpu": 7, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True,
+}
+engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(trained, lr=0.1), config=config)
+x = torch.randn(7, 12, dtype=torch.bfloat16)
+before = None
+for _ in range(4):
+    with norms.weights_fixed():
+        engine.backward(engine(x).float().square().mean())
+    engine.step()
+    out = engine(x)
+    with gathered(net.parameters()):
+        expected = x.double()
+        for layer in layers:
+            a, b, m = (t.detach().double() for t in layer.adapter_tensors("default").values())
+            v = layer.weight.double() + 2 * b @ a
+            expected = expected @ (m[:, None] * v / v.norm(dim=1, keepdim=True)).T + layer.bias.double()
+            expected = nn.functional.gelu(expected) if layer is layers[0] else expected
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < 0.02, error
+    assert before is None or (expected - before).norm() / before.norm() > 0.05  # a norm of the step before would show
+    before = expected
+print("fresh")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_bf16_optimizers_leave_no_norm_stale(stage, tmp_path):
+    """They write to parameters without moving `Parameter._version`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", DEEPSPEED, str(stage)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "fresh"

@@ -93,7 +93,7 @@ def test_cross_attention_does_not_share_what_it_does_not_read(products):
     assert products == [3]  # tried once
 
 
-def test_dropout_rows_and_disabled_adapters_do_not_share(products):
+def test_dropout_rows_inference_and_disabled_adapters_do_not_share(products):
     x = torch.randn(2, 5, 12)
     run(adapted(dropout=0.5), x)
     net = adapted()
@@ -101,6 +101,8 @@ def test_dropout_rows_and_disabled_adapters_do_not_share(products):
         net(x)
     with mmdora.adapters_by_row(net, ["default", None]):
         net(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x.clone()), alone(net)(x))
     assert products == []
 
 

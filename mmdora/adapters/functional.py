@@ -97,8 +97,7 @@ class AdaptedLinearFunction(torch.autograd.Function):
         u = rows @ read(weight).to(dtype).T
         b = gain = None
         if lora_a is not None:
-            low = rows if dropped is None else dropped.reshape(-1, x.shape[-1])
-            h = low @ lora_a.to(dtype).T
+            h = (rows if dropped is None else dropped.reshape(rows.shape)) @ lora_a.to(dtype).T
         if lora_b is not None:
             b = (scale * lora_b).to(dtype)
         if magnitude is not None:
@@ -110,35 +109,35 @@ class AdaptedLinearFunction(torch.autograd.Function):
         y = passes(x.device).epilogue(u, h, b, gain, None if bias is None else bias.to(dtype), keep)
         shape = (*x.shape[:-1], -1)
         saved = None if gain is None else u.view(shape) if keep else y.view(shape)
-        ctx.save_for_backward(x, dropped, weight, lora_a, lora_b, h, norm, gain, saved)
-        ctx.scale, ctx.read, ctx.from_output = scale, read, not keep
+        read_by_a = None if lora_a is None else x if dropped is None else dropped
+        ctx.save_for_backward(read_by_a, weight, lora_a, lora_b, h, norm, gain, saved)
+        ctx.scale, ctx.read, ctx.shape, ctx.has_dropped, ctx.has_kept = scale, read, x.shape, dropped is not None, keep
         return y.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dropped, weight, lora_a, lora_b, h, norm, gain, u = ctx.saved_tensors
-        dtype = x.dtype
+        low, weight, lora_a, lora_b, h, norm, gain, u = ctx.saved_tensors
+        dtype = dy.dtype
         dy = dy.reshape(-1, dy.shape[-1])
         b = None if lora_b is None else (ctx.scale * lora_b).to(dtype)
-        du, dh, dm = passes(x.device).gradients(dy, None if u is None else u.view(dy.shape), gain, b)
+        du, dh, dm = passes(dy.device).gradients(dy, None if u is None else u.view(dy.shape), gain, b)
         dx = ddropped = da = db = None
         if dm is not None:
-            dm = dm / (norm * gain if ctx.from_output else norm).masked_fill(norm == 0, 1.0)
+            dm = dm / (norm if ctx.has_kept else norm * gain).masked_fill(norm == 0, 1.0)
             dm = dm.masked_fill(norm == 0, 0.0)  # a zero row's gain is the constant 1
         if ctx.needs_input_grad[0]:
             dx = du @ ctx.read(weight).to(dtype)
         if lora_a is not None:
             a = lora_a.to(dtype)
-            if dx is not None and dropped is None:
+            if ctx.has_dropped:
+                ddropped = (dh @ a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+            elif dx is not None:
                 dx.addmm_(dh, a)
-            if dropped is not None and ctx.needs_input_grad[1]:
-                ddropped = (dh @ a).view(x.shape)
-            low = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-            da = (dh.T @ low).to(lora_a.dtype)
+            da = (dh.T @ low.reshape(-1, ctx.shape[-1])).to(lora_a.dtype)
         if lora_b is not None:
             db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
-        dx = None if dx is None else dx.view(x.shape)
+        dx = None if dx is None else dx.view(ctx.shape)
         shared = dh if lora_a is None else None
         return dx, ddropped, None, None, da, db, dm, None, None, None, shared
 

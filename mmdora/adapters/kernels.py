@@ -109,6 +109,7 @@ def gradients(
 
     Without a gain du is dy itself and there is no sum; without B there is no dh.
     """
+    dy = dy.contiguous()  # autograd may hand on an expanded gradient
     rows, columns = dy.shape
     rank = 0 if b is None else b.shape[1]
     some = max(16, min(RANKS, triton.next_power_of_2(rank)))

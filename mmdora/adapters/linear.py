@@ -44,9 +44,10 @@ class SharedInput:
 
     def down(self, layer: LinearLayer, given: Tensor, x: Tensor, name: str) -> Tensor | None:
         """xAᵀ [rows, r] for `layer`, x being what it was given, in the dtype to compute in; None: nothing is shared."""
-        if torch.compiler.is_compiling() or layer not in self.layers:
+        training = torch.is_grad_enabled() and not given.is_inference()
+        if not training or torch.compiler.is_compiling() or layer not in self.layers:
             return None
-        state = (name, given._version, torch.is_grad_enabled())
+        state = (name, given._version)
         if self.input is not None and self.input() is given and self.state == state and id(layer) in self.found:
             return self.found.pop(id(layer))
         if id(layer) in self.found and layer is not self.layers[0]:
