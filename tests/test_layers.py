@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GptOssConfig, MixtralConfig
+from transformers import GptOssConfig, Llama4TextConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
@@ -249,7 +250,7 @@ def test_a_layer_used_twice_is_adapted_in_both_places():
 
 
 def mixtral() -> tuple[nn.Module, tuple]:
-    config = MixtralConfig(hidden_size=8, intermediate_size=6, num_local_experts=4, num_experts_per_tok=2)
+    config = MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2)
     config._experts_implementation = "eager"
     block = MixtralExperts(config)
     return block, (torch.randn(5, 8), torch.tensor([[0, 1], [1, 3], [0, 2], [3, 2], [1, 0]]), torch.rand(5, 2))
@@ -271,8 +272,28 @@ class Model(nn.Module):
         return self.experts(*args)
 
 
+def llama4() -> tuple[nn.Module, tuple]:
+    return Llama4TextExperts(Llama4TextConfig(hidden_size=8, intermediate_size=6, num_local_experts=4)), (
+        torch.randn(20, 8),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_experts_by_other_implementations(implementation):
+    torch.manual_seed(0)
+    block, inputs = mixtral()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    net = Model(block)
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["gate_up_proj", "down_proj"]}})
+    randomize(net)
+    expected = net(*inputs)
+    block.config._experts_implementation = implementation
+    torch.testing.assert_close(net(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "magnitude"])
-@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+@pytest.mark.parametrize("make", [mixtral, gpt_oss, llama4])
 def test_experts(make, method, tmp_path):
     torch.manual_seed(0)
     block, inputs = make()

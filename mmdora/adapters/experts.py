@@ -121,8 +121,9 @@ def adopt_experts(block: nn.Module, parameter: str) -> AdaptedExperts:
 
 
 def is_transposed(block: nn.Module) -> bool:
-    """Whether the weights are [experts, in, out], as transformers says of the families that are so."""
-    return bool(getattr(block, "is_transposed", False))
+    """Whether the weights are [experts, in, out], as transformers says of the families that are so (of most)."""
+    unsaid = any(kind.__name__ == "Llama4TextExperts" for kind in type(block).__mro__)
+    return unsaid or bool(getattr(block, "is_transposed", False))
 
 
 def expert_shapes(block: nn.Module, parameter: str, rank: int) -> Shapes:

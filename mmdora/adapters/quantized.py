@@ -49,7 +49,7 @@ class AdaptedLinear8bit(QuantizedLinear, bnb.nn.Linear8bitLt):
         return partial(_from_8bit, scale=scale)
 
 
-def _from_4bit(weight: Tensor, state: object) -> Tensor:
+def _from_4bit(weight: Tensor, state: Any) -> Tensor:
     return bnb.functional.dequantize_4bit(weight.data, state)
 
 
