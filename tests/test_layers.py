@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -378,3 +379,16 @@ def test_what_cannot_be_adapted_is_named():
     net.norm = nn.LayerNorm(4)
     with pytest.raises(UserError, match="norm is a LayerNorm, which can have no low-rank adapter"):
         mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["norm"]}})
+
+
+def test_a_layer_that_accelerate_hooks_is_adapted_under_the_hook():
+    """`device_map` puts hooks on layers, which call the forward that they found."""
+    base, x = build("linear")
+    before = base(x)
+    add_hook_to_module(base.layer, ModelHook())
+    mmdora.inject_adapters(base, {"": {"method": "dora", "rank": 4}})
+    torch.testing.assert_close(base(x), before)
+    randomize(base)
+    out = base(x)
+    assert (out - before).abs().max() > 0.01
+    torch.testing.assert_close(mmdora.merge_adapters(base)(x), out, atol=1e-5, rtol=1e-5)

@@ -84,7 +84,7 @@ def clip_scene(rng: random.Random, straight: bool) -> Scene:
         if straight:
             stays = rng.randrange(2)
             to[stays] = (thing.x, thing.y)[stays]
-        if max(abs(to[0] - thing.x), abs(to[1] - thing.y)) >= 34:
+        if max(abs(to[0] - thing.x), abs(to[1] - thing.y)) >= (44 if straight else 34):
             return (Thing(thing.color, thing.shape, thing.x, thing.y, thing.r, (to[0], to[1])),)
 
 

@@ -15,8 +15,11 @@ from mmdora.config import PartConfig
 
 @ADAPTERS.register("dora")
 class DoRA(LoRA):
-    """`magnitude_targets` may differ from `targets` (Table 6 of the paper): a layer in both has DoRA, one in `targets`
-    alone has LoRA, and one in `magnitude_targets` alone has nothing but a magnitude."""
+    """DoRA (arXiv 2402.09353): W' = m ⊙ (W + sBA) / ‖W + sBA‖.
+
+    `magnitude_targets` may differ from `targets` (Table 6 of the paper): a layer in both has DoRA, one in `targets`
+    alone has LoRA, and one in `magnitude_targets` alone has nothing but a magnitude.
+    """
 
     settings = LOW_RANK | {"magnitude_targets", "peft_dropout"}
 
