@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
 from mmdora.adapters.layer import Projection
-from mmdora.adapters.linear import share_inputs
 from mmdora.attention import explicit_where_named
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
@@ -68,9 +67,9 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
                 found |= {"vera_A": _cpu(shared.vera_A), "vera_B": _cpu(shared.vera_B)}
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in found.items()}
     for path in record.whole:
-        for key, parameter in model.get_submodule(path).named_parameters(prefix=path):
-            with gathered([parameter]):
-                tensors[f"{PREFIX}{key}"] = _cpu(parameter)
+        for key, tensor in _state(model.get_submodule(path), path).items():
+            with gathered([tensor]):
+                tensors[f"{PREFIX}{key}"] = _cpu(tensor)
     base = getattr(model, "name_or_path", None) or None
     config = (peft_config if in_peft else own_config)(base, specs, record.whole)
     projections = {path: owners[id(layer.vera[name])] for path, layer in layers.items() if specs[path].use_vera}
@@ -97,15 +96,19 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """
     check_new_name(model, name)
     adapter = read_adapter(Path(folder))
-    explicit_where_named(model, adapter.specs)
-    _check_fits(model, adapter)
+    hidden = explicit_where_named(model, adapter.specs)
+    try:
+        whole = _check_fits(model, adapter)
+    except UserError:
+        for parent, leaf, attention in hidden:
+            setattr(parent, leaf, attention)
+        raise
     model.requires_grad_(False)
     projections: dict[str, Projection] = {}
     for path, spec in adapter.specs.items():
         _add(wrap(model, path), name, spec, adapter, path, projections)
     _copy_whole(model, adapter)
-    records(model)[name] = AdapterRecord(adapter.parts, adapter.whole_paths)
-    share_inputs(model)
+    records(model)[name] = AdapterRecord(adapter.parts, whole)
     set_adapter(model, name)
 
 
@@ -116,7 +119,7 @@ def swap_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     scales may differ. Everything is checked before anything changes. Raises UserError.
     """
     adapter = read_adapter(Path(folder))
-    _check_same_layers(model, adapter, name)
+    whole = _check_same_layers(model, adapter, name)
     projections: dict[str, Projection] = {}
     for path, layer in adapter_layers(model, name):
         spec, active, trained = adapter.specs[path], layer.active, _is_trained(layer, name)
@@ -133,6 +136,7 @@ def swap_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             for parameter in layer.adapter_tensors(name).values():
                 parameter.requires_grad_(trained)
     _copy_whole(model, adapter)
+    records(model)[name] = AdapterRecord(adapter.parts, whole)
 
 
 def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
@@ -148,14 +152,16 @@ def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
     _copy_whole(model, adapter)
 
 
-def _check_same_layers(model: nn.Module, adapter: Adapter, name: str) -> None:
+def _check_same_layers(model: nn.Module, adapter: Adapter, name: str) -> list[str]:
+    """As `_check_fits`, for an adapter that takes the place of another."""
     if name not in records(model):
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
-    _check_fits(model, adapter)
+    whole = _check_fits(model, adapter)
     here = dict.fromkeys(path for path, _ in adapter_layers(model, name))
-    for mine, theirs in ((list(here), list(adapter.specs)), (records(model)[name].whole, adapter.whole_paths)):
+    for mine, theirs in ((list(here), list(adapter.specs)), (records(model)[name].whole, whole)):
         if odd := sorted(set(mine) ^ set(theirs)):
             raise UserError(f"{adapter.folder}: made with other `parts`: {odd[0]} is tuned in only one of the two")
+    return whole
 
 
 def _is_trained(layer: AdapterLayer, name: str) -> bool:
@@ -182,13 +188,23 @@ def _copy_layer(layer: AdapterLayer, name: str, found: dict[str, Tensor]) -> Non
 
 
 def _copy_whole(model: nn.Module, adapter: Adapter) -> None:
-    parameters = dict(model.named_parameters())
+    here = _state(model)
     for key, tensor in adapter.whole.items():
-        _copy(parameters[key], tensor)
-        parameters[key].requires_grad_(True)
+        _copy(here[key], tensor)
+        if isinstance(here[key], nn.Parameter):
+            here[key].requires_grad_(True)
 
 
-def _check_fits(model: nn.Module, adapter: Adapter) -> None:
+def _state(module: nn.Module, path: str = "") -> dict[str, Tensor]:
+    """What a state dict holds, as the module's own tensors: parameters, tied ones under each name, and buffers."""
+    kept = module.state_dict(prefix=f"{path}." if path else "").keys()
+    found: dict[str, Tensor] = dict(module.named_parameters(path, remove_duplicate=False))
+    found |= dict(module.named_buffers(path, remove_duplicate=False))
+    return {key: tensor for key, tensor in found.items() if key in kept}
+
+
+def _check_fits(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Raise UserError unless every tensor has its place in the model; returns the modules that it holds in full."""
     for path, spec in adapter.specs.items():
         shapes, found = tensor_shapes(model, path, spec), adapter.layers[path]
         if shapes is None:
@@ -203,30 +219,47 @@ def _check_fits(model: nn.Module, adapter: Adapter) -> None:
                 raise UserError(f"{where} has shape {list(found[suffix].shape)}; this model needs {list(shape)}")
         if spec.use_vera:
             _check_projection(model, adapter, path, spec.rank)
-    parameters = dict(model.named_parameters())
+    here = _state(model)
+    for path, tensor in adapter.base.items():
+        mine = here.get(f"{path}.weight")
+        if mine is None or mine.shape != tensor.shape or not torch.allclose(mine.cpu().float(), tensor.float()):
+            raise UserError(
+                f"{adapter.folder}: tensor {PREFIX}{path}.base_layer.weight is of another base than this model's"
+            )
     for key, tensor in adapter.whole.items():
-        needed = _true_shape(parameters[key]) if key in parameters else None
+        needed = _true_shape(here[key]) if key in here else None
         if needed != tuple(tensor.shape):
             wanted = "has no such parameter" if needed is None else f"needs {list(needed)}"
             raise UserError(
                 f"{adapter.folder}: tensor {PREFIX}{key} has shape {list(tensor.shape)}; this model {wanted}"
             )
+    modules = [path for path, _ in model.named_modules()]
+    whole: list[str] = []
+    for end in adapter.whole_paths:
+        found_here = [path for path in modules if path == end or path.endswith(f".{end}")]
+        exact = [path for path in found_here if path == end or any(key.startswith(f"{path}.") for key in adapter.whole)]
+        if not exact:
+            raise UserError(f"{adapter.folder}: 'modules_to_save' names {end!r}, which is not in this model")
+        whole += [end] if end in exact else exact
+    return whole
 
 
 def _check_projection(model: nn.Module, adapter: Adapter, path: str, rank: int) -> None:
     owner = adapter.shared.get(path, "")
     found = adapter.layers.get(owner, {})
-    layer = model.get_submodule(path)
-    for suffix, least in (("vera_A", (rank, layer.in_features)), ("vera_B", (layer.out_features, rank))):
+    shapes = tensor_shapes(model, path, LowRankSpec(rank, alpha=rank)) or {}
+    if set(shapes) != {"lora_A.weight", "lora_B.weight"} or len(shapes["lora_A.weight"]) != 2:
+        raise UserError(f"{adapter.folder}: {path} is no linear layer, and dvora is for those alone")
+    for suffix, least in (("vera_A", shapes["lora_A.weight"]), ("vera_B", shapes["lora_B.weight"])):
         shape = tuple(found[suffix].shape) if suffix in found else ()
-        if len(shape) != 2 or shape[0] < least[0] or shape[1] < least[1]:  # type: ignore[operator]
+        if len(shape) != 2 or shape[0] < least[0] or shape[1] < least[1]:
             raise UserError(
                 f"{adapter.folder}: tensor {PREFIX}{owner}.{suffix} has shape {list(shape)}; {path} needs "
                 f"at least {list(least)}"
             )
 
 
-def _true_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _true_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -235,7 +268,7 @@ def _cpu(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:
+def _copy(parameter: Tensor, tensor: Tensor) -> None:
     with gathered([parameter], write=True):
         parameter.copy_(tensor)
 

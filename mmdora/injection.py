@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
-from mmdora.adapters.linear import share_inputs
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.architectures import architecture_of, find_part
 from mmdora.attention import explicit_attention
@@ -72,12 +71,17 @@ def inject_adapters(
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
     paths, plans = resolve_parts(model, configs)
+    full = [part for part, config in configs.items() if config.method == "full"]
+    if full and records(model):
+        raise UserError(
+            f"parts.{full[0]}: the weights are those of the adapter {next(iter(records(model)))!r} too, so "
+            "they cannot be trained in full for another one"
+        )
     model.requires_grad_(False)
     whole: list[str] = []
     for part, config in configs.items():
         whole += ADAPTERS[config.method]().apply(model, paths[part], plans[part], name)
     records(model)[name] = AdapterRecord(configs, whole)
-    share_inputs(model)
     set_adapter(model, name)
     return _report(model, configs, paths, plans)
 
@@ -86,8 +90,10 @@ def check_new_name(model: nn.Module, name: str) -> None:
     """Raise UserError where the model cannot have another adapter of this name."""
     if name in records(model):
         raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise UserError(f"an adapter cannot be named {name!r}: letters, digits, - and _ only")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict(), name):
+        raise UserError(
+            f"an adapter cannot be named {name!r}: letters, digits, - and _ only, and no name of torch's own"
+        )
     trained = [other for other, record in records(model).items() if record.whole]
     if trained:
         raise UserError(
@@ -111,7 +117,7 @@ def resolve_parts(
         if "targets" in method.settings:
             _explicit(model, paths[part])
         plans[part] = method.plan(model, part, paths[part], config)
-    _check_disjoint(plans)
+    _check_disjoint(plans, {part: paths[part] for part, config in configs.items() if config.method == "full"})
     return paths, plans
 
 
@@ -129,15 +135,14 @@ def set_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes without its low-rank adapters (weights trained in full stay as trained)."""
-    layers: list[AdapterLayer] = [layer for _, layer in adapter_layers(model)]
-    active = [layer.active for layer in layers]
+    before = [(layer, layer.active, layer.rows) for _, layer in adapter_layers(model)]
     try:
-        for layer in layers:
-            layer.active = None
+        for layer, _, _ in before:
+            layer.active = layer.rows = None
         yield
     finally:
-        for layer, name in zip(layers, active, strict=True):
-            layer.active = name
+        for layer, active, rows in before:
+            layer.active, layer.rows = active, rows
 
 
 @contextmanager
@@ -153,18 +158,18 @@ def adapters_by_row(
     _check_names(model, [name for name in (*rows, *(media or ())) if name is not None])
     parts = architecture_of(model).resolve(model)
     seeing = tuple(f"{parts[part]}." for part in ("vision", "projector") if part in parts)
-    layers: list[AdapterLayer] = []
+    before: list[tuple[AdapterLayer, Sequence[str | None] | None]] = []
     try:
         for path, layer in adapter_layers(model):
             sees = path.startswith(seeing)
             if sees and media is None:
                 raise UserError(f"{path} is adapted: name the adapter of every picture too (media=[…])")
+            before.append((layer, layer.rows))
             layer.rows = media if sees else rows
-            layers.append(layer)
         yield
     finally:
-        for layer in layers:
-            layer.rows = None
+        for layer, outer in before:
+            layer.rows = outer
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -200,8 +205,14 @@ def _explicit(model: nn.Module, path: str) -> None:
     explicit_attention(module)
 
 
-def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]]) -> None:
+def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]], full: dict[str, str]) -> None:
     owner: dict[str, str] = {}
+    for whole, outside in full.items():
+        for part, path in [*full.items(), *((part, path) for part, plan in plans.items() for path in plan)]:
+            if part != whole and (outside == "" or f"{path}.".startswith(f"{outside}.")):
+                raise UserError(
+                    f"parts.{whole} trains {path} in full, and parts.{part} adapts it; leave out one of them"
+                )
     for part, plan in plans.items():
         for path in plan:
             if path in owner:

@@ -31,6 +31,8 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
     adapted layers have), and `unmerge_adapters` brings them back bit by bit. Where one of two tied embeddings was
     adapted, they are no longer tied, and the model's config says so.
     """
+    if reversible and "_mmdora_merged" in model.__dict__:
+        raise UserError("the model is merged already, and could not be unmerged twice: unmerge_adapters(model) first")
     if name is not None:
         set_adapter(model, name)
     tied = _tied_embeddings(model)
@@ -56,7 +58,9 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
         raise UserError("nothing to unmerge: merge with merge_adapters(model, reversible=True)")
     aside, before, tied = model.__dict__.pop("_mmdora_merged")
     for module, kind, state in reversed(aside):
+        training = module.training
         module.__class__, module.__dict__ = kind, state
+        module.train(training)
     records(model).update(before)
     if tied:
         _set_tied(model, True)
@@ -163,6 +167,8 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
     """
     if name not in records(model):
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+    if rank < 1:
+        raise UserError(f"the rank of a LoRA is at least 1, not {rank}")
     tensors: dict[str, Tensor] = {}
     specs: dict[str, LowRankSpec] = {}
     missed: dict[str, tuple[float, float]] = {}
@@ -180,8 +186,8 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
         raise UserError(f"the adapter {name!r} has no low-rank layers, only weights trained in full: nothing to export")
     whole = records(model)[name].whole
     for path in whole:
-        for key, parameter in model.get_submodule(path).named_parameters(prefix=path):
-            tensors[f"{PREFIX}{key}"] = parameter.detach().cpu().clone()
+        for key, tensor in model.get_submodule(path).state_dict(prefix=f"{path}." if path else "").items():
+            tensors[f"{PREFIX}{key}"] = tensor.detach().cpu().clone()
     config = peft_config(getattr(model, "name_or_path", None) or None, specs, whole)
     write_adapter(Path(folder), tensors, config, metadata(specs, {}, {}))
     errors = {path: miss / size if size else 0.0 for path, (miss, size) in missed.items()}

@@ -9,16 +9,15 @@ at all has a `peft_type` of its own, `MMDORA`, so that PEFT refuses it.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,6 +32,7 @@ A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 SUFFIXES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")
 SPEC = TypeAdapter(LowRankSpec)
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False, lt=1e9)]
 # PEFT's settings that do not change what the tensors mean; any other that is set is one that we do not compute.
 UNDERSTOOD = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -45,6 +45,18 @@ UNDERSTOOD = {
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+class _Settings(BaseModel):
+    """The types of those settings of PEFT's that are read here."""
+
+    r: Annotated[int, Field(ge=1)] = 8
+    lora_alpha: Alpha = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = 0.0
+    alpha_pattern: dict[str, Alpha] | None = None
+    modules_to_save: list[str] | None = None
+    use_dora: bool | None = False
+    use_rslora: bool | None = False
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A directory as read: nothing of it has touched a model yet."""
@@ -53,7 +65,8 @@ class Adapter:
     specs: dict[str, LowRankSpec]  # by layer path
     layers: dict[str, dict[str, Tensor]]  # by layer path and suffix
     whole: dict[str, Tensor]  # by parameter name: weights trained in full
-    whole_paths: list[str]
+    whole_paths: list[str]  # of modules; PEFT's may be the ends of paths
+    base: dict[str, Tensor]  # by layer path: weights of the base, which PEFT saves with an adapted embedding
     parts: dict[str, PartConfig]
     shared: dict[str, str]  # by layer path: the layer whose `vera_A` and `vera_B` it shares
 
@@ -64,7 +77,9 @@ def read_adapter(folder: Path) -> Adapter:
     tensors, about = _read_tensors(folder)
     layers: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        _check_tensor(folder, key, tensor)
         if "dora_scale" in key or key.startswith(("lora_unet_", "lora_te_", "lycoris_")):
             raise UserError(
                 f"{folder}: tensor {key!r} is LyCORIS's, whose DoRA normalizes the other axis of the weight; "
@@ -76,20 +91,25 @@ def read_adapter(folder: Path) -> Adapter:
         suffix = next((s for s in SUFFIXES if stem.endswith(f".{s}")), None)
         if suffix:
             layers.setdefault(stem.removesuffix(f".{suffix}"), {})[suffix] = tensor
+        elif stem.endswith(".base_layer.weight"):
+            base[stem.removesuffix(".base_layer.weight")] = tensor
         elif re.search(r"(^|[._])(lora|dora|vera|hada|lokr|oft|ia3)_", stem):
             raise UserError(f"{folder}: tensor {key!r} is of a kind that is not supported")
         else:
             whole[stem] = tensor
     try:
         own = {path: SPEC.validate_python(spec) for path, spec in about.get("specs", {}).items()}
+        for spec in own.values():
+            _Settings(r=max(spec.rank, 1), lora_alpha=spec.alpha, lora_dropout=spec.dropout)
+            assert spec.rank >= 0
         parts = {part: PartConfig.model_validate(value) for part, value in about.get("parts", {}).items()}
         shared = {str(path): str(owner) for path, owner in about.get("shared", {}).items()}
-    except (AttributeError, ValidationError) as error:
+    except (AttributeError, AssertionError, ValidationError) as error:
         raise UserError(f"{folder}: its 'mmdora' metadata is damaged ({error})") from error
     if config["peft_type"] == OWN_TYPE and (missing := sorted(set(layers) - set(own))):
         raise UserError(f"{folder}: its 'mmdora' metadata says nothing of {missing[0]}")
     specs = {path: own.get(path) or _spec(folder, path, found, config) for path, found in layers.items()}
-    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), parts, shared)
+    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), base, parts, shared)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -97,11 +117,16 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; an adapter directory holds it beside the tensors") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", OWN_TYPE):
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{path}: 'peft_type' must be LORA or {OWN_TYPE}, found {found!r}")
+    try:
+        _Settings.model_validate(config)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path}: {key!r}: {error.errors()[0]['msg']}") from None
     if config["peft_type"] == OWN_TYPE:
         return config
     if config.get("bias", "none") != "none":
@@ -114,30 +139,38 @@ def _read_config(path: Path) -> dict[str, Any]:
     unknown = [key for key, value in config.items() if key not in UNDERSTOOD and value]
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is set ({config[unknown[0]]!r}), which is not supported")
-    for key, kind in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(config.get(key), kind):
-            raise UserError(f"{path}: {key!r} must be a number, found {config.get(key)!r}")
     return config
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and our metadata; PEFT's old `adapter_model.bin` is read as plain tensors, never as code."""
     path, old = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    try:
-        if old.is_file() and not path.exists():
+    if old.is_file() and not path.exists():
+        try:
             tensors = torch.load(old, map_location="cpu", weights_only=True)
-            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-                raise ValueError("it holds something else than named tensors")
-            return tensors, {}
+        except Exception as error:  # torch's unpickler raises whatever hostile bytes make it raise
+            raise UserError(f"{old}: damaged or not a file of tensors ({error})") from error
+        if not isinstance(tensors, dict) or not all(isinstance(k, str) for k in tensors):
+            raise UserError(f"{old}: damaged or not a file of tensors (it holds something else than named ones)")
+        return tensors, {}
+    try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("mmdora", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, ValueError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if path.exists():
-            raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
-        raise UserError(f"{old}: damaged or not a file of tensors ({error})") from error
+    except (SafetensorError, ValueError, OSError, RuntimeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
+
+
+def _check_tensor(folder: Path, key: str, tensor: Any) -> None:
+    """Raise UserError for what no adapter holds: anything but dense, finite numbers."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise UserError(f"{folder}: {key!r} is not a dense tensor")
+    if ("lora_" in key or "vera_" in key) and not tensor.is_floating_point():
+        raise UserError(f"{folder}: tensor {key!r} has dtype {tensor.dtype}; an adapter holds floating-point numbers")
+    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        raise UserError(f"{folder}: tensor {key!r} holds NaN or infinity")
 
 
 def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, Any]) -> LowRankSpec:

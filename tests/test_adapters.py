@@ -131,6 +131,17 @@ def test_norm_survives_cancellation_and_zero_rows():
     torch.testing.assert_close(dora_norm(weight, a, b, 1.0).double(), dense, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("left", [1e-3, 0.02, 0.05, 0.1, 0.3, 0.6])
+def test_norm_is_exact_however_much_cancels(left):
+    torch.manual_seed(0)
+    a, b = torch.randn(8, 512), torch.randn(16, 8)
+    noise = torch.randn(16, 512)
+    weight = -(b @ a)
+    weight += left * weight.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
+    dense = (weight.double() + b.double() @ a.double()).norm(dim=1)
+    torch.testing.assert_close(dora_norm(weight, a, b, 1.0).double(), dense, atol=0, rtol=1e-5)
+
+
 def test_a_zero_row_stays_finite():
     net = nn.Sequential(nn.Linear(4, 3))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -372,6 +373,51 @@ def test_quantized_bases(bits):
     merged = mmdora.merge_adapters(net)
     assert type(merged.layer) is nn.Linear
     torch.testing.assert_close(merged(x), out, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_unusual_inputs_are_as_good_as_to_a_plain_layer(method):
+    """Empty batches, a single vector, strides, a picture without a batch, and an output that is changed in place."""
+    base, _ = build("linear")
+    net = adapted(base, method)
+    for x in (torch.zeros(0, 12), torch.zeros(2, 0, 12), torch.randn(12), torch.randn(12, 5).T):
+        x = x.requires_grad_()
+        out = net(x)
+        assert out.shape == base(x).shape
+        out.sum().backward()
+    x = torch.randn(5, 12)
+    expected = torch.relu(net(x))
+    torch.relu_(net(x)).sum().backward()
+    assert torch.equal(torch.relu_(net(x)), expected)
+    for kind in ("conv2d", "grouped"):
+        base, x = build(kind)
+        net = adapted(base, method)
+        torch.testing.assert_close(net(x[0]), net(x)[0])
+
+
+def test_a_bias_free_output_that_is_changed_in_place_is_noticed():
+    """DoRA's magnitude takes its gradient from the output itself there."""
+    base, x = build("linear without bias")
+    out = adapted(base)(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.relu_(out).sum().backward()
+
+
+def test_pickled_layers_keep_norms_of_their_own():
+    base, x = build("linear")
+    net = adapted(base)
+    other = pickle.loads(pickle.dumps(net))
+    other.layer.lora_B["default"].data.add_(1)
+    with norms.weights_fixed():
+        net(x)
+        kept = other(x)
+    assert torch.equal(kept, other(x))
+    block, inputs = mixtral()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    experts = Model(block)
+    mmdora.inject_adapters(experts, {"": {"method": "dora", "targets": ["gate_up_proj"]}})
+    assert torch.equal(pickle.loads(pickle.dumps(experts))(*inputs), experts(*inputs))
 
 
 def test_what_cannot_be_adapted_is_named():

@@ -87,6 +87,18 @@ def test_rows_with_adapters_of_their_own(several):
         pass
 
 
+def test_contexts_nest(several):
+    ids = torch.randint(0, 30, (2, 5))
+    mmdora.set_adapter(several, "c")
+    with mmdora.adapters_by_row(several, ["a", "b"]):
+        rows = several(ids)
+        with mmdora.adapters_by_row(several, ["b", "a"]):
+            assert not torch.equal(several(ids), rows)
+        with mmdora.disable_adapters(several):
+            torch.testing.assert_close(several(ids), Net()(ids))
+        assert torch.equal(several(ids), rows)
+
+
 def test_pictures_need_adapters_of_their_own(tiny):
     model, _ = tiny
     mmdora.inject_adapters(model, {"vision": DORA, "language": DORA})
@@ -174,6 +186,11 @@ def test_unmerging_is_exact(several):
     mmdora.set_adapter(back, "b")
     with pytest.raises(UserError, match="nothing to unmerge"):
         mmdora.unmerge_adapters(back)
+    mmdora.merge_adapters(back.train(), reversible=True)
+    with pytest.raises(UserError, match="merged already"):
+        mmdora.merge_adapters(back, reversible=True)
+    back.eval()
+    assert not any(module.training for module in mmdora.unmerge_adapters(back).modules())
 
 
 @pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
@@ -203,6 +220,10 @@ def test_a_second_adapter_beside_weights_trained_in_full_is_refused():
     mmdora.inject_adapters(net, {"up": DORA, "down": {"method": "full"}})
     with pytest.raises(UserError, match="'default' holds weights trained in full"):
         mmdora.inject_adapters(net, {"up": DORA}, name="b")
+    other = Net()
+    mmdora.inject_adapters(other, {"up": DORA})
+    with pytest.raises(UserError, match="the weights are those of the adapter 'default' too"):
+        mmdora.inject_adapters(other, {"down": {"method": "full"}}, name="b")
 
 
 def test_export_as_lora_reports_its_error(tmp_path):
@@ -228,6 +249,8 @@ def test_export_as_lora_reports_its_error(tmp_path):
         before, after = (dict(base.named_parameters())[f"{path}.weight"], exact[f"{path}.weight"])
         missed = (approximate[f"{path}.weight"] - after).norm() / (after - before).norm()
         assert missed.item() == pytest.approx(error, rel=1e-3)
+    with pytest.raises(UserError, match="the rank of a LoRA is at least 1"):
+        mmdora.export_lora(net, tmp_path / "none", rank=0)
     mmdora.inject_adapters(wide := Net(), {"": DORA | ALL})
     with pytest.raises(UserError, match="conv: PEFT has no plain LoRA"):
         mmdora.export_lora(wide, tmp_path / "wide", rank=2)

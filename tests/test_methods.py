@@ -152,6 +152,7 @@ def test_targets_by_regex_are_inside_the_part():
         ({"method": "frozen", "learning_rate": 0.1}, r"parts.blocks.learning_rate: the method 'frozen'"),
         ({"method": "dora", "exclude": ["q_porj"]}, r"parts.blocks.exclude: nothing in the part is named 'q_porj'"),
         ({"method": "dora", "exclude": ".*"}, r"parts.blocks.targets: 'all-linear' matches no layer"),
+        ({"method": "dora", "rank_pattern": {"(": 4}}, r"'\(' is not a regular expression"),
         ({"method": "dora", "rank_pattern": {"q_proj": 0}}, r"parts.blocks.rank_pattern.q_proj"),
     ],
 )
@@ -161,6 +162,26 @@ def test_wrong_settings_are_named_and_change_nothing(parts, message):
         mmdora.inject_adapters(net, {"blocks": parts})
     assert not list(adapter_layers(net))
     assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"": {"method": "full"}, "blocks.0": {"method": "lora"}}, "in full, and parts.blocks.0 adapts it"),
+        ({"blocks": {"method": "full"}, "blocks.0": {"method": "full"}}, "parts.blocks trains blocks.0 in full"),
+    ],
+)
+def test_full_and_low_rank_do_not_overlap(parts, message):
+    with pytest.raises(UserError, match=message):
+        mmdora.inject_adapters(Net(), parts)
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "_parameters", "a.b", "a b", ""])
+def test_names_that_an_adapter_cannot_have(name):
+    net = Net()
+    with pytest.raises(UserError, match="an adapter cannot be named"):
+        mmdora.inject_adapters(net, {"": {"method": "dora"}}, name=name)
+    assert not list(adapter_layers(net))
 
 
 @pytest.mark.parametrize(("method", "share"), [("lora", 4.61), ("dora", 4.63)])

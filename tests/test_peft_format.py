@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmdora
 from mmdora.adapters import adapter_layers
@@ -109,7 +111,19 @@ def test_a_bin_file_runs_no_code(folder, tmp_path, monkeypatch):
         ({"use_qalora": True}, None, "'use_qalora' is set"),
         ({"something_new": {"a": 1}}, None, "'something_new' is set"),
         ({"peft_type": "LOHA"}, None, "'peft_type' must be LORA or MMDORA, found 'LOHA'"),
-        ({"lora_alpha": None}, None, "'lora_alpha' must be a number"),
+        ({"lora_alpha": None}, None, "'lora_alpha': Input should be a valid number"),
+        ({"lora_alpha": float("nan")}, None, "'lora_alpha': Input should be"),
+        ({"lora_alpha": 10**400}, None, "'lora_alpha': Input should be"),
+        ({"lora_dropout": 1.5}, None, "'lora_dropout': Input should be less than 1"),
+        ({"lora_dropout": "x"}, None, "'lora_dropout': Input should be a valid number"),
+        ({"alpha_pattern": ["q"]}, None, "'alpha_pattern': Input should be a valid dict"),
+        ({"alpha_pattern": {"up": None}}, None, "'alpha_pattern.up': Input should be a valid number"),
+        ({"alpha_pattern": {"(": 4}}, None, r"'\(' is not a regular expression"),
+        ({"modules_to_save": 5}, None, "'modules_to_save': Input should be a valid list"),
+        ({"modules_to_save": ["head"]}, None, "'modules_to_save' names 'head', which is not in this model"),
+        ({}, lambda t: t | {"base_model.model.up.lora_A.weight": torch.full((4, 12), float("nan"))}, "holds NaN"),
+        ({}, lambda t: t | {"base_model.model.up.lora_A.weight": torch.ones(4, 12).bool()}, "has dtype torch.bool"),
+        ({}, lambda t: t | {"base_model.model.up.base_layer.weight": torch.ones(20, 12)}, "is of another base"),
         ({"peft_type": "MMDORA"}, None, "metadata says nothing of"),
     ],
 )
@@ -131,6 +145,8 @@ def test_foreign_directories_are_refused_whole(folder, config, tensors, message)
             '{"specs": {"up": {"rank": 9, "alpha": 1}}}',
             r"up.lora_A.weight has shape \[4, 12\]; this model needs \[9, 12\]",
         ),
+        ('{"specs": {"up": {"rank": 4, "alpha": 1, "dropout": 3}}}', "metadata is damaged"),
+        ('{"specs": {"up": {"rank": 4, "alpha": 1, "use_vera": true}}}', "up.vera_lambda_d is missing"),
         ('{"parts": {"up": {"method": "dora", "rank": -1}}}', "metadata is damaged"),
         ("{", "damaged or not a safetensors file"),
     ],
@@ -140,6 +156,81 @@ def test_damaged_metadata_is_refused(folder, about, message):
     save_file(load_file(file), file, metadata={"mmdora": about})
     with pytest.raises(UserError, match=message):
         mmdora.load_adapter(Net(), folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"a", b"t.", b"\x80\x02.", b"\x80\x02J", b"\x80\x02h\x05."])
+def test_a_garbled_bin_file_is_refused(folder, content):
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter_model\.bin: damaged or not a file of tensors"):
+        mmdora.load_adapter(Net(), folder)
+
+
+@pytest.mark.parametrize("value", [torch.ones(4, 12).to_sparse(), torch.ones(4, 12, device="meta"), 3])
+def test_a_bin_file_of_something_else_is_refused(folder, value):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors | {f"{PREFIX}up.lora_A.weight": value}, folder / "adapter_model.bin")
+    net = Net()
+    with pytest.raises(UserError, match=r"adapter_model.bin: damaged|up.lora_A.weight' is not a dense tensor"):
+        mmdora.load_adapter(net, folder)
+    assert not list(adapter_layers(net))
+
+
+def test_a_config_of_a_thousand_brackets_is_refused(folder):
+    (folder / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        mmdora.load_adapter(Net(), folder)
+
+
+def test_a_refused_attention_stays_as_it_was(tmp_path):
+    net = nn.Sequential(nn.MultiheadAttention(8, 2))
+    mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 2}})
+    mmdora.save_adapter(net, tmp_path)
+    change(tmp_path, tensors=lambda t: t | {f"{PREFIX}0.q_proj.lora_A.weight": torch.zeros(2, 3)})
+    other = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(UserError, match=r"0.q_proj.lora_A.weight has shape \[2, 3\]"):
+        mmdora.load_adapter(other, tmp_path)
+    assert type(other[0]) is nn.MultiheadAttention
+
+
+def test_an_embedding_that_peft_saves_with_its_base_is_loaded(tmp_path):
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base, ids = LlamaForCausalLM(config).eval(), torch.randint(0, 30, (1, 6))
+    again = copy.deepcopy(base)
+    lora = LoraConfig(
+        r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    theirs = get_peft_model(base, lora)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    mmdora.load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    mmdora.save_adapter(again, tmp_path / "ours")
+
+
+def test_a_part_in_full_takes_its_buffers_and_its_tied_weights_along(tmp_path):
+    net = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
+    again = copy.deepcopy(net)
+    mmdora.inject_adapters(net, {"0": {"method": "dora"}, "1": {"method": "full"}})
+    net(3 + torch.randn(64, 12))
+    mmdora.save_adapter(net, tmp_path / "norm")
+    mmdora.load_adapter(again, tmp_path / "norm")
+    x = torch.randn(4, 12)
+    assert torch.equal(again.eval()(x), net.eval()(x))
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    other = copy.deepcopy(model)
+    mmdora.inject_adapters(model, {"lm_head": {"method": "full"}})
+    mmdora.save_adapter(model, tmp_path / "head")
+    mmdora.load_adapter(other, tmp_path / "head")
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_swap_or_resume_refuses_what_does_not_fit(folder):

@@ -36,6 +36,8 @@ class AdaptedConv(AdapterLayer, _ConvNd):
         return matrix.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
+        if x.dim() == len(self.kernel_size) + 1:  # a picture without a batch
+            return self.adapted(x[None], name)[0]
         spec = self.specs[name]
         dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else x
         rest, bias = None, self.bias

@@ -102,6 +102,14 @@ class AdaptedBlock(nn.Module):
             for adapter in adapters:
                 del self.__dict__[adapter.parameter]
 
+    def __reduce__(self) -> Any:
+        return _empty_block, (type(self).__mro__[2],), self.__dict__
+
+
+def _empty_block(base: type[nn.Module]) -> nn.Module:
+    kind = _adapted_class(base)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
 
 @functools.cache
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:

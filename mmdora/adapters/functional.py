@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Below this share of the summands' size, the factored norm has cancelled too far to be trusted (W ≈ −sBA).
-CANCELLATION = 1e-3
+# Below this share of the summands' size, the factored norm has cancelled too far to be exact to 1e-6 (W ≈ −sBA).
+CANCELLATION = 0.1
 # What a gain of exactly zero is computed as, so that the magnitude's gradient can be taken from the output.
 LEAST_GAIN = 1e-20
 ROWS = 2048  # of an activation at once, where a pass over it has temporaries
@@ -90,15 +90,13 @@ class AdaptedLinearFunction(torch.autograd.Function):
         norm: Tensor | None,  # [out], fp32, a constant
         scale: float,
         read: Callable[[Tensor], Tensor] = as_is,
-        h: Tensor | None = None,  # [..., r]: xAᵀ, where SharedDownFunction has computed it; then lora_a is None
     ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, x.shape[-1])
         u = rows @ read(weight).to(dtype).T
-        b = gain = None
-        if lora_a is not None:
+        h = b = gain = None
+        if lora_a is not None and lora_b is not None:
             h = (rows if dropped is None else dropped.reshape(rows.shape)) @ lora_a.to(dtype).T
-        if lora_b is not None:
             b = (scale * lora_b).to(dtype)
         if magnitude is not None:
             assert norm is not None
@@ -107,12 +105,13 @@ class AdaptedLinearFunction(torch.autograd.Function):
         # fp16's range is too small to find u again from u * g.
         keep = gain is not None and (bias is not None or dtype == torch.float16)
         y = passes(x.device).epilogue(u, h, b, gain, None if bias is None else bias.to(dtype), keep)
-        shape = (*x.shape[:-1], -1)
-        saved = None if gain is None else u.view(shape) if keep else y.view(shape)
+        # Not a view for autograd, which would forbid to change the output in place.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        saved = None if gain is None else u if keep else y
         read_by_a = None if lora_a is None else x if dropped is None else dropped
         ctx.save_for_backward(read_by_a, weight, lora_a, lora_b, h, norm, gain, saved)
         ctx.scale, ctx.read, ctx.shape, ctx.has_dropped, ctx.has_kept = scale, read, x.shape, dropped is not None, keep
-        return y.view(shape)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -135,31 +134,9 @@ class AdaptedLinearFunction(torch.autograd.Function):
             elif dx is not None:
                 dx.addmm_(dh, a)
             da = (dh.T @ low.reshape(-1, ctx.shape[-1])).to(lora_a.dtype)
-        if lora_b is not None:
             db = (du.T @ h).to(lora_b.dtype).mul_(ctx.scale)
         dx = None if dx is None else dx.view(ctx.shape)
-        shared = dh if lora_a is None else None
-        return dx, ddropped, None, None, da, db, dm, None, None, None, shared
-
-
-class SharedDownFunction(torch.autograd.Function):
-    """xAᵀ [rows, r] for each of several A [r, in] that read the same x [..., in]: one product, and one for all dA."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *lora_a: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *lora_a)
-        ctx.ranks = [a.shape[0] for a in lora_a]
-        h = x.reshape(-1, x.shape[-1]) @ torch.cat(lora_a).to(x.dtype).T
-        return tuple(part.contiguous() for part in h.split(ctx.ranks, dim=1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, *lora_a = ctx.saved_tensors
-        together = torch.cat(dh, dim=1)
-        dx = (together @ torch.cat(lora_a).to(x.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
-        da = together.T @ x.reshape(-1, x.shape[-1])
-        return dx, *(d.to(a.dtype) for d, a in zip(da.split(ctx.ranks), lora_a, strict=True))
+        return dx, ddropped, None, None, da, db, dm, None, None, None
 
 
 def epilogue(

@@ -223,7 +223,7 @@ class AdapterLayer(nn.Module, ABC):
         """Become the plain base layer again."""
         for attribute in (*self.low_rank, "vera", "vera_lambda_d", "vera_lambda_b", "lora_magnitude_vector"):
             self._modules.pop(attribute, None)
-        for attribute in ("specs", "keys", "active", "rows", "shared"):
+        for attribute in ("specs", "keys", "active", "rows"):
             self.__dict__.pop(attribute, None)
         become(self, self.__dict__.pop("base_class"))
 
@@ -233,6 +233,10 @@ class AdapterLayer(nn.Module, ABC):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         new.keys = {name: norms.new_key() for name in self.keys}  # its norms are its own
         return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.keys = {name: norms.new_key() for name in self.keys}
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{n}: r={s.rank}{' dora' if s.use_dora else ''}" for n, s in self.specs.items())

@@ -74,7 +74,15 @@ def is_weight(module: nn.Module | nn.Parameter) -> bool:
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first that matches the end of the path."""
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first that matches the end of the path. Raises
+    UserError."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"rank_pattern or alpha_pattern: {pattern!r} is not a regular expression ({error})"
+            ) from error
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
 
 

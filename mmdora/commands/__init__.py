@@ -4,6 +4,7 @@ quick."""
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -118,6 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits with 0 if done, 1 if failed, 2 if the user's input is wrong."""
     from mmdora.errors import UserError
 
+    # On a CPU it asks for another package as soon as it is imported, quantized model or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(arguments)
     except UserError as error:
