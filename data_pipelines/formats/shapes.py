@@ -211,7 +211,7 @@ class Task:
 TASKS = {
     "base": Task(_base, train=24_000, held_out=2_000, turns=8),
     "retained": Task(_base, train=400, held_out=300, turns=1),
-    "counting": Task(_counting, train=1_200, held_out=384, turns=1),
+    "counting": Task(_counting, train=1_500, held_out=384, turns=1),
     "motion": Task(_motion, train=1_000, held_out=256, turns=1),
 }
 
