@@ -23,7 +23,7 @@ def test_the_global_batch_is_kept_over_processes(world, batch, micro, expected):
 
 def test_a_batch_that_cannot_be_split_is_an_error():
     with pytest.raises(UserError, match=r"batch_size 32 cannot be split over 3 processes.*a multiple of 30"):
-        micro_batches(load_config("quickstart").training, 3)
+        micro_batches(load_config("quickstart", ["training.batch_size=32"]).training, 3)
 
 
 def test_each_part_trains_with_its_own_rate_and_decay(tiny):
@@ -33,6 +33,7 @@ def test_each_part_trains_with_its_own_rate_and_decay(tiny):
         [
             "parts.vision.learning_rate=1e-3",
             "parts.projector.learning_rate=null",
+            "parts.language.learning_rate=5e-3",
             "parts.language.weight_decay=0.1",
             "training.learning_rate=7e-3",
         ],
