@@ -67,16 +67,17 @@ class AdaptedExperts(AdapterLayer):
         """The weight with the active adapter, in the parameter's own shape and dtype."""
         if self.rows is not None:
             raise ValueError("the weights of experts cannot take adapters row by row: tokens of all rows share them")
-        name = self.active
-        if name is None or name not in self.specs:
-            return self.weight
+        return self._with(self.active, self.weight)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return x
+
+    def adapted(self, x: Tensor, name: str) -> Tensor:
+        """The block multiplies, not its weights: what comes in and goes out here is the weight itself."""
         spec = self.specs[name]
         magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
         merged = MergedWeightFunction.apply(self.matrix(), *self.factors(name), magnitude, norm, spec.scale)
         return self.from_matrix(merged)
-
-    def adapted(self, x: Tensor, name: str) -> Tensor:
-        raise NotImplementedError("the block multiplies, not its weights")
 
     def merge(self, name: str) -> None:
         merged = self.from_matrix(self.merged(name)).to(self.weight.dtype)
