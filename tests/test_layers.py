@@ -420,6 +420,12 @@ def test_pickled_layers_keep_norms_of_their_own():
     assert torch.equal(pickle.loads(pickle.dumps(experts))(*inputs), experts(*inputs))
 
 
+@pytest.mark.parametrize(("net", "target"), [(build("embedding")[0], "layer"), (Model(mixtral()[0]), "gate_up_proj")])
+def test_dropout_where_there_is_nothing_to_drop_is_an_error(net, target):
+    with pytest.raises(UserError, match=r"dropout: .* has no input to drop"):
+        mmdora.inject_adapters(net, {"": {"method": "dora", "targets": [target], "dropout": 0.1}})
+
+
 def test_what_cannot_be_adapted_is_named():
     net = nn.Module()
     net.norm = nn.LayerNorm(4)

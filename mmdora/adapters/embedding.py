@@ -11,10 +11,11 @@ from mmdora.adapters.layer import AdapterLayer, Shapes
 
 class AdaptedEmbedding(AdapterLayer, nn.Embedding):
     """`nn.Embedding`, as in PEFT: the matrix is [width, vocabulary], so that a magnitude scales one dimension of every
-    token. There is no input to drop: dropout does nothing here."""
+    token. There is no input to drop; PEFT, whose directories may say otherwise, drops nothing here either."""
 
     low_rank = ("lora_embedding_A", "lora_embedding_B")
     file_suffix = ""
+    takes_dropout = False
     bias = None
 
     @staticmethod

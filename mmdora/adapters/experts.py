@@ -29,6 +29,7 @@ def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 class AdaptedExperts(AdapterLayer):
     """The adapters of one such parameter, as a child `<parameter>_adapter` of the block that holds it."""
 
+    takes_dropout = False
     in_peft = False
     bias = None
     block: Any

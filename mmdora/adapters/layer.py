@@ -50,6 +50,7 @@ class AdapterLayer(nn.Module, ABC):
 
     low_rank: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     file_suffix: ClassVar[str] = ".weight"  # of A and B in PEFT's files
+    takes_dropout: ClassVar[bool] = True  # whether there is an input whose numbers can be dropped
     in_peft: bool = True  # whether PEFT computes the same from the same tensors
 
     weight: Any
@@ -58,7 +59,6 @@ class AdapterLayer(nn.Module, ABC):
     vera_lambda_d: Any
     vera_lambda_b: Any
     lora_magnitude_vector: Any
-    lora_A: Any
     base_class: type[nn.Module]
     specs: dict[str, LowRankSpec]
     keys: dict[str, int]  # under which this layer's norms are kept

@@ -10,8 +10,9 @@ from torch import nn
 
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec
 from mmdora.adapters.targets import pattern_value, resolve_targets
-from mmdora.adapters.wrapping import wrap
+from mmdora.adapters.wrapping import takes_dropout, wrap
 from mmdora.config import PartConfig
+from mmdora.errors import UserError
 
 LOW_RANK = RATES | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "rank_pattern", "alpha_pattern"}
 
@@ -27,13 +28,16 @@ class LoRA(AdapterMethod):
 
     def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
         spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora)
+        layers = resolve_targets(model, part, path, config)
+        if config.dropout and (deaf := [layer for layer in layers if not takes_dropout(model, layer)]):
+            raise UserError(f"parts.{part}.dropout: {deaf[0]} has no input to drop; leave one of the two out")
         return {
             layer: replace(
                 spec,
                 rank=pattern_value(config.rank_pattern, layer, config.rank),
                 alpha=pattern_value(config.alpha_pattern, layer, config.alpha),
             )
-            for layer in resolve_targets(model, part, path, config)
+            for layer in layers
         }
 
     def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:

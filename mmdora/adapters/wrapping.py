@@ -60,6 +60,15 @@ def wrap(model: nn.Module, path: str) -> AdapterLayer:
     return adopt(model.get_submodule(path))
 
 
+def takes_dropout(model: nn.Module, path: str) -> bool:
+    """Whether dropout means anything to the layer at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    if leaf in expert_parameters(model.get_submodule(parent)):
+        return AdaptedExperts.takes_dropout
+    kind = layer_kind(model.get_submodule(path))
+    return kind is not None and kind.takes_dropout
+
+
 def tensor_shapes(model: nn.Module, path: str, spec: LowRankSpec) -> dict[str, Shape] | None:
     """The shapes of the tensors that such an adapter would have there; None where there can be none."""
     parent, _, leaf = path.rpartition(".")
