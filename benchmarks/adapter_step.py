@@ -4,9 +4,10 @@
     python benchmarks/adapter_step.py --hidden 4096 --tokens 8192 --layers 2   # a GPU, at the shapes of a 7B model
 
 Every round times all candidates in a new order, one step each; figures are medians over the rounds, and ratios to the
-frozen layers of the same run, since the machine is noisy. As in a trainer, DoRA's norms are computed once a step (our
-candidates' steps include that). Saved activations are what autograd keeps for the backward pass, beyond the weights
-and beyond what the frozen layers keep; the peak is that of a GPU's allocator over one step.
+frozen layers of the same run, since the machine is noisy. As in our trainer, DoRA's norms are computed once a step (our
+candidates' steps include that), and on a CPU freed memory stays with the process, for all candidates. Saved activations
+are what autograd keeps for the backward pass, beyond the weights and beyond what the frozen layers keep; the peak is
+that of a GPU's allocator over one step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import platform
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import mmdora
 from mmdora.adapters.norms import weights_fixed
+from mmdora.memory import keep_freed_memory
 
 Build = Callable[[LlamaModel, int], nn.Module]
 
@@ -48,9 +51,9 @@ def with_peft(use_dora: bool, autocast_adapter_dtype: bool) -> Build:
     return build
 
 
-def with_mmdora(method: str) -> Build:
+def with_mmdora(method: str, forward: str = "auto") -> Build:
     def build(model: LlamaModel, rank: int) -> nn.Module:
-        mmdora.inject_adapters(model, {"": {"method": method, "rank": rank, "alpha": 2 * rank}})
+        mmdora.inject_adapters(model, {"": {"method": method, "rank": rank, "alpha": 2 * rank, "forward": forward}})
         return model
 
     return build
@@ -64,6 +67,8 @@ CANDIDATES: dict[str, Build] = {
     "PEFT DoRA, adapters in the model's dtype": with_peft(use_dora=True, autocast_adapter_dtype=False),
     "mmdora LoRA": with_mmdora("lora"),
     "mmdora DoRA": with_mmdora("dora"),
+    "mmdora DoRA, exact forward": with_mmdora("dora", "exact"),
+    "mmdora DoRA, merged forward": with_mmdora("dora", "merged"),
 }
 
 
@@ -88,22 +93,27 @@ def seconds(model: nn.Module, x: Tensor) -> float:
     return time.perf_counter() - start
 
 
+class Saved:
+    """What autograd holds of one tensor; alive as long as autograd holds it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that autograd saves for the backward pass; storages shared with a parameter or each other count once."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
+    held: weakref.WeakSet[Saved] = weakref.WeakSet()  # parts of the graph that die before the pass ends leave it
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> Saved:
+        held.add(saved := Saved(tensor))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         out = model(inputs_embeds=x).last_hidden_state
-    total = sum(storages.values())
+    storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in held)}
     del out
-    return total
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 def peak_bytes(model: nn.Module, x: Tensor) -> int | None:
@@ -134,6 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
     args = parser.parse_args()
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    if device == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,

@@ -47,6 +47,7 @@ class ModelConfig(Section):
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["4bit", "8bit"] | None = None  # of the language model's linear layers, which stay frozen
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template
 
@@ -72,6 +73,7 @@ class PartConfig(Section):
     exclude: str | list[str] = []  # of targets: a regex, or names
     rank_pattern: dict[str, Positive] = {}  # regex over the end of a layer's path → its rank
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA; auto: the faster
     learning_rate: Rate | None = None  # null: training.learning_rate
     weight_decay: Rate | None = None  # null: training.weight_decay
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
+from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.architectures import architecture_of, find_part
 from mmdora.attention import explicit_attention
@@ -130,6 +131,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         for other in layer.specs:
             for parameter in layer.adapter_tensors(other).values():
                 parameter.requires_grad_(other == name)
+    share_reads(model)
 
 
 @contextmanager

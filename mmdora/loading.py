@@ -26,6 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
+from mmdora.quantization import quantize_language_model
 from mmdora.vision_encoders import VISION_ENCODERS
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
 from mmdora.zero import whole_models
@@ -52,7 +53,10 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
         )
-    return model.to(getattr(torch, config.dtype)).eval(), processor
+    model = model.to(getattr(torch, config.dtype)).eval()
+    if config.quantization is not None:
+        quantize_language_model(model, config.quantization)
+    return model, processor
 
 
 def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.experts import AdaptedExperts
 from mmdora.adapters.functional import dora_gain
+from mmdora.adapters.siblings import share_reads
 from mmdora.checkpoint import write_adapter
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
@@ -62,6 +63,7 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
         module.__class__, module.__dict__ = kind, state
         module.train(training)
     records(model).update(before)
+    share_reads(model)
     if tied:
         _set_tied(model, True)
     return model

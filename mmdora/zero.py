@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 manages the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
 @contextmanager
 def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None]:
     """Whole parameters inside the block: ZeRO-3 partitions are gathered, everything else is left alone.
 
     With `write`, what rank 0 changes inside the block is kept; otherwise changes are lost when the block ends.
     """
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    partitioned = [p for p in parameters if is_partitioned(p)]
     if not partitioned:
         yield
         return

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmdora
-from mmdora.adapters import functional
+from mmdora.adapters import linear_function
 
 kernels = pytest.importorskip("mmdora.adapters.kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,19 +48,37 @@ def test_epilogue(shape, dtype, has):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(70, 100, 4), (64, 64, 16), (5, 130, 150)])
 @pytest.mark.parametrize("has", ["low rank", "gain", "both"])
-def test_gradients(shape, dtype, has):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gradients(shape, dtype, has, scaled):
     rows, columns, rank = shape
     torch.manual_seed(0)
     dy, u, b = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((rows, columns), (rows, columns), (columns, rank)))
     gain = None if has == "low rank" else torch.rand(columns, device=DEVICE) + 0.5
     b = None if has == "gain" else b
-    du, dh, dm = kernels.gradients(dy, u if gain is not None else None, gain, b)
+    du, dh, dm = kernels.gradients(dy, u if gain is not None else None, gain, b, scaled)
     expected = dy.double() * (1 if gain is None else gain.double())
-    close(du, expected, dtype)
+    close(du, expected if scaled else dy.double(), dtype)
     if gain is not None:
         close(dm, (dy.double() * u.double()).sum(0), torch.float32)
     if b is not None:
         close(dh, expected @ b.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 100, 4), (64, 64, 16), (5, 130, 150)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_merge_and_norm(shape, dtype, transposed):
+    height, width, rank = shape
+    torch.manual_seed(0)
+    weight = torch.randn((width, height) if transposed else (height, width), dtype=dtype, device=DEVICE)
+    weight = weight.T if transposed else weight
+    a, b = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((rank, width), (height, rank)))
+    gain = torch.rand(height, device=DEVICE) + 0.5
+    expected = weight.double() + b.double() @ a.double()
+    close(kernels.merge(weight, a, b, None), expected, dtype)
+    close(kernels.merge(weight, a, b, gain), gain.double()[:, None] * expected, dtype)
+    expected = weight.double() + 0.3 * b.double() @ a.double()
+    close(kernels.norm(weight, a.float(), b.float(), 0.3), expected.norm(dim=1), torch.float32)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -77,13 +95,19 @@ blocks = dict(ROWS=kernels.ROWS, COLUMNS=kernels.COLUMNS, RANKS={rank}, HAS_LOW_
 pointers = {{
     kernels._epilogue: ("u", "h", "b", "bias", "y"),
     kernels._gradients: ("dy", "u", "b", "du", "dh"),
+    kernels._merge: ("weight", "a", "b", "out"),
 }}
+extra = {{
+    kernels._epilogue: dict(HAS_BIAS=True, KEEP=True),
+    kernels._gradients: dict(SCALED=True),
+    kernels._merge: dict(HAS_OUT=True, HAS_NORM=True, ROWS=kernels.WEIGHT_ROWS, RANKS=min({rank}, 64)),
+}}
+integers = ("rows", "columns", "height", "width", "rank", "stride", "row_stride", "column_stride")
 for kernel, names in pointers.items():
-    extra = dict(HAS_BIAS=True, KEEP=True) if kernel is kernels._epilogue else {{}}
-    constants = blocks | extra
-    types = dict.fromkeys(kernel.arg_names, "constexpr") | dict.fromkeys(names, "*{dtype}")
-    types |= dict(gain="*fp32", rows="i32", columns="i32", rank="i32")
-    types |= {{"dm": "*fp32"}} if kernel is kernels._gradients else {{}}
+    constants = {{k: v for k, v in (blocks | extra[kernel]).items() if k in kernel.arg_names}}
+    known = dict.fromkeys(names, "*{dtype}") | dict.fromkeys(integers, "i32") | dict(gain="*fp32", scale="fp32")
+    known |= dict(dm="*fp32", norm="*fp32") | dict.fromkeys(constants, "constexpr")
+    types = {{name: known[name] for name in kernel.arg_names}}
     built = compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", {capability}, 32))
     assert len(built.asm["cubin"]) > 1000
     assert built.metadata.shared < {{80: 163, 90: 227}}[{capability}] * 1024, built.metadata.shared
@@ -106,8 +130,8 @@ def test_a_layer_computes_the_same_with_them(method, bias, dense, monkeypatch):
             parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randn(3, 30, 40, device=DEVICE, requires_grad=True)
     results = []
-    for module in (functional, kernels):
-        monkeypatch.setattr(functional, "passes", lambda device, module=module: module)
+    for module in (linear_function, kernels):
+        monkeypatch.setattr(linear_function, "passes", lambda device, module=module: module)
         net.zero_grad()
         x.grad = None
         out = net(x)

@@ -193,14 +193,13 @@ def test_a_scaled_embedding_stays_scaled():
     torch.testing.assert_close(merged(x), out, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [True, False])
-def test_half_precision_errs_no_more_than_peft(dtype, bias):
-    """Against float64, on the same half-precision weights and inputs; PEFT with adapters in the model's dtype."""
+def half_precision_errors(dtype: torch.dtype, bias: bool, forward: str) -> tuple[list[float], list[float]]:
+    """Ours and PEFT's of the output and every gradient, against float64 on the same half-precision weights and inputs;
+    PEFT with adapters in the model's dtype."""
     torch.manual_seed(0)
     base = Net(nn.Linear(256, 384, bias=bias)).to(dtype)
     x = torch.randn(64, 256, dtype=dtype, requires_grad=True)
-    ours = adapted(base, rank=8, alpha=16)
+    ours = adapted(base, rank=8, alpha=16, forward=forward)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], use_dora=True)
     theirs = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
     for name, parameter in theirs.named_parameters():
@@ -220,8 +219,7 @@ def test_half_precision_errs_no_more_than_peft(dtype, bias):
     peft_layer = theirs.base_model.model.layer
     kinds = (peft_layer.lora_A, peft_layer.lora_B, peft_layer.lora_magnitude_vector)
     yours = errors(theirs, [k["default"].weight for k in kinds])
-    for ours_error, peft_error in zip(mine, yours, strict=True):
-        assert ours_error <= peft_error, (mine, yours)
+    return mine, yours
 
 
 def test_autocast_and_checkpointing_compute_the_same():
@@ -373,6 +371,22 @@ def test_quantized_bases(bits):
     merged = mmdora.merge_adapters(net)
     assert type(merged.layer) is nn.Linear
     torch.testing.assert_close(merged(x), out, atol=0.1, rtol=0.05)
+
+
+def test_a_4_bit_layer_that_was_used_before_is_read_rightly():
+    """Its first forward pass in inference mode packs the weight anew, on some CPUs."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    net = Net(layer.to("cpu")).eval()
+    with torch.inference_mode():
+        before = net(torch.ones(3, 64))
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["layer"], "rank": 4}})
+    assert (net.layer.matrix() - weight).abs().max() < 0.5
+    torch.testing.assert_close(net(torch.ones(3, 64)), before, atol=0.2, rtol=0.05)
+    net(torch.randn(3, 64)).sum().backward()
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

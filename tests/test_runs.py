@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmdora.commands import main
-from mmdora.rundir import RunDir
+from mmdora.rundir import RunDir, load_target
 from tests.conftest import ROOT
 
 
@@ -262,3 +262,28 @@ def test_nlvr(shared, tmp_path, monkeypatch):
     report = json.loads((output / "eval" / "nlvr" / "report.json").read_text())
     assert report["n"] == 20
     assert report["majority_baseline"] >= 50
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_run_on_a_quantized_language_model(bits, world, tmp_path, capsys):
+    bnb = pytest.importorskip("bitsandbytes")
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert command("train", *small(world, run, steps=6), f"model.quantization={bits}") == 0
+    model = load_target(str(run)).model
+    kind = bnb.nn.Linear4bit if bits == "4bit" else bnb.nn.Linear8bitLt
+    assert sum(isinstance(m, kind) for m in model.model.language_model.modules()) == 21
+    assert not any(isinstance(m, kind) for m in model.model.vision_tower.modules())
+    assert model.lm_head.weight.is_floating_point()
+    capsys.readouterr()
+    assert command("merge", str(run), str(out)) == 0
+    assert "without mmdora" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_what_cannot_be_quantized_is_said(world, tmp_path, capsys):
+    settings = [*small(world, tmp_path / "run"), "model.quantization=4bit"]
+    assert command("train", *settings, "training.deepspeed=zero3") == 2
+    assert "ZeRO-3 cannot partition quantized weights" in capsys.readouterr().err
+    full = "parts={language: {method: full}}"
+    assert command("train", *[s.replace("/run", "/other") for s in settings], full) == 2
+    assert "is quantized and cannot be trained in full" in capsys.readouterr().err

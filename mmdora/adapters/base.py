@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -24,6 +24,7 @@ class LowRankSpec:
     use_dora: bool = False
     use_vera: bool = False  # A and B are random, shared and frozen; a factor for each of their rows is learnt
     peft_dropout: bool = False  # DoRA: the dropped input also reaches the base product that the gain scales
+    forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA
 
     @property
     def scale(self) -> float:

@@ -23,12 +23,18 @@ from mmdora.errors import UserError
 
 @ADAPTERS.register("dvora")
 class DVoRA(LoRA):
-    settings = RATES | {"rank", "dropout", "targets", "exclude", "peft_dropout"}
+    settings = RATES | {"rank", "dropout", "targets", "exclude", "peft_dropout", "forward"}
 
     def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
         # Alpha is the rank: VeRA has no scale of its own.
         spec = LowRankSpec(
-            config.rank, config.rank, config.dropout, False, True, use_vera=True, peft_dropout=config.peft_dropout
+            rank=config.rank,
+            alpha=config.rank,
+            dropout=config.dropout,
+            use_dora=True,
+            use_vera=True,
+            peft_dropout=config.peft_dropout,
+            forward=config.forward,
         )
         plan = dict.fromkeys(resolve_targets(model, part, path, config), spec)
         modules = dict(model.named_modules())

@@ -1,4 +1,5 @@
-"""Triton kernels for what `AdaptedLinearFunction` does beside matrix products, one pass over the activations each.
+"""Triton kernels for what `AdaptedLinearFunction` does beside matrix products, in one pass over the activations or the
+weights each.
 
 Products with A and B are skinny: they cost memory traffic, not arithmetic. So the one with B rides on the pass that
 scales the output, and the one with B again on the pass that scales the output's gradient. Sums are in fp32.
@@ -14,11 +15,12 @@ from torch import Tensor
 ROWS = 64  # of an activation, a program
 COLUMNS = 64
 RANKS = 128  # at most so many columns of B at once
+WEIGHT_ROWS = 32  # of a weight, a program: few, since one program goes over whole rows
 
 
 @triton.jit
 def _epilogue(
-    u, h, b, gain, bias, y, rows, columns, rank,
+    u, h, b, gain, bias, y, rows, columns, rank, stride,
     HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +33,7 @@ def _epilogue(
         for start in range(0, rank, RANKS):
             k = start + tl.arange(0, RANKS)
             left = tl.load(
-                h + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0
+                h + row[:, None] * stride + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0
             )
             right = tl.load(
                 b + column[None, :] * rank + k[:, None],
@@ -53,7 +55,7 @@ def epilogue(
 ) -> Tensor:
     """y = g ⊙ (u + hBᵀ) + b for u [rows, out], h [rows, r], B [out, r], g [out] in fp32 and b [out].
 
-    Writes over u: y itself, or with `keep` the sum u + hBᵀ, beside a new y.
+    Writes over u: y itself, or with `keep` the sum u + hBᵀ, beside a new y. h may be a slice of wider rows.
     """
     rows, columns = u.shape
     y = torch.empty_like(u) if keep else u
@@ -62,7 +64,7 @@ def epilogue(
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
     _epilogue[grid](
         u, u if h is None else h, u if b is None else b, u if gain is None else gain, u if bias is None else bias, y,
-        rows, columns, rank,
+        rows, columns, rank, 0 if h is None else h.stride(0),
         HAS_LOW_RANK=h is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, KEEP=keep,
         ROWS=ROWS, COLUMNS=COLUMNS, RANKS=some,
     )  # fmt: skip
@@ -72,7 +74,7 @@ def epilogue(
 @triton.jit
 def _gradients(
     dy, u, gain, b, du, dh, dm, rows, columns, rank,
-    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -89,7 +91,8 @@ def _gradients(
             gradient *= tl.load(gain + column, mask=column < columns, other=0.0)[None, :]
             if tl.program_id(1) == 0:  # programs that share these rows all compute this; one writes it
                 tl.store(dm + tl.program_id(0).to(tl.int64) * columns + column, partial, mask=column < columns)
-                tl.store(du + place, gradient.to(du.dtype.element_ty), mask=inside)
+                if SCALED:
+                    tl.store(du + place, gradient.to(du.dtype.element_ty), mask=inside)
         if HAS_LOW_RANK:
             right = tl.load(
                 b + column[:, None] * rank + k[None, :],
@@ -103,23 +106,86 @@ def _gradients(
 
 
 def gradients(
-    dy: Tensor, u: Tensor | None, gain: Tensor | None, b: Tensor | None
+    dy: Tensor, u: Tensor | None, gain: Tensor | None, b: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """du = dy ⊙ g, dh = du B and Σ dy ⊙ u over the rows, for dy and u [rows, out], g [out] in fp32, B [out, r].
 
-    Without a gain du is dy itself and there is no sum; without B there is no dh.
+    Without a gain, or unless `scaled`, du is dy itself. Without a gain there is no sum, without B no dh.
     """
     dy = dy.contiguous()  # autograd may hand on an expanded gradient
     rows, columns = dy.shape
     rank = 0 if b is None else b.shape[1]
     some = max(16, min(RANKS, triton.next_power_of_2(rank)))
     blocks = triton.cdiv(rows, ROWS)
-    du = dy if gain is None else torch.empty_like(dy)
+    du = dy if gain is None or not scaled else torch.empty_like(dy)
     dh = None if b is None else dy.new_empty(rows, rank)
     dm = None if gain is None else dy.new_empty(blocks, columns, dtype=torch.float32)
     _gradients[(blocks, max(1, triton.cdiv(rank, some)))](
         dy, dy if u is None else u, dy if gain is None else gain, dy if b is None else b,
         du, dy if dh is None else dh, dy if dm is None else dm, rows, columns, rank,
-        HAS_LOW_RANK=b is not None, HAS_GAIN=gain is not None, ROWS=ROWS, COLUMNS=COLUMNS, RANKS=some,
+        HAS_LOW_RANK=b is not None, HAS_GAIN=gain is not None, SCALED=scaled,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=some,
     )  # fmt: skip
     return du, dh, None if dm is None else dm.sum(0)
+
+
+@triton.jit
+def _merge(
+    weight, a, b, gain, out, norm, height, width, rank, scale, row_stride, column_stride,
+    HAS_GAIN: tl.constexpr, HAS_OUT: tl.constexpr, HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    squares = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (row < height)[:, None] & (column < width)[None, :]
+        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for first in range(0, rank, RANKS):
+            k = first + tl.arange(0, RANKS)
+            left = tl.load(
+                b + row[:, None] * rank + k[None, :], mask=(row < height)[:, None] & (k < rank)[None, :], other=0.0
+            )
+            right = tl.load(
+                a + k[:, None] * width + column[None, :],
+                mask=(k < rank)[:, None] & (column < width)[None, :],
+                other=0.0,
+            )
+            product += tl.dot(left, right, input_precision="tf32x3")
+        place = row[:, None] * row_stride + column[None, :].to(tl.int64) * column_stride
+        total = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) + scale * product
+        if HAS_NORM:
+            squares += tl.sum(total * total, axis=1)
+        if HAS_GAIN:
+            total *= tl.load(gain + row, mask=row < height, other=0.0)[:, None]
+        if HAS_OUT:
+            tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+    if HAS_NORM:
+        tl.store(norm + row, tl.sqrt(squares), mask=row < height)
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, gain: Tensor | None) -> Tensor:
+    """g ⊙ (W + BA) [out, in], for W, A [r, in] and B [out, r] in one dtype and g [out] in fp32."""
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _over_weights(weight, a, b, 1.0, gain, out, None)
+    return out
+
+
+def norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + sBA‖ [out] over the rows of W [out, in], for A [r, in] and B [out, r]; sums in fp32, and no BA is kept."""
+    norms = weight.new_empty(weight.shape[0], dtype=torch.float32)
+    _over_weights(weight, a, b, scale, None, None, norms)
+    return norms
+
+
+def _over_weights(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor | None, out: Tensor | None, norms: Tensor | None
+) -> None:
+    (height, width), rank = weight.shape, a.shape[0]
+    a, b = a.contiguous(), b.contiguous()
+    _merge[(triton.cdiv(height, WEIGHT_ROWS),)](
+        weight, a, b, weight if gain is None else gain, weight if out is None else out,
+        weight if norms is None else norms, height, width, rank, scale, weight.stride(0), weight.stride(1),
+        HAS_GAIN=gain is not None, HAS_OUT=out is not None, HAS_NORM=norms is not None,
+        ROWS=WEIGHT_ROWS, COLUMNS=COLUMNS, RANKS=max(16, min(64, triton.next_power_of_2(rank))),
+    )  # fmt: skip

@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from mmdora.adapters.functional import AdaptedLinearFunction, as_is, transposed
 from mmdora.adapters.layer import AdapterLayer, Shapes
+from mmdora.adapters.linear_function import AdaptedLinearFunction, LinearForm, LinearTerms, as_is, transposed
+
+if TYPE_CHECKING:
+    from mmdora.adapters.siblings import Siblings
 
 
 class LinearLayer(AdapterLayer):
-    """What is linear in x, by one autograd function that saves little and multiplies no more than it must."""
+    """What is linear in x."""
 
-    read: Any = staticmethod(as_is)  # how that function sees the weight as a matrix [out, in]
+    read: Any = staticmethod(as_is)  # how the autograd function sees the weight as a matrix [out, in]
+    siblings: Siblings | None = None  # layers that are handed the same x, and do part of the work together
 
     def matrix(self) -> Tensor:
         return self.read(self.weight)
 
+    def forward(self, x: Tensor) -> Tensor:
+        shared = None if self.siblings is None else self.siblings.output(self, x)
+        return super().forward(x) if shared is None else shared
+
     def adapted(self, x: Tensor, name: str) -> Tensor:
-        spec, bias = self.specs[name], self.bias
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        spec = self.specs[name]
+        if spec.dropout and self.training and spec.peft_dropout and spec.use_dora:
+            # y = W(x − x') + b + g ⊙ (Wx' + sBAx'), x' the dropped input: what PEFT computes.
+            x = _autocast(x)
+            dropped = F.dropout(x, spec.dropout)
+            with torch.autocast(x.device.type, enabled=False):
+                bias = None if self.bias is None else self.bias.to(x.dtype)
+                rest = F.linear(x - dropped, self.matrix().to(x.dtype), bias)
+                terms = self.terms(dropped, name)._replace(bias=None, dropped=None)
+                return rest + AdaptedLinearFunction.apply(dropped, (self.form(name),), False, *terms)[0]
+        return linear_outputs([self], x, name)[0]
+
+    def unwrap(self) -> None:
+        if self.siblings is not None:
+            self.siblings.part()
+        super().unwrap()
+
+    def form(self, name: str) -> LinearForm:
+        return LinearForm(self.specs[name].scale, self.keys[name], self.read)
+
+    def terms(self, x: Tensor, name: str) -> LinearTerms:
+        spec = self.specs[name]
         dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else None
-        with torch.autocast(device, enabled=False):
-            rest = None
-            if dropped is not None and spec.peft_dropout and spec.use_dora:
-                # y = W(x − x') + b + g ⊙ (Wx' + sBAx'), x' the dropped input: what PEFT computes.
-                weight = self.read(self.weight).to(x.dtype)
-                rest = F.linear(x - dropped, weight, None if bias is None else bias.to(x.dtype))
-                x, dropped, bias = dropped, None, None
-            a, b = self.factors(name)
-            magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
-            y = AdaptedLinearFunction.apply(x, dropped, self.weight, bias, a, b, magnitude, norm, spec.scale, self.read)
-        return y if rest is None else y + rest
+        return LinearTerms(self.weight, self.bias, *self.factors(name), self.magnitude(name), dropped)
+
+
+def linear_outputs(layers: Sequence[LinearLayer], x: Tensor, name: str) -> Sequence[Tensor]:
+    """The outputs of several layers, each with its adapter `name`, for one x [..., in]."""
+    x = _autocast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        terms = [layer.terms(x, name) for layer in layers]
+        merged = _merges([layer.specs[name].forward for layer in layers], terms, x)
+        forms = tuple(layer.form(name) for layer in layers)
+        return AdaptedLinearFunction.apply(x, forms, merged, *(tensor for each in terms for tensor in each))
+
+
+def _merges(forwards: Sequence[str], terms: Sequence[LinearTerms], x: Tensor) -> bool:
+    """Whether to add BA to W. It takes as long as there are weights, twice (forward and backward), where the two
+    skinny products that it saves take as long as there are inputs and outputs."""
+    if "exact" in forwards or any(t.dropped is not None or t.lora_b is None for t in terms):
+        return False
+    if "auto" not in forwards:
+        return True
+    width, outputs = x.shape[-1], sum(t.lora_b.shape[0] for t in terms if t.lora_b is not None)
+    return x.numel() // width * (width + outputs) > 2 * width * outputs
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class AdaptedLinear(LinearLayer, nn.Linear):

@@ -14,7 +14,8 @@ from mmdora.adapters.wrapping import takes_dropout, wrap
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
-LOW_RANK = RATES | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "rank_pattern", "alpha_pattern"}
+PATTERNS = {"rank_pattern", "alpha_pattern"}
+LOW_RANK = RATES | PATTERNS | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "forward"}
 
 
 def layer_seed(path: str) -> int:
@@ -27,7 +28,7 @@ class LoRA(AdapterMethod):
     settings = LOW_RANK
 
     def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
-        spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora)
+        spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora, forward=config.forward)
         layers = resolve_targets(model, part, path, config)
         if config.dropout and (deaf := [layer for layer in layers if not takes_dropout(model, layer)]):
             raise UserError(f"parts.{part}.dropout: {deaf[0]} has no input to drop; leave one of the two out")

@@ -54,8 +54,3 @@ def norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: fl
 @norm.register_fake
 def _(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
     return weight.new_empty(weight.shape[0], dtype=torch.float32)
-
-
-def kept(key: int) -> Tensor | None:
-    """The norm if it is kept; for weights that are costly even to read."""
-    return None if _kept is None else _kept.get(key)

@@ -13,18 +13,15 @@ from typing import Any
 import bitsandbytes as bnb
 from torch import Tensor, nn
 
-from mmdora.adapters import norms
 from mmdora.adapters.layer import AdapterLayer
 from mmdora.adapters.linear import AdaptedLinear
 
 
 class QuantizedLinear(AdaptedLinear):
-    def norm(self, name: str) -> Tensor:
-        kept = norms.kept(self.keys[name])
-        return super().norm(name) if kept is None else kept
-
     def merge(self, name: str) -> None:
         """Become an `nn.Linear` in the dtype that the weight had before it was quantized, where that is known."""
+        if self.siblings is not None:
+            self.siblings.part()
         dtype = self.matrix().dtype if self.bias is None else self.bias.dtype
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.merged(name).to(dtype), requires_grad=False)
@@ -34,6 +31,17 @@ class QuantizedLinear(AdaptedLinear):
 
 
 class AdaptedLinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
+    def adopt(self) -> None:
+        super().adopt()
+        # On some CPUs bitsandbytes packs the weight anew at the first forward pass without gradients, and what reads it
+        # as a matrix then gets other numbers; after inference mode, autograd would refuse the new tensor too.
+        self.support_avx512bf16_for_cpu = False
+        weight = self.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            unpack = bnb.functional._convert_weight_packed_for_cpu_inverse
+            data, weight.quant_state = unpack(weight.data, weight.quant_state)
+            weight.data = data.clone()
+
     @property
     def read(self) -> Callable[[Tensor], Tensor]:
         return partial(_from_4bit, state=self.weight.quant_state)

@@ -6,6 +6,7 @@ from torch import nn
 
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec
 from mmdora.config import PartConfig
+from mmdora.errors import UserError
 
 
 @ADAPTERS.register("full")
@@ -13,6 +14,9 @@ class Full(AdapterMethod):
     settings = RATES
 
     def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            if not parameter.is_floating_point():
+                raise UserError(f"parts.{part}.method: {name} is quantized and cannot be trained in full")
         return {}
 
     def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
@@ -21,8 +25,11 @@ class Full(AdapterMethod):
 
 
 @ADAPTERS.register("frozen")
-class Frozen(Full):
+class Frozen(AdapterMethod):
     settings = frozenset()
+
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+        return {}
 
     def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
         return []

@@ -19,6 +19,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """Build these before the model is loaded: under ZeRO-3 their existence makes it load in partitions."""
     settings = config.training
     deepspeed = deepspeed_config(settings.deepspeed) if settings.deepspeed else None
+    if config.model.quantization and deepspeed and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError("model.quantization: ZeRO-3 cannot partition quantized weights; take zero2 or less")
     micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
     half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
     return TrainingArguments(

@@ -1,0 +1,126 @@
+"""The two ways to compute a linear layer with its adapter: x meets A and B, or W + sBA."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import mmdora
+from benchmarks.learning_curve import losses
+from mmdora.adapters import linear_function
+from mmdora.config import PartConfig
+from mmdora.errors import UserError
+
+from .test_layers import LAYERS, Net, adapted, half_precision_errors, randomize, reference
+
+LINEAR = ["linear", "linear without bias", "fused qkv", "Conv1D"]
+
+
+@pytest.fixture
+def merges(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that were built."""
+    found: list[tuple[int, ...]] = []
+    real = linear_function.merge
+
+    def counting(weight, a, b, gain):
+        found.append(tuple(weight.shape))
+        return real(weight, a, b, gain)
+
+    monkeypatch.setattr(linear_function, "merge", counting)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dvora"])
+@pytest.mark.parametrize("kind", LINEAR)
+def test_merged_and_exact_equal_float64(kind, method, merges):
+    torch.manual_seed(0)
+    base, x = Net(LAYERS[kind]()), torch.randn(3, 5, 12)
+    results = []
+    for forward in ("exact", "merged"):
+        net = copy.deepcopy(base)
+        settings = {"method": method, "targets": ["layer"], "rank": 4, "forward": forward}
+        torch.manual_seed(1)
+        mmdora.inject_adapters(net, {"": settings})
+        randomize(net)
+        inputs = x.clone().requires_grad_()
+        out = net(inputs)
+        direction = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        (out * direction).sum().backward()
+        results.append([out.detach(), inputs.grad, *(p.grad for p in net.layer.adapter_tensors("default").values())])
+        assert len(merges) == (2 if forward == "merged" else 0)
+        if method == "dvora":
+            weight = net.layer.from_matrix(net.layer.merged("default").double())
+            plain = copy.deepcopy(base.layer).double()
+            torch.testing.assert_close(
+                out.double(), functional_call(plain, {"weight": weight}, x.double()), atol=1e-6, rtol=1e-5
+            )
+            continue
+        expected, leaves = reference(base.layer, net.layer, x)
+        (expected * direction).sum().backward()
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+        for gradient, leaf in zip(results[-1][2:], leaves, strict=True):
+            torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-5, rtol=1e-5)
+    for exact, merged in zip(*results, strict=True):
+        torch.testing.assert_close(merged, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("forward", ["exact", "merged"])
+def test_half_precision_errs_no_more_than_peft(dtype, bias, forward):
+    ours, theirs = half_precision_errors(dtype, bias, forward)
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine <= yours, (ours, theirs)
+
+
+def test_auto_merges_where_there_are_many_tokens(merges):
+    net = adapted(Net(nn.Linear(12, 20)))
+    few, many = 12 * 20 * 2 // 32, 12 * 20 * 2 // 32 + 1
+    net(torch.randn(1, few, 12))
+    assert merges == []
+    net(torch.randn(1, many, 12))
+    assert merges == [(20, 12)]
+
+
+def test_dropout_is_on_the_low_rank_branch_so_it_stays_one(merges):
+    net = adapted(Net(nn.Linear(12, 20)), dropout=0.5, forward="merged").train()
+    net(torch.randn(4, 12))
+    assert merges == []
+    net.eval()(torch.randn(4, 12))
+    assert merges == [(20, 12)]
+
+
+def test_a_zero_row_and_a_zero_magnitude():
+    net = Net(nn.Linear(12, 20, bias=False))
+    net.layer.weight.data[3] = 0
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["layer"], "forward": "merged"}})
+    net.layer.lora_magnitude_vector["default"].data[5] = 0
+    x = torch.randn(4, 12)
+    out = net(x)
+    assert out.isfinite().all()
+    assert (out[:, 5].abs() < 1e-15).all()
+    (out * torch.randn(4, 20)).sum().backward()
+    gradient = net.layer.lora_magnitude_vector["default"].grad
+    assert gradient.isfinite().all()
+    assert gradient[3] == 0
+    assert gradient[5] != 0
+
+
+def test_it_is_a_setting_of_low_rank_methods():
+    with pytest.raises(UserError, match=r"parts\.layer\.forward"):
+        mmdora.inject_adapters(Net(nn.Linear(3, 3)), {"layer": {"method": "magnitude", "forward": "merged"}})
+    with pytest.raises(ValueError, match="forward"):
+        PartConfig.model_validate({"method": "dora", "forward": "fast"})
+
+
+def test_merged_learns_as_well_as_exact():
+    """In bf16, at a large model's learning rate, where a weight cannot show a single step's change."""
+    exact, merged = (losses(forward, torch.bfloat16, 2e-4, 0.03, seed=0, steps=120) for forward in ("exact", "merged"))
+    for step in (20, 60, 120):
+        a, b = sum(exact[step - 10 : step]), sum(merged[step - 10 : step])
+        assert b < 1.03 * a, (step, a, b)
+    assert sum(merged[-10:]) < 0.6 * sum(merged[:10])
