@@ -5,9 +5,8 @@
 
 Every round times all candidates in a new order, one step each; figures are medians over the rounds, and ratios to the
 frozen layers of the same run, since the machine is noisy. As in our trainer, DoRA's norms are computed once a step (our
-candidates' steps include that), and on a CPU freed memory stays with the process, for all candidates. Saved activations
-are what autograd keeps for the backward pass, beyond the weights and beyond what the frozen layers keep; the peak is
-that of a GPU's allocator over one step.
+candidates' steps include that). Saved activations are what autograd keeps for the backward pass, beyond the weights and
+beyond what the frozen layers keep; the peak is that of a GPU's allocator over one step.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from transformers import LlamaConfig, LlamaModel
 
 import mmdora
 from mmdora.adapters.norms import weights_fixed
-from mmdora.memory import keep_freed_memory
 
 Build = Callable[[LlamaModel, int], nn.Module]
 
@@ -144,8 +142,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
     args = parser.parse_args()
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
-    if device == "cpu":
-        keep_freed_memory()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,

@@ -16,7 +16,6 @@ from mmdora.adapters.norms import fix_weights
 from mmdora.architectures import find_part
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import RunConfig
-from mmdora.memory import keep_freed_memory
 from mmdora.zero import local_shard, read_in_forward
 
 log = logging.getLogger(__name__)
@@ -47,8 +46,6 @@ class AdapterTrainer(Trainer):
         self.add_callback(NormsOnceAStep)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
         try:
             return super().train(*args, **kwargs)
         finally:
