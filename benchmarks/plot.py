@@ -22,7 +22,7 @@ NAMES = {
 
 
 def main() -> None:
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*.json"))]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*-r*.json"))]
     figure, panels = plt.subplots(
         1, len(results), figsize=(4.6 * len(results), 2.6), dpi=120, sharey=True, squeeze=False
     )
