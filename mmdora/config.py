@@ -75,6 +75,7 @@ class PartConfig(Section):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA; auto: the faster
     learning_rate: Rate | None = None  # null: training.learning_rate
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # each block learns at so much of the next one's rate
     weight_decay: Rate | None = None  # null: training.weight_decay
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmdora
+from mmdora.blocks import blocks_of
 from mmdora.config import PartConfig, load_config
 from mmdora.errors import UserError
 from mmdora.training.arguments import micro_batches
@@ -47,6 +48,29 @@ def test_each_part_trains_with_its_own_rate_and_decay(tiny):
     assert ("language", 0.0) in decays  # magnitudes
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_layer_decay_slows_each_block_before_the_last(tiny, method):
+    model, _ = tiny
+    low_rank = {"method": method} | ({"rank": 2} if method == "dora" else {})
+    parts = {"vision": PartConfig.model_validate(low_rank | {"learning_rate": 1e-3, "layer_decay": 0.5})}
+    mmdora.inject_adapters(model, parts)
+    config = load_config("quickstart").model_copy(update={"parts": parts})
+    rates = {id(p): g["lr"] for g in optimizer_groups(model, config) for p in g["params"]}
+    blocks = blocks_of(model, "model.vision_tower")
+    assert len(blocks) == 3
+    for behind, block in enumerate(reversed(blocks), start=1):
+        trained = [p for p in model.get_submodule(block).parameters() if p.requires_grad]
+        assert {rates[id(p)] for p in trained} == {1e-3 * 0.5**behind}
+    if method == "full":
+        tower = dict(model.model.vision_tower.named_parameters())
+        before, after = (next(n for n in tower if key in n) for key in ("conv1.weight", "ln_post.weight"))
+        assert rates[id(tower[before])] == 1e-3 * 0.5**4
+        assert rates[id(tower[after])] == 1e-3
+    with pytest.raises(UserError, match=r"parts.projector.layer_decay: the part has no blocks"):
+        projector = {"projector": PartConfig(method="full", layer_decay=0.5)}
+        optimizer_groups(model, config.model_copy(update={"parts": parts | projector}))
 
 
 def test_a_convolutions_magnitude_is_not_decayed():

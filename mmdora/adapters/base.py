@@ -49,4 +49,4 @@ class AdapterMethod(ABC):
 
 
 ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
-RATES = frozenset({"learning_rate", "weight_decay"})
+RATES = frozenset({"learning_rate", "layer_decay", "weight_decay"})
