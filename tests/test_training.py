@@ -68,9 +68,11 @@ def test_layer_decay_slows_each_block_before_the_last(tiny, method):
         before, after = (next(n for n in tower if key in n) for key in ("conv1.weight", "ln_post.weight"))
         assert rates[id(tower[before])] == 1e-3 * 0.5**4
         assert rates[id(tower[after])] == 1e-3
-    with pytest.raises(UserError, match=r"parts.projector.layer_decay: the part has no blocks"):
-        projector = {"projector": PartConfig(method="full", layer_decay=0.5)}
-        optimizer_groups(model, config.model_copy(update={"parts": parts | projector}))
+    projector = {"projector": PartConfig(method="full", layer_decay=0.5)}
+    model.model.multi_modal_projector.requires_grad_(True)
+    config = config.model_copy(update={"parts": parts | projector})
+    with pytest.raises(UserError, match=r"parts\.projector\.layer_decay: the part has no blocks"):
+        optimizer_groups(model, config)
 
 
 def test_a_convolutions_magnitude_is_not_decayed():

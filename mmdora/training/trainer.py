@@ -128,7 +128,10 @@ class AdapterTrainer(Trainer):
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay; norms, biases and magnitudes are not decayed."""
+    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
+
+    Norms, biases and magnitudes are not decayed.
+    """
     settings = config.training
     paths = {part: find_part(model, part) for part in config.parts}
     decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
