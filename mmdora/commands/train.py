@@ -57,6 +57,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     model, processor = load_model(config.model)
     resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
     encoder = Encoder(processor, config.data.video, config.data.max_length)
+    encoder.check_stop(stop_tokens(model, processor))
     if is_main():
         processor.save_pretrained(run_dir.processor)
     evaluate_base(config, questions, on_device(model), encoder, run_dir, console)
@@ -104,6 +105,13 @@ def check_names(config: RunConfig) -> None:
             problems.append(f"evaluation.{i}.media: no such folder {entry.media!r}")
     if problems:
         raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def stop_tokens(model: Any, processor: Any) -> set[int]:
+    """Tokens at which the model's generation ends."""
+    ids = model.generation_config.eos_token_id
+    found = set(ids if isinstance(ids, list) else [ids]) | {processor.tokenizer.eos_token_id}
+    return {token for token in found if token is not None}
 
 
 def evaluate_base(
