@@ -42,6 +42,7 @@ class ModelConfig(Section):
     """A whole model (`path`), or one composed of a vision encoder, a projector and a language model."""
 
     path: str | None = None
+    revision: str = "main"  # of `path` on the hub: a branch, a tag or a commit
     vision_encoder: VisionEncoderConfig | None = None
     language_model: LanguageModelConfig | None = None
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -63,15 +64,36 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
     path = find_path(name)
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
         raise UserError(f"model.path: no such directory {name!r}")
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     source = str(path) if path.exists() else name
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
-    except (OSError, ValueError, KeyError) as error:
+        # What has another shape is named below, where transformers would only say that something has.
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are damaged or cut short ({reason}); fetch them again"
+        if "Unrecognized configuration class" in reason:
+            reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
         raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
+    _check_complete(name, found)
     return model, processor
+
+
+def _check_complete(name: str, found: dict[str, Any]) -> None:
+    """transformers gives random weights to whatever a checkpoint lacks, and only warns."""
+    wrong = [f"{key} is {list(have)} where the model has {list(want)}" for key, have, want in found["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"model.path: the weights of {name!r} do not fit its config.json: {wrong[0]}{more}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
