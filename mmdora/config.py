@@ -48,6 +48,7 @@ class ModelConfig(Section):
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # how attention is computed
     quantization: Literal["4bit", "8bit"] | None = None  # of the language model's linear layers, which stay frozen
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template

@@ -43,6 +43,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     with whole_models():
         if config.path is None:
             model, processor = compose(config)
+            model.to(getattr(torch, config.dtype))
         else:
             model, processor = _load_whole(config, config.path)
     if config.chat_template is not None:
@@ -54,7 +55,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
         )
-    model = model.to(getattr(torch, config.dtype)).eval()
+    model.eval()
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
     return model, processor
@@ -71,12 +72,13 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
         # What has another shape is named below, where transformers would only say that something has.
         model, found = AutoModelForImageTextToText.from_pretrained(
             source,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
+            attn_implementation=config.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, SafetensorError):
             reason = f"its weights are damaged or cut short ({reason}); fetch them again"
@@ -124,7 +126,9 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     new_tokens = [t for t in ("<image>", "<video>") if t not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": new_tokens})
-    language_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=config.attention
+    )
     if new_tokens:
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
 
@@ -140,6 +144,7 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         image_grid_pinpoints=grids,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
+    llava._attn_implementation = config.attention
     model = LlavaOnevisionForConditionalGeneration(llava)
     model.model.vision_tower = tower
     model.model.language_model = language_model.model

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmdora.config import ModelConfig
 from mmdora.errors import UserError
@@ -69,3 +70,22 @@ def test_a_model_in_shards_is_the_same(tiny, tmp_path):
     again, _ = load_model(ModelConfig(path=str(tmp_path), dtype="float32"))
     state = again.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_attention_is_chosen(tiny):
+    model, _ = tiny
+    ids = torch.arange(3, 20)[None]
+    for attention in ("sdpa", "eager"):
+        other, _ = load_model(ModelConfig(path=str(BASE), dtype="float32", attention=attention))
+        layer = other.model.language_model.layers[0].self_attn
+        assert layer.config._attn_implementation == attention
+        torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match=r"model\.path: .*(?i:flash)"):
+        load_model(ModelConfig(path=str(BASE), dtype="bfloat16", attention="flash_attention_2"))
+
+
+def test_what_a_family_keeps_in_fp32_stays_so(monkeypatch):
+    monkeypatch.setattr(LlavaOnevisionForConditionalGeneration, "_keep_in_fp32_modules_strict", {"down_proj"})
+    model, _ = load_model(ModelConfig(path=str(BASE), dtype="bfloat16"))
+    layer = model.model.language_model.layers[0].mlp
+    assert (layer.down_proj.weight.dtype, layer.up_proj.weight.dtype) == (torch.float32, torch.bfloat16)
