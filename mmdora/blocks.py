@@ -1,4 +1,4 @@
-"""The repeated blocks of a part, from its input to its output, and learning rates that follow them."""
+"""The repeated blocks of a part, from its input to its output: tuning the last few, and learning rates by block."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def blocks_of(model: nn.Module, path: str) -> list[str]:
     above, longest = max(lists, key=lambda entry: len(entry[1]))
     unused = unused_blocks(model, path) if architecture_of(model).resolve(model).get("vision") == path else []
     return [f"{above}.{i}" for i in range(len(longest)) if f"{above}.{i}" not in unused]
+
+
+def last_blocks(model: nn.Module, part: str, path: str, count: int) -> list[str]:
+    """The last `count` blocks of a part. Raises UserError where it has fewer."""
+    blocks = blocks_of(model, path)
+    if count > len(blocks):
+        raise UserError(f"parts.{part}.last_blocks: {count} of them, but the part has {len(blocks)} blocks")
+    return blocks[-count:]
 
 
 def rate_factors(model: nn.Module, part: str, path: str, decay: float) -> dict[str, float]:

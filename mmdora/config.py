@@ -76,6 +76,7 @@ class PartConfig(Section):
     rank_pattern: dict[str, Positive] = {}  # regex over the end of a layer's path → its rank
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA; auto: the faster
+    last_blocks: Positive | None = None  # tune only the last so many of the part's blocks; null: the whole part
     learning_rate: Rate | None = None  # null: training.learning_rate
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # each block learns at so much of the next one's rate
     weight_decay: Rate | None = None  # null: training.weight_decay
