@@ -14,7 +14,7 @@ from torch import nn
 from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
-from mmdora.architectures import architecture_of, find_part
+from mmdora.architectures import Region, architecture_of, find_part
 from mmdora.attention import explicit_attention
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
@@ -71,7 +71,7 @@ def inject_adapters(
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
-    paths, plans = resolve_parts(model, configs)
+    regions, plans = resolve_parts(model, configs)
     full = [part for part, config in configs.items() if config.method == "full"]
     if full and records(model):
         raise UserError(
@@ -81,10 +81,10 @@ def inject_adapters(
     model.requires_grad_(False)
     whole: list[str] = []
     for part, config in configs.items():
-        whole += ADAPTERS[config.method]().apply(model, paths[part], plans[part], name)
+        whole += ADAPTERS[config.method]().apply(model, regions[part], plans[part], name)
     records(model)[name] = AdapterRecord(configs, whole)
     set_adapter(model, name)
-    return _report(model, configs, paths, plans)
+    return _report(model, configs, regions, plans)
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -105,21 +105,21 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 def resolve_parts(
     model: nn.Module, configs: Mapping[str, PartConfig]
-) -> tuple[dict[str, str], dict[str, dict[str, LowRankSpec]]]:
-    """The path of every part, and the layers to adapt in it.
+) -> tuple[dict[str, Region], dict[str, dict[str, LowRankSpec]]]:
+    """Where every part lives, and the layers to adapt in it.
 
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
     that hides its layers is made explicit, which does not change what it computes. Raises UserError.
     """
-    paths = {part: find_part(model, part) for part in configs}
+    regions = {part: find_part(model, part) for part in configs}
     plans = {}
     for part, config in configs.items():
         method = ADAPTERS[config.method]()
         if "targets" in method.settings:
-            _explicit(model, paths[part])
-        plans[part] = method.plan(model, part, paths[part], config)
-    _check_disjoint(plans, {part: paths[part] for part, config in configs.items() if config.method == "full"})
-    return paths, plans
+            _explicit(model, regions[part])
+        plans[part] = method.plan(model, part, regions[part], config)
+    _check_disjoint(plans, {part: regions[part] for part, config in configs.items() if config.method == "full"})
+    return regions, plans
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -159,11 +159,11 @@ def adapters_by_row(
     """
     _check_names(model, [name for name in (*rows, *(media or ())) if name is not None])
     parts = architecture_of(model).resolve(model)
-    seeing = tuple(f"{parts[part]}." for part in ("vision", "projector") if part in parts)
+    seeing = [parts[part] for part in ("vision", "projector") if part in parts]
     before: list[tuple[AdapterLayer, Sequence[str | None] | None]] = []
     try:
         for path, layer in adapter_layers(model):
-            sees = path.startswith(seeing)
+            sees = any(region.holds(path) for region in seeing)
             if sees and media is None:
                 raise UserError(f"{path} is adapted: name the adapter of every picture too (media=[…])")
             before.append((layer, layer.rows))
@@ -199,19 +199,22 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
     return value
 
 
-def _explicit(model: nn.Module, path: str) -> None:
+def _explicit(model: nn.Module, region: Region) -> None:
     """`nn.MultiheadAttention` inside the part becomes explicit, so that its q, k, v and out are layers."""
-    module = model.get_submodule(path)
-    if isinstance(module, nn.MultiheadAttention):
-        raise UserError(f"{path!r} is itself an nn.MultiheadAttention; name the module around it")
-    explicit_attention(module)
+    for path in region.roots:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.MultiheadAttention):
+            raise UserError(f"{path!r} is itself an nn.MultiheadAttention; name the module around it")
+        explicit_attention(module)
 
 
-def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]], full: dict[str, str]) -> None:
+def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]], full: dict[str, Region]) -> None:
     owner: dict[str, str] = {}
+    tuned = [(part, root) for part, region in full.items() for root in region.roots]
+    tuned += [(part, path) for part, plan in plans.items() for path in plan]
     for whole, outside in full.items():
-        for part, path in [*full.items(), *((part, path) for part, plan in plans.items() for path in plan)]:
-            if part != whole and (outside == "" or f"{path}.".startswith(f"{outside}.")):
+        for part, path in tuned:
+            if part != whole and outside.holds(path):
                 raise UserError(
                     f"parts.{whole} trains {path} in full, and parts.{part} adapts it; leave out one of them"
                 )
@@ -223,18 +226,22 @@ def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]], full: dict[str, st
 
 
 def _report(
-    model: nn.Module, configs: dict[str, PartConfig], paths: dict[str, str], plans: dict[str, dict[str, LowRankSpec]]
+    model: nn.Module,
+    configs: dict[str, PartConfig],
+    regions: dict[str, Region],
+    plans: dict[str, dict[str, LowRankSpec]],
 ) -> InjectionReport:
     reports = []
     for part, config in configs.items():
-        module = model.get_submodule(paths[part])
+        region = regions[part]
         full = config.method == "full"
-        could = [join(paths[part], p) for p, m in layers_inside(model, paths[part]).items() if is_weight(m)]
+        could = [join(region.path, p) for p, m in layers_inside(model, region).items() if is_weight(m)]
         skipped = [] if full else [p for p in could if p not in plans[part]]
-        trainable = sum(numel(p) for p in module.parameters() if p.requires_grad)
-        total = sum(numel(p) for p in module.parameters())
-        chosen = [paths[part]] if full else list(plans[part])
-        reports.append(PartReport(part, paths[part], config.method, chosen, skipped, trainable, total))
+        parameters = [p for _, p in region.named_parameters(model)]
+        trainable = sum(numel(p) for p in parameters if p.requires_grad)
+        total = sum(numel(p) for p in parameters)
+        chosen = region.whole_modules(model) if full else list(plans[part])
+        reports.append(PartReport(part, region.path, config.method, chosen, skipped, trainable, total))
     parameters = list(model.parameters())
     return InjectionReport(
         reports, sum(numel(p) for p in parameters if p.requires_grad), sum(numel(p) for p in parameters)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from mmdora.architectures import Region
 from mmdora.config import PartConfig
 from mmdora.registry import Registry
 
@@ -37,14 +38,14 @@ class AdapterMethod(ABC):
     settings: ClassVar[frozenset[str]]  # the keys of PartConfig, beside `method`, that mean something to it
 
     @abstractmethod
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
-        """The layers of the part at `path` that get an adapter, by full path; nothing changes yet.
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> dict[str, LowRankSpec]:
+        """The layers of the part that get an adapter, by full path; nothing changes yet.
 
         Empty for a method that adapts no single layers. Raises UserError that names `parts.<part>` and the key.
         """
 
     @abstractmethod
-    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
+    def apply(self, model: nn.Module, region: Region, plan: dict[str, LowRankSpec], name: str) -> list[str]:
         """Make the part trainable this way, in place, as the adapter `name`; returns the modules trained in full."""
 
 
