@@ -96,6 +96,7 @@ class Encoder:
                     clips.append(self._blank_clip() if part.path.name == "blank" else self._load(part.path))
             except MediaError as error:
                 raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
+        self._check_media(sample, text, len(images), len(clips))
         arguments: dict[str, Any] = {}
         if images:
             arguments["images"] = [images]
@@ -123,7 +124,8 @@ class Encoder:
         """For each token of the encoded sample, whether the assistant says it."""
         spans = self._assistant_spans(sample, text)
         bos = self.processor.tokenizer.bos_token
-        media = [match.span() for match in self._placeholder().finditer(text)]
+        written = "|".join(map(re.escape, self._placeholders()))
+        media = [match.span() for match in re.finditer(written, text)] if written else []
         plain = self.processor.tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=bos is None or not text.startswith(bos)
         )
@@ -136,10 +138,24 @@ class Encoder:
             raise SampleError(sample.id, sample.source, reason, "encode")
         return supervised
 
-    def _placeholder(self) -> re.Pattern[str]:
+    def _placeholders(self) -> list[str]:
         """What the chat template writes for a picture or a video, and the processor then expands."""
-        tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
-        return re.compile("|".join(re.escape(token) for token in tokens if token) or "(?!)")
+        tokens = (getattr(self.processor, name, None) for name in ("image_token", "video_token"))
+        return [token for token in tokens if token]
+
+    def _check_media(self, sample: Sample, text: str, images: int, clips: int) -> None:
+        """Processors pass over media that they do not know or that have no placeholder: here these are errors."""
+        reason = None
+        written = sum(map(text.count, self._placeholders()))
+        if clips and getattr(self.processor, "video_processor", None) is None:
+            reason = "it has a video, and the model's processor takes pictures alone"
+        elif self._placeholders() and written != images + clips:
+            reason = (
+                f"the chat template writes {written} media placeholders for {images + clips} pictures and videos; "
+                "does its text hold a literal one, or does the template (model.chat_template) leave one out?"
+            )
+        if reason is not None:
+            raise SampleError(sample.id, sample.source, reason, "encode")
 
     def _assistant_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
         """Character spans of the assistant's turns: what each adds to the rendering of everything before it."""

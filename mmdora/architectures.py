@@ -156,11 +156,13 @@ def guess_architecture(model: nn.Module, config: Any) -> Architecture:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     parts["lm_head"] = tuple(path for path, module in model.named_modules() if module is head)
     parent = Region(parts["vision"] + parts["language"]).path
-    taken = [path for paths in parts.values() for path in paths]
+    heard = getattr(config, "audio_config", None)
+    audio = () if heard is None else _submodels(model, type(heard))
+    taken = [path for paths in (*parts.values(), audio) for path in paths]
     beside = [
         f"{parent}.{name}".lstrip(".")
         for name, module in model.get_submodule(parent).named_children()
-        if any(isinstance(m, nn.Linear) for m in module.modules())
+        if not isinstance(module, nn.Embedding) and any(p.dim() > 1 for p in module.parameters())
     ]
     within = [
         f"{path}.{name}"

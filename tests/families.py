@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 
 WIDTH = 32  # of the language model
 SIDE, PATCH = 16, 4  # of a picture, in pixels
@@ -317,7 +318,10 @@ def gemma3() -> Built:
         mm_tokens_per_image=4,
         **ids,
     )
-    return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(
+    model = hf.Gemma3ForConditionalGeneration(config)
+    # It starts at zero, where the vision encoder has no gradient.
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model, hf.Gemma3Processor(
         hf.Gemma3ImageProcessor(size=SQUARE), words, image_seq_length=4, chat_template=template("<start_of_image>")
     )
 

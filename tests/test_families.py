@@ -10,7 +10,7 @@ from torch import nn
 
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import IGNORED, Encoder
-from data_pipelines.samples import Image, Message, Sample, Text, Video
+from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora import inject_adapters, load_adapter, merge_adapters, save_adapter
 from mmdora.adapters import adapter_layers
 from mmdora.architectures import ARCHITECTURES, architecture_of, find_part
@@ -182,11 +182,36 @@ def test_a_family_without_an_entry_is_found_by_its_structure(name, monkeypatch, 
     with caplog.at_level(logging.WARNING, logger="mmdora.architectures"):
         guessed = architecture_of(model).resolve(model)
         architecture_of(model)
-    if name == "gemma3":  # a bare matrix is not told from a norm
-        known.pop("projector")
     assert guessed == known
     assert len(caplog.records) == 1
     assert "model.language_model" in caplog.text or "model.text_model" in caplog.text
+
+
+def test_a_pooling_head_that_nothing_reads_is_left_out():
+    model, _ = build("llava_onevision")
+    settings = model.config.to_dict()
+    settings["vision_config"]["vision_use_head"] = True
+    model = type(model)(type(model.config).from_dict(settings))
+    assert [name for name, _ in model.named_modules() if name.endswith("vision_tower.head")]
+    part = inject_adapters(model, {"vision": DORA}).parts[0]
+    assert part.modules
+    assert not [path for path in part.modules + part.skipped if ".head." in path]
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "paligemma"])
+def test_a_sample_that_the_processor_cannot_take_is_an_error(name, samples):
+    _, processor = build(name)
+    encoder = Encoder(processor, VideoConfig(num_frames=4))
+    for kind in set(samples) - set(FAMILIES[name].media):
+        with pytest.raises(SampleError, match="sample 's' of test"):
+            encoder.encode(samples[kind])
+
+
+def test_a_template_that_leaves_out_a_picture_is_an_error(samples):
+    _, processor = build("qwen2_vl")
+    processor.chat_template = processor.chat_template.replace("<|image_pad|>", "")
+    with pytest.raises(SampleError, match="0 media placeholders for 1"):
+        Encoder(processor).encode(samples["image"])
 
 
 def test_a_model_of_text_alone_has_no_parts_to_guess(caplog):
