@@ -147,8 +147,13 @@ class Encoder:
         """Processors pass over media that they do not know or that have no placeholder: here these are errors."""
         reason = None
         written = sum(map(text.count, self._placeholders()))
-        if clips and getattr(self.processor, "video_processor", None) is None:
+        videos = getattr(self.processor, "video_processor", None)
+        if clips and videos is None:
             reason = "it has a video, and the model's processor takes pictures alone"
+        elif (
+            images and clips and "pixel_values" in videos.model_input_names
+        ):  # SmolVLM's: the frames would replace them
+            reason = "it has pictures and videos, and the model's processor takes only one of the kinds at a time"
         elif self._placeholders() and written != images + clips:
             reason = (
                 f"the chat template writes {written} media placeholders for {images + clips} pictures and videos; "

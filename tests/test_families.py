@@ -110,6 +110,42 @@ def check_copies(name: str, model: nn.Module, batch: dict[str, torch.Tensor], fo
         torch.testing.assert_close(merged(**batch).logits, trained, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batches_of_prompts_and_fillers_change_nothing(name, samples):
+    model, processor = build(name)
+    encoder = Encoder(processor, VideoConfig(num_frames=3))  # odd, where Qwen takes frames in pairs
+    prompts = [encoder.encode_prompt(samples[kind]) for kind in FAMILIES[name].media]
+    batch = Collator(processor.tokenizer.pad_token_id, side="left")(prompts)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    together = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    for index, prompt in enumerate(prompts):
+        alone = model.generate(**prompt, **settings)[0, prompt["input_ids"].shape[1] :]
+        assert together[index, : len(alone)].tolist() == alone.tolist()
+
+    kinds = [Image, Video] if "video" in FAMILIES[name].media else [Image]
+    fillers = [encoder.filler(kind) for kind in kinds]
+    pixels = {next(key for key in filler if key.startswith("pixel_values")): filler for filler in fillers}
+    row = encoder.encode(samples[FAMILIES[name].media[-1]])
+    filled = Collator(processor.tokenizer.pad_token_id, fillers=pixels)([row])
+    assert set(pixels) <= set(filled)
+    torch.testing.assert_close(model(**filled).loss, model(**row).loss)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "video" in family.media])
+def test_a_picture_and_a_video_in_one_sample(name, samples):
+    model, processor = build(name)
+    picture, clip = (next(samples[kind].media()) for kind in ("image", "video"))
+    both = sample(picture, "and", clip, "What is it?")
+    encoder = Encoder(processor, VideoConfig(num_frames=2))
+    if name == "smolvlm":
+        with pytest.raises(SampleError, match="only one of the kinds"):
+            encoder.encode(both)
+        return
+    labels = encoder.encode(both)["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != IGNORED]) == "one of two<|im_end|>" * 2
+    assert model(**encoder.encode(both)).loss.isfinite()
+
+
 def test_an_answer_is_not_read_before_it_is_said(samples):
     """PaliGemma's prompt attends in both directions; its answer must not."""
     model, processor = build("paligemma")
