@@ -5,9 +5,10 @@ Training, evaluation and chat all come through `Encoder`, so the same conversati
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,19 @@ class Encoder:
         supervised = self._supervised(sample, text, ids)
         if not any(supervised):
             raise SampleError(sample.id, sample.source, "no answer to learn: it has no assistant turn", "encode")
+        if "labels" in encoded:
+            # PaliGemma's processor leaves labels to its caller: tokens of type 0 see each other in both directions,
+            # and an answer among them would be read before it is said.
+            encoded["token_type_ids"][0, supervised.index(True) :] = 1
         labels = [token if yes else IGNORED for token, yes in zip(ids, supervised, strict=True)]
         encoded["labels"] = torch.tensor([labels])
         return encoded
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """A conversation up to the assistant's next turn, for generation. Raises SampleError."""
-        return self._run(sample, add_generation_prompt=True)[0]
+        encoded, _ = self._run(sample, add_generation_prompt=True)
+        encoded.pop("labels", None)
+        return encoded
 
     def render(self, sample: Sample, add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, with one placeholder for each picture or video."""
@@ -113,6 +120,7 @@ class Encoder:
                     clips.append(self._blank_clip() if part.path.name == "blank" else self._load(part.path))
             except MediaError as error:
                 raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
+        self._check_media(sample, text, len(images), len(clips))
         arguments: dict[str, Any] = {}
         if images:
             arguments["images"] = [images]
@@ -140,22 +148,42 @@ class Encoder:
         """For each token of the encoded sample, whether the assistant says it."""
         spans = self._assistant_spans(sample, text)
         bos = self.processor.tokenizer.bos_token
+        written = "|".join(map(re.escape, self._placeholders()))
+        media = [match.span() for match in re.finditer(written, text)] if written else []
         plain = self.processor.tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=bos is None or not text.startswith(bos)
         )
-        said = [
-            any(start < end and low <= start and end <= high for low, high in spans)
-            for start, end in plain["offset_mapping"]
-        ]
-        places = align(plain["input_ids"], ids)
-        if places is None:
+        offsets = plain["offset_mapping"]
+        said = [any(start < end and low <= start and end <= high for low, high in spans) for start, end in offsets]
+        cut = [any(start < high and low < end for low, high in media) for start, end in offsets]
+        supervised = align(plain["input_ids"], said, cut, ids)
+        if supervised is None:
             reason = "its media placeholders cannot be told from its text"
             raise SampleError(sample.id, sample.source, reason, "encode")
-        supervised = [False] * len(ids)
-        for place, yes in zip(places, said, strict=True):
-            if yes:
-                supervised[place] = True
         return supervised
+
+    def _placeholders(self) -> list[str]:
+        """What the chat template writes for a picture or a video, and the processor then expands."""
+        tokens = (getattr(self.processor, name, None) for name in ("image_token", "video_token"))
+        return [token for token in tokens if token]
+
+    def _check_media(self, sample: Sample, text: str, images: int, clips: int) -> None:
+        """Processors pass over media that they do not know or that have no placeholder: here these are errors."""
+        reason = None
+        written = sum(map(text.count, self._placeholders()))
+        videos = getattr(self.processor, "video_processor", None)
+        if clips and videos is None:
+            reason = "it has a video, and the model's processor takes pictures alone"
+        elif images and videos is not None and clips and "pixel_values" in videos.model_input_names:
+            # SmolVLM's: the frames would replace the pictures.
+            reason = "it has pictures and videos, and the model's processor takes only one of the kinds at a time"
+        elif self._placeholders() and written != images + clips:
+            reason = (
+                f"the chat template writes {written} media placeholders for {images + clips} pictures and videos; "
+                "does its text hold a literal one, or does the template (model.chat_template) leave one out?"
+            )
+        if reason is not None:
+            raise SampleError(sample.id, sample.source, reason, "encode")
 
     def _assistant_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
         """Character spans of the assistant's turns: what each adds to the rendering of everything before it."""
@@ -174,25 +202,49 @@ class Encoder:
         return spans
 
 
-def align(plain: Sequence[int], expanded: Sequence[int]) -> list[int] | None:
-    """Where each token of `plain` stands in `expanded`, which has every media placeholder replaced by a run of its
-    kind.
+def align(
+    plain: Sequence[int], said: Sequence[bool], cut: Sequence[bool], expanded: Sequence[int]
+) -> list[bool] | None:
+    """For each token of `expanded`, whether the assistant says it, given that for each token of `plain`.
 
-    None where the two do not match.
+    `expanded` is `plain` with every media placeholder (`cut`) replaced by a run, which may hold text, as the times of
+    frames, and whose ends may melt into one token with the text beside it. None where an answer is not found.
     """
-    surplus = Counter(expanded) - Counter(plain)
-    places: list[int] = []
+    supervised = [False] * len(expanded)
     at = 0
-    for token in plain:
-        places.append(at)
-        if token in surplus:  # a placeholder; a second one right behind it shares the run
-            while at < len(expanded) and expanded[at] in surplus:
-                at += 1
-        elif at < len(expanded) and expanded[at] == token:
-            at += 1
-        else:
+    for is_media, group in groupby(zip(plain, said, cut, strict=True), key=lambda token: token[2]):
+        segment = list(group)
+        answers = [place for place, token in enumerate(segment) if token[1]]
+        if is_media or not answers:
+            continue
+        start = _place([token[0] for token in segment], answers, expanded, at)
+        if start is None:
             return None
-    return places if at == len(expanded) else None
+        for place in answers:
+            supervised[start + place] = True
+        at = start + answers[-1] + 1
+    return supervised
+
+
+MELTED = 2  # tokens at each end of a text between media that may be others once these are expanded
+
+
+def _place(tokens: list[int], answers: list[int], expanded: Sequence[int], at: int) -> int | None:
+    """Where the text begins in `expanded`, with as few melted ends as can be."""
+    for low, high in sorted(product(range(MELTED + 1), repeat=2), key=sum):
+        if low <= answers[0] and answers[-1] < len(tokens) - high:
+            start = _find(tokens[low : len(tokens) - high], expanded, at)
+            if start is not None:
+                return start - low
+    return None
+
+
+def _find(wanted: list[int], within: Sequence[int], at: int) -> int | None:
+    """The first place from `at` on where `wanted` stands in a row."""
+    for start in range(at, len(within) - len(wanted) + 1):
+        if within[start] == wanted[0] and list(within[start : start + len(wanted)]) == wanted:
+            return start
+    return None
 
 
 _BLANK = PILImage.new("RGB", (32, 32))

@@ -15,7 +15,7 @@ from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
 from mmdora.adapters.base import Plan
 from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
-from mmdora.architectures import architecture_of, find_part
+from mmdora.architectures import Region, architecture_of, find_part, is_inside
 from mmdora.attention import explicit_attention
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
@@ -72,7 +72,7 @@ def inject_adapters(
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
-    paths, plans = resolve_parts(model, configs)
+    regions, plans = resolve_parts(model, configs)
     full = [part for part, plan in plans.items() if plan.whole]
     if full and records(model):
         raise UserError(
@@ -85,10 +85,10 @@ def inject_adapters(
         for module in plans[part].whole:
             model.get_submodule(module).requires_grad_(True)
         whole += plans[part].whole
-        ADAPTERS[config.method]().apply(model, paths[part], plans[part].layers, name)
+        ADAPTERS[config.method]().apply(model, regions[part], plans[part].layers, name)
     records(model)[name] = AdapterRecord(configs, whole)
     set_adapter(model, name)
-    return _report(model, configs, paths, plans)
+    return _report(model, configs, regions, plans)
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -107,21 +107,21 @@ def check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
-def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, str], dict[str, Plan]]:
-    """The path of every part, and what becomes of it.
+def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, Region], dict[str, Plan]]:
+    """Where every part lives, and what becomes of it.
 
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
     that hides its layers is made explicit, which does not change what it computes. Raises UserError.
     """
-    paths = {part: find_part(model, part) for part in configs}
+    regions = {part: find_part(model, part) for part in configs}
     plans = {}
     for part, config in configs.items():
         method = ADAPTERS[config.method]()
         if "targets" in method.settings:
-            _explicit(model, paths[part])
-        plans[part] = method.plan(model, part, paths[part], config)
+            _explicit(model, regions[part])
+        plans[part] = method.plan(model, part, regions[part], config)
     _check_disjoint(plans)
-    return paths, plans
+    return regions, plans
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -161,11 +161,11 @@ def adapters_by_row(
     """
     _check_names(model, [name for name in (*rows, *(media or ())) if name is not None])
     parts = architecture_of(model).resolve(model)
-    seeing = tuple(f"{parts[part]}." for part in ("vision", "projector") if part in parts)
+    seeing = [parts[part] for part in ("vision", "projector") if part in parts]
     before: list[tuple[AdapterLayer, Sequence[str | None] | None]] = []
     try:
         for path, layer in adapter_layers(model):
-            sees = path.startswith(seeing)
+            sees = any(region.holds(path) for region in seeing)
             if sees and media is None:
                 raise UserError(f"{path} is adapted: name the adapter of every picture too (media=[…])")
             before.append((layer, layer.rows))
@@ -201,12 +201,13 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
     return value
 
 
-def _explicit(model: nn.Module, path: str) -> None:
+def _explicit(model: nn.Module, region: Region) -> None:
     """`nn.MultiheadAttention` inside the part becomes explicit, so that its q, k, v and out are layers."""
-    module = model.get_submodule(path)
-    if isinstance(module, nn.MultiheadAttention):
-        raise UserError(f"{path!r} is itself an nn.MultiheadAttention; name the module around it")
-    explicit_attention(module)
+    for path in region.roots:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.MultiheadAttention):
+            raise UserError(f"{path!r} is itself an nn.MultiheadAttention; name the module around it")
+        explicit_attention(module)
 
 
 def _check_disjoint(plans: dict[str, Plan]) -> None:
@@ -220,26 +221,25 @@ def _check_disjoint(plans: dict[str, Plan]) -> None:
         for outside in plan.whole:
             for other, others in plans.items():
                 for path in [*others.whole, *others.layers] if other != part else []:
-                    if outside == "" or f"{path}.".startswith(f"{outside}."):
+                    if is_inside(path, outside):
                         raise UserError(
                             f"parts.{part} trains {path} in full, and parts.{other} adapts it; leave out one of them"
                         )
 
 
 def _report(
-    model: nn.Module, configs: dict[str, PartConfig], paths: dict[str, str], plans: dict[str, Plan]
+    model: nn.Module, configs: dict[str, PartConfig], regions: dict[str, Region], plans: dict[str, Plan]
 ) -> InjectionReport:
     reports = []
     for part, config in configs.items():
-        module = model.get_submodule(paths[part])
-        plan = plans[part]
-        could = [join(paths[part], p) for p, m in layers_inside(model, paths[part]).items() if is_weight(m)]
-        tuned = tuple(f"{path}." for path in [*plan.layers, *plan.whole])
-        skipped = [] if plan.whole == [""] else [p for p in could if not f"{p}.".startswith(tuned)]
-        trainable = sum(numel(p) for p in module.parameters() if p.requires_grad)
-        total = sum(numel(p) for p in module.parameters())
-        chosen = [*plan.whole, *plan.layers]
-        reports.append(PartReport(part, paths[part], config.method, chosen, skipped, trainable, total))
+        region, plan = regions[part], plans[part]
+        tuned = [*plan.whole, *plan.layers]
+        could = [join(region.path, p) for p, m in layers_inside(model, region).items() if is_weight(m)]
+        skipped = [p for p in could if not any(is_inside(p, path) for path in tuned)]
+        parameters = [p for _, p in region.named_parameters(model)]
+        trainable = sum(numel(p) for p in parameters if p.requires_grad)
+        total = sum(numel(p) for p in parameters)
+        reports.append(PartReport(part, region.path, config.method, tuned, skipped, trainable, total))
     parameters = list(model.parameters())
     return InjectionReport(
         reports, sum(numel(p) for p in parameters if p.requires_grad), sum(numel(p) for p in parameters)

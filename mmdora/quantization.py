@@ -18,12 +18,12 @@ def quantize_language_model(model: nn.Module, bits: str) -> None:
         import bitsandbytes as bnb
     except ImportError:
         raise UserError(f"model.quantization: {bits} needs bitsandbytes: pip install mmdora[quant]") from None
-    path = architecture_of(model).resolve(model).get("language")
-    if path is None:
+    region = architecture_of(model).resolve(model).get("language")
+    if region is None:
         raise UserError(f"model.quantization: it is not known where {type(model).__name__} has its language model")
-    for parent in model.get_submodule(path).modules():
+    for path, parent in list(model.named_modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and region.holds(f"{path}.{name}"):
                 setattr(parent, name, _quantized(layer, bits, bnb))
 
 

@@ -15,6 +15,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.adapters import adapter_layers, resolve_targets
 from mmdora.adapters.functional import dora_norm
+from mmdora.architectures import find_part
 from mmdora.config import PartConfig, VideoConfig
 from mmdora.errors import UserError
 from tests.media import write_image, write_video
@@ -225,7 +226,7 @@ def test_a_whole_model_goes_through_peft(tiny, batches, tmp_path):
 def test_unused_vision_blocks_are_left_out(tiny):
     model, _ = tiny
     model.config.vision_feature_layer = -2
-    targets = resolve_targets(model, "vision", "model.vision_tower", PartConfig(method="dora"))
+    targets = resolve_targets(model, "vision", find_part(model, "vision"), PartConfig(method="dora"))
     assert len(targets) == 12
     assert not any(".resblocks.2." in t for t in targets)
 

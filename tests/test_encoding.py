@@ -111,10 +111,16 @@ def test_one_sample_is_the_same_in_training_evaluation_and_chat(tiny, encoder, t
 
 
 def test_align():
-    assert align([1, 9, 2, 3], [1, 9, 9, 9, 2, 3]) == [0, 1, 4, 5]
-    assert align([1, 9, 2, 9, 3], [1, 9, 9, 2, 9, 9, 9, 3]) == [0, 1, 3, 4, 7]
-    assert align([1, 2], [1, 2]) == [0, 1]
-    assert align([1, 9, 2], [1, 9, 9, 4]) is None
+    def places(plain, said, expanded):
+        """9 is the placeholder."""
+        found = align(plain, [t in said for t in plain], [t == 9 for t in plain], expanded)
+        return None if found is None else [i for i, yes in enumerate(found) if yes]
+
+    assert places([1, 9, 2, 3], [3], [1, 9, 9, 9, 2, 3]) == [5]
+    assert places([1, 9, 2, 9, 3], [2, 3], [1, 9, 9, 2, 9, 9, 9, 3]) == [3, 7]
+    assert places([1, 2], [2], [1, 2]) == [1]
+    assert places([1, 9, 5, 2, 3], [3], [1, 7, 9, 2, 9, 57, 2, 3, 4]) == [7]  # text in the run, its end melted with 5
+    assert places([1, 9, 2], [2], [1, 9, 9, 4]) is None
 
 
 def test_batches_pad_tokens_and_join_media(encoder, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmdora
+from mmdora.architectures import find_part
 from mmdora.blocks import blocks_of
 from mmdora.config import ModelConfig, PartConfig, load_config
 from mmdora.errors import UserError
@@ -59,7 +60,7 @@ def test_layer_decay_slows_each_block_before_the_last(tiny, method):
     mmdora.inject_adapters(model, parts)
     config = load_config("quickstart").model_copy(update={"parts": parts})
     rates = {id(p): g["lr"] for g in optimizer_groups(model, config) for p in g["params"]}
-    blocks = blocks_of(model, "model.vision_tower")
+    blocks = blocks_of(model, find_part(model, "vision"))
     assert len(blocks) == 3
     for behind, block in enumerate(reversed(blocks), start=1):
         trained = [p for p in model.get_submodule(block).parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from mmdora.architectures import Region
 from mmdora.config import PartConfig
 from mmdora.registry import Registry
 
@@ -45,12 +46,12 @@ class AdapterMethod(ABC):
     settings: ClassVar[frozenset[str]]  # the keys of PartConfig, beside `method`, that mean something to it
 
     @abstractmethod
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
-        """What becomes of the part at `path`; nothing changes yet. Raises UserError that names `parts.<part>` and the
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+        """What becomes of the part; nothing changes yet. Raises UserError that names `parts.<part>` and the
         key."""
 
-    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
-        """Put the adapter `name` on the planned layers of the part at `path`, in place."""
+    def apply(self, model: nn.Module, region: Region, layers: dict[str, LowRankSpec], name: str) -> None:
+        """Put the adapter `name` on the planned layers of the part, in place."""
         assert not layers  # a method that plans adapters puts them on
 
 

@@ -17,6 +17,7 @@ from mmdora.adapters.linear import LinearLayer
 from mmdora.adapters.lora import LoRA, layer_seed
 from mmdora.adapters.targets import resolve_targets
 from mmdora.adapters.wrapping import layer_kind, wrap
+from mmdora.architectures import Region
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
@@ -25,7 +26,7 @@ from mmdora.errors import UserError
 class DVoRA(LoRA):
     settings = RATES | {"rank", "dropout", "targets", "exclude", "last_blocks", "peft_dropout", "forward"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
         # Alpha is the rank: VeRA has no scale of its own.
         spec = LowRankSpec(
             rank=config.rank,
@@ -36,7 +37,7 @@ class DVoRA(LoRA):
             peft_dropout=config.peft_dropout,
             forward=config.forward,
         )
-        plan = dict.fromkeys(resolve_targets(model, part, path, config), spec)
+        plan = dict.fromkeys(resolve_targets(model, part, region, config), spec)
         modules = dict(model.named_modules())
         for layer in plan:
             kind = layer_kind(modules[layer]) if layer in modules else None
@@ -44,7 +45,7 @@ class DVoRA(LoRA):
                 raise UserError(f"parts.{part}.targets: dvora shares A and B among linear layers; {layer} is none")
         return Plan(plan)
 
-    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
+    def apply(self, model: nn.Module, region: Region, layers: dict[str, LowRankSpec], name: str) -> None:
         wrapped = {layer: wrap(model, layer) for layer in layers}
         rank = next(iter(layers.values())).rank
         sizes = [layer.shapes(layer, rank) for layer in wrapped.values()]
@@ -52,7 +53,7 @@ class DVoRA(LoRA):
         where = "meta" if device.type == "meta" else "cpu"
         a = torch.empty(rank, max(size.a[1] for size in sizes), device=where)
         b = torch.empty(max(size.b[0] for size in sizes), rank, device=where)
-        generator = torch.Generator().manual_seed(layer_seed(path))
+        generator = torch.Generator().manual_seed(layer_seed(region.path))
         for matrix in (a, b):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         shared = Projection(a.to(device), b.to(device))

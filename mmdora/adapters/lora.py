@@ -11,6 +11,7 @@ from torch import nn
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec, Plan
 from mmdora.adapters.targets import pattern_value, resolve_targets
 from mmdora.adapters.wrapping import takes_dropout, wrap
+from mmdora.architectures import Region
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
@@ -27,9 +28,9 @@ def layer_seed(path: str) -> int:
 class LoRA(AdapterMethod):
     settings = LOW_RANK
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
         spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora, forward=config.forward)
-        layers = resolve_targets(model, part, path, config)
+        layers = resolve_targets(model, part, region, config)
         if config.dropout and (deaf := [layer for layer in layers if not takes_dropout(model, layer)]):
             raise UserError(f"parts.{part}.dropout: {deaf[0]} has no input to drop; leave one of the two out")
         return Plan(
@@ -43,6 +44,6 @@ class LoRA(AdapterMethod):
             }
         )
 
-    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
+    def apply(self, model: nn.Module, region: Region, layers: dict[str, LowRankSpec], name: str) -> None:
         for layer, spec in layers.items():
             wrap(model, layer).add_adapter(name, spec, layer_seed(layer))

@@ -7,6 +7,7 @@ from torch import nn
 from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
 from mmdora.adapters.lora import LoRA
 from mmdora.adapters.targets import resolve_targets
+from mmdora.architectures import Region
 from mmdora.config import PartConfig
 
 MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
@@ -16,5 +17,5 @@ MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
 class Magnitude(LoRA):
     settings = RATES | {"targets", "exclude", "last_blocks"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
-        return Plan(dict.fromkeys(resolve_targets(model, part, path, config), MAGNITUDE))
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+        return Plan(dict.fromkeys(resolve_targets(model, part, region, config), MAGNITUDE))

@@ -11,7 +11,7 @@ from torch import nn
 from mmdora.adapters.experts import expert_parameters
 from mmdora.adapters.layer import AdapterLayer
 from mmdora.adapters.wrapping import layer_kind
-from mmdora.architectures import architecture_of, unused_blocks
+from mmdora.architectures import Region, unused_blocks
 from mmdora.blocks import last_blocks
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
@@ -19,15 +19,15 @@ from mmdora.errors import UserError
 Choice = str | list[str]
 
 
-def resolve_targets(model: nn.Module, part: str, path: str, config: PartConfig, key: str = "targets") -> list[str]:
-    """Full paths of the layers that the config's `key` names inside the part at `path`, without what it excludes.
+def resolve_targets(model: nn.Module, part: str, region: Region, config: PartConfig, key: str = "targets") -> list[str]:
+    """Full paths of the layers that the config's `key` names inside the part, without what it excludes.
 
     `all-linear`; a regular expression over the path inside the part; or names that match as dotted suffixes inside
     it. Blocks of a vision encoder whose output nothing reads are left out. Raises UserError for a choice that names
     nothing, or a layer that can have no adapter.
     """
     choice: Choice = getattr(config, key)
-    inside = layers_inside(model, path)
+    path, inside = region.path, layers_inside(model, region)
     if choice == "all-linear":
         # Left out of the root's, as in PEFT: the output embedding, which is often tied to the input's.
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -40,7 +40,7 @@ def resolve_targets(model: nn.Module, part: str, path: str, config: PartConfig, 
         excluded = set(_chosen(config.exclude, inside, f"parts.{part}.exclude"))
         found = [p for p in found if p not in excluded]
     if config.last_blocks is not None:
-        chosen = tuple(f"{block}." for block in last_blocks(model, part, path, config.last_blocks))
+        chosen = tuple(f"{block}." for block in last_blocks(model, part, region, config.last_blocks))
         found = [p for p in found if join(path, p).startswith(chosen)]
     if not found:
         raise UserError(f"parts.{part}.{key}: {choice!r} matches no layer of the part. {_examples(inside)}")
@@ -52,13 +52,15 @@ def resolve_targets(model: nn.Module, part: str, path: str, config: PartConfig, 
     return [join(path, p) for p in found]
 
 
-def layers_inside(model: nn.Module, path: str) -> dict[str, nn.Module | nn.Parameter]:
+def layers_inside(model: nn.Module, region: Region) -> dict[str, nn.Module | nn.Parameter]:
     """Every module of the part, and every parameter that holds the weights of many experts, by path inside the part."""
-    unused = unused_blocks(model, path) if architecture_of(model).resolve(model).get("vision") == path else []
-    module = model.get_submodule(path)
+    unused = unused_blocks(model, region)
+    path = region.path
     inside: dict[str, nn.Module | nn.Parameter] = {}
     below: list[str] = []  # what adapters brought
-    for p, m in module.named_modules():
+    for p, m in model.get_submodule(path).named_modules():
+        if not region.holds(join(path, p)):
+            continue
         if p and not any(p.startswith(f"{b}.") for b in below):
             inside[p] = m
             inside |= {f"{p}.{name}": weight for name, weight in expert_parameters(m).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, Plan
+from mmdora.architectures import Region, is_inside
 from mmdora.blocks import last_blocks
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
@@ -14,12 +15,19 @@ from mmdora.errors import UserError
 class Full(AdapterMethod):
     settings = RATES | {"last_blocks"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
-        whole = [path] if config.last_blocks is None else last_blocks(model, part, path, config.last_blocks)
-        for module in whole:
-            for name, parameter in model.get_submodule(module).named_parameters(prefix=module):
-                if not parameter.is_floating_point():
-                    raise UserError(f"parts.{part}.method: {name} is quantized and cannot be trained in full")
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+        whole = region.whole_modules(model)
+        if config.last_blocks is not None:
+            whole = last_blocks(model, part, region, config.last_blocks)
+        for name, parameter in region.named_parameters(model):
+            trained = any(is_inside(name, module) for module in whole)
+            if not trained and config.last_blocks is None:
+                raise UserError(
+                    f"parts.{part}.method: {name} lies right beside {region.without[0]}, which is another part; name "
+                    "the module around both to train them in full"
+                )
+            if trained and not parameter.is_floating_point():
+                raise UserError(f"parts.{part}.method: {name} is quantized and cannot be trained in full")
         return Plan(whole=whole)
 
 
@@ -27,5 +35,5 @@ class Full(AdapterMethod):
 class Frozen(AdapterMethod):
     settings = frozenset()
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
         return Plan()

@@ -40,7 +40,7 @@ def run(kind: str) -> None:
 def about(kind: str, entry: Any) -> str:
     """One line on an entry: the parts of an architecture, else the first line of its docstring or its module's."""
     if kind == "architectures":
-        return ", ".join(f"{part}: {paths[0]}" for part, paths in entry.parts.items())
+        return ", ".join(f"{part}: {' + '.join(paths)}" for part, paths in entry.parts.items())
     module = inspect.getmodule(entry)
     text = (entry.__doc__ or (module.__doc__ if module else None) or "").strip().splitlines()
     line = text[0] if text else ""

@@ -15,7 +15,6 @@ from data_pipelines.dataset import Source, TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger, from_rejected
-from data_pipelines.samples import Image
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS, Question
 from eval.report import write_report
@@ -165,7 +164,8 @@ def make_trainer(
     fillers = {}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         for kind in dataset.media_kinds():
-            fillers["pixel_values" if kind is Image else "pixel_values_videos"] = encoder.filler(kind)
+            filler = encoder.filler(kind)
+            fillers[next(key for key in filler if key.startswith("pixel_values"))] = filler
     if "wandb" in config.training.report_to:
         prepare_wandb(run_dir)
     log = RunLog(run_dir.metrics, console)

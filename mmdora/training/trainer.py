@@ -133,15 +133,15 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     Norms, biases and magnitudes are not decayed.
     """
     settings = config.training
-    paths = {part: find_part(model, part) for part in config.parts}
+    regions = {part: find_part(model, part) for part in config.parts}
     decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
-    factors = {part: rate_factors(model, part, paths[part], decay) for part, decay in decays.items()}
+    factors = {part: rate_factors(model, part, regions[part], decay) for part, decay in decays.items()}
     groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        inside = [part for part, path in paths.items() if name.startswith(f"{path}.") or path == ""]
-        part = max(inside, key=lambda p: len(paths[p]))
+        inside = [part for part, region in regions.items() if region.holds(name)]
+        part = max(inside, key=lambda p: len(regions[p].path))
         options = config.parts[part]
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
         decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
