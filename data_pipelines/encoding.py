@@ -171,11 +171,11 @@ class Encoder:
         """Processors pass over media that they do not know or that have no placeholder: here these are errors."""
         reason = None
         written = sum(map(text.count, self._placeholders()))
-        videos = getattr(self.processor, "video_processor", None)
+        videos: Any = getattr(self.processor, "video_processor", None)
         if clips and videos is None:
             reason = "it has a video, and the model's processor takes pictures alone"
-        elif images and videos is not None and clips and "pixel_values" in videos.model_input_names:
-            # SmolVLM's: the frames would replace the pictures.
+        elif images and clips and "pixel_values" in videos.model_input_names:
+            # SmolVLM's: the frames would take the pictures' place.
             reason = "it has pictures and videos, and the model's processor takes only one of the kinds at a time"
         elif self._placeholders() and written != images + clips:
             reason = (
