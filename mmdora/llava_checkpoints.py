@@ -1,4 +1,4 @@
-"""LLaVA's own checkpoints, what LLaVA-1.5's code wrote, as plain Hugging Face models for everything that reads the stock
+"""LLaVA's own checkpoints, what LLaVA-1.5's code wrote, as plain Hugging Face models for all that reads the stock
 LlavaForConditionalGeneration. `llava_layout.py` reads the files."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AddedToken,
@@ -88,7 +89,7 @@ def _text_config(config: Mapping[str, Any], folder: Path) -> LlamaConfig:
     foreign = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
     try:
         return LlamaConfig(**{k: v for k, v in config.items() if k in known - foreign})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{folder / 'config.json'}: not the settings of a Llama ({error})") from error
 
 
@@ -119,10 +120,12 @@ def _tower_prefix(tower: nn.Module) -> str:
     return "" if any(name.startswith("vision_model.") for name in tower.state_dict()) else "vision_model."
 
 
-def _expected(language_model: nn.Module, config: Mapping[str, Any], tower: nn.Module | None) -> dict[str, torch.Size]:
+def _expected(
+    language_model: LlamaForCausalLM, config: Mapping[str, Any], tower: nn.Module | None
+) -> dict[str, torch.Size]:
     """The shape of every tensor that the checkpoint must hold."""
     expected = {name: tensor.shape for name, tensor in language_model.state_dict().items()}
-    inner, outer = config["mm_hidden_size"], language_model.config.hidden_size
+    inner, outer = int(config["mm_hidden_size"]), int(language_model.config.hidden_size)
     for number, width in (("0", inner), ("2", outer)):
         expected[f"{PROJECTOR}{number}.weight"] = torch.Size((outer, width))
         expected[f"{PROJECTOR}{number}.bias"] = torch.Size((outer,))
@@ -141,12 +144,18 @@ def _load_tokenizer(folder: Path, base: Path | None, rows: int) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # its own config is no Llama's by name
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{source}: its tokenizer cannot be loaded ({error})") from error
-    if tokenizer.eos_token is None:
-        raise UserError(f"{source}: its tokenizer has no end-of-sequence token")
+        hint = "; a tokenizer.model alone needs the packages sentencepiece and protobuf"
+        raise UserError(f"{source}: its tokenizer cannot be loaded ({error}){hint}") from error
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        raise UserError(f"{source}: its tokenizer has no token that begins or none that ends a sequence")
     if len(tokenizer) > rows:
         raise UserError(f"{source}: its tokenizer has {len(tokenizer)} tokens, and config.json's vocab_size is {rows}")
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False))
+    if tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        tokenizer.add_bos_token = (
+            True  # the template leaves <s> to the tokenizer; some files do not say that it is wanted
+        )
+        tokenizer.update_post_processor()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

@@ -280,7 +280,7 @@ def test_wrong_directories_are_told(parts, tower, checkpoint, tmp_path):
         convert_llava(checkpoint, str(tower), checkpoint)
     with pytest.raises(UserError, match="no such directory"):
         convert_llava(checkpoint, str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="--vision-tower: .* cannot load|--vision-tower: cannot load"):
+    with pytest.raises(UserError, match="--vision-tower: cannot load"):
         convert_llava(checkpoint, str(checkpoint))
     shutil.copy(tower / "config.json", tmp_path / "config.json")
     with pytest.raises(UserError, match="not a checkpoint of LLaVA's own code"):
