@@ -54,8 +54,9 @@ def convert_llava(folder: Path, vision_tower: str, base: Path | None = None) -> 
     """The checkpoint in `folder` as a LlavaForConditionalGeneration with its processor, in the checkpoint's dtype.
 
     `vision_tower` is the directory or hub id of the CLIP model that it was trained with; where the checkpoint has the
-    tower's weights too, they count. `base` holds the rest of a projector or of a LoRA run. Writes nothing. Raises
-    UserError that names every missing, unexpected or misshapen tensor.
+    tower's weights too, they count. `base` holds the rest of a projector or of a LoRA run. A plain Llama in `folder`
+    gets a new projector, for LLaVA's first stage. Writes nothing. Raises UserError that names every missing, unexpected
+    or misshapen tensor.
     """
     config = read_config(folder)
     kind, found = read_layout(folder, base)
@@ -63,6 +64,9 @@ def convert_llava(folder: Path, vision_tower: str, base: Path | None = None) -> 
     tower, images = _load_tower(vision_tower, config, folder)
     with torch.device("meta"):
         language_model = LlamaForCausalLM(text)
+    if "mm_hidden_size" not in config:  # a Llama: stage 1 has yet to come
+        config["mm_hidden_size"], kind = tower.config.hidden_size, "language model with a new projector"
+        found |= _new_projector(config["mm_hidden_size"], text.hidden_size)
     if text.tie_word_embeddings:
         found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight", torch.empty(0)))
     tuned_tower = any(name.startswith(TOWER) for name in found)
@@ -107,7 +111,7 @@ def _load_tower(name: str, config: Mapping[str, Any], folder: Path) -> tuple[CLI
         raise UserError(f"--vision-tower: cannot load {name!r} as a CLIP model: {reason}") from error
     if info["missing_keys"]:
         raise UserError(f"--vision-tower: {name!r} is no CLIP model: {sorted(info['missing_keys'])[0]} is missing")
-    if tower.config.hidden_size != config["mm_hidden_size"]:
+    if tower.config.hidden_size != config.get("mm_hidden_size", tower.config.hidden_size):
         raise UserError(
             f"--vision-tower: {name!r} has hidden size {tower.config.hidden_size}, and {folder} was trained with "
             f"{config['mm_hidden_size']} ('mm_vision_tower': {config.get('mm_vision_tower')!r})"
@@ -159,6 +163,14 @@ def _load_tokenizer(folder: Path, base: Path | None, rows: int) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _new_projector(inner: int, outer: int) -> Tensors:
+    """As torch starts linear layers, which is how LLaVA starts it; from a seed of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = {"0": nn.Linear(inner, outer), "2": nn.Linear(outer, outer)}
+    return {f"{PROJECTOR}{n}.{k}": t for n, layer in layers.items() for k, t in layer.state_dict().items()}
 
 
 def _assemble(

@@ -2,7 +2,8 @@
 named alike, and checked.
 
 Three layouts: a whole model in shards; stage 1's `mm_projector.bin`; and a LoRA run, `adapter_model.*` with
-`non_lora_trainables.bin`. The last two lie on a base: the language model, or a whole checkpoint. Source of the layout:
+`non_lora_trainables.bin`. The last two lie on a base: the language model, or a whole checkpoint. A plain Llama is read
+too, as where stage 1 begins. Source of the layout:
 https://github.com/haotian-liu/LLaVA (llava/model/builder.py, llava/model/llava_arch.py).
 """
 
@@ -24,6 +25,8 @@ Tensors = dict[str, Tensor]
 
 BUFFERS = (".rotary_emb.inv_freq", ".position_ids")  # older versions saved them; they follow from the config
 FEATURES = {"patch": "default", "cls_patch": "full"}  # LLaVA's names for what the projector reads, and Hugging Face's
+# A Llama that has never seen a picture gets LLaVA-1.5's settings, for the first stage to train its projector.
+NEW = {"image_aspect_ratio": "pad", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,6 +36,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a directory that LLaVA's code wrote") from error
+    if isinstance(config, dict) and config.get("model_type") == "llama":
+        return config | NEW
     if not isinstance(config, dict) or "mm_hidden_size" not in config or "text_config" in config:
         raise UserError(f"{path}: not a checkpoint of LLaVA's own code, whose config has 'mm_hidden_size' at its top")
     known: dict[str, tuple[Any, ...]] = {

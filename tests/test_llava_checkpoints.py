@@ -219,6 +219,20 @@ def test_a_lora_run_is_merged(parts, tower, tmp_path, dora, old):
     check_same(tmp_path / "out", parts, tuned.eval())
 
 
+def test_a_llama_gets_a_new_projector(parts, tower, tmp_path):
+    """The start of LLaVA's first stage: the same one each time."""
+    base = write_base(tmp_path / "vicuna", parts)
+    convert(base, tmp_path / "out", "--vision-tower", tower)
+    started = Parts()
+    projector = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").model.multi_modal_projector
+    for layer, new in ((started.projector[0], projector.linear_1), (started.projector[2], projector.linear_2)):
+        layer.load_state_dict(new.state_dict())
+    assert 0 < projector.linear_1.weight.abs().max() <= WIDTH**-0.5
+    check_same(tmp_path / "out", started)
+    again = convert_llava(base, str(tower)).model.model.multi_modal_projector
+    assert torch.equal(again.linear_2.weight, projector.linear_2.weight)
+
+
 def test_the_converted_model_goes_through_the_pipeline(tower, checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out", "--vision-tower", tower)
     encoder = Encoder(AutoProcessor.from_pretrained(tmp_path / "out"))
