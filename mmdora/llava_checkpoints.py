@@ -156,9 +156,8 @@ def _load_tokenizer(folder: Path, base: Path | None, rows: int) -> Any:
         raise UserError(f"{source}: its tokenizer has {len(tokenizer)} tokens, and config.json's vocab_size is {rows}")
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False))
     if tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
-        tokenizer.add_bos_token = (
-            True  # the template leaves <s> to the tokenizer; some files do not say that it is wanted
-        )
+        # The template leaves <s> to the tokenizer, and not all files say that it is wanted.
+        tokenizer.add_bos_token = True
         tokenizer.update_post_processor()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -34,6 +36,7 @@ from tests.media import write_image
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?'1234567890"
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS]
 ROWS = len(VOCABULARY)
+SMALL_TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIDE, PATCH, WIDTH = 8, 4, 16  # four patches a picture
 
 
@@ -186,6 +189,29 @@ def test_safetensors_and_the_tower_that_was_tuned_too(parts, tower, checkpoint, 
     (checkpoint / "config.json").write_text(json.dumps(parts.config(model_type="llava_llama")))
     convert(checkpoint, tmp_path / "out", "--vision-tower", tower)
     check_same(tmp_path / "out", tuned)
+
+
+def test_the_tower_may_be_a_whole_clip_and_the_dtype_is_kept(parts, tower, tmp_path):
+    """CLIP is published with its text encoder; LLaVA's shards are in half precision."""
+    clip = CLIPModel(CLIPConfig(vision_config=parts.tower.config.to_dict(), text_config=SMALL_TEXT))
+    clip.vision_model.load_state_dict(parts.tower.state_dict())
+    clip.save_pretrained(tmp_path / "clip")
+    shutil.copy(tower / "preprocessor_config.json", tmp_path / "clip")
+    half = {name: tensor.half() for name, tensor in parts.whole().items()}
+    converted = convert_llava(write_checkpoint(tmp_path / "half", parts, half), str(tmp_path / "clip"))
+    assert {p.dtype for p in converted.model.parameters()} == {torch.float16}
+    for name, tensor in parts.tower.state_dict().items():
+        assert torch.equal(converted.model.model.vision_tower.state_dict()[name], tensor.half())
+
+
+def test_tied_embeddings(tower, tmp_path):
+    parts = Parts()
+    parts.language.lm_head.weight = parts.language.model.embed_tokens.weight
+    tensors = parts.whole()
+    del tensors["lm_head.weight"]
+    folder = write_checkpoint(tmp_path / "tied", parts, tensors, tie_word_embeddings=True)
+    convert(folder, tmp_path / "out", "--vision-tower", tower)
+    check_same(tmp_path / "out", parts)
 
 
 @pytest.mark.parametrize("base_kind", ["language model", "whole"])
