@@ -5,19 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdora.commands import main
+from tests.llava_files import Parts, run, write_base, write_tower
 from tests.media import write_image
-from tests.test_llava_checkpoints import Parts, parts, tower, write_base  # noqa: F401 (the fixtures)
-
-
-def command(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, arguments)])
-    assert ended.value.code == 0
 
 
 def write_rows(path: Path, question: str, answer: str) -> Path:
@@ -30,22 +22,24 @@ def write_rows(path: Path, question: str, answer: str) -> Path:
     return path
 
 
-def test_the_two_stages(parts, tower, tmp_path):  # noqa: F811
+def test_the_two_stages(tmp_path):
+    parts = Parts()
+    tower = write_tower(tmp_path / "clip", parts)
     base = write_base(tmp_path / "vicuna", parts)
-    command("convert", base, tmp_path / "start", "--vision-tower", tower)
+    run("convert", base, tmp_path / "start", "--vision-tower", tower)
     rows = write_rows(tmp_path / "rows.json", "Describe it.\n<image>", "a dog")
     small = ["model.dtype=float32", "training.deepspeed=null", "training.batch_size=4", "training.micro_batch_size=4"]
     small += ["training.epochs=3", "data.num_workers=0", f"data.train=[{rows}]"]
 
     first = tmp_path / "stage1"
     paths = [f"model.path={tmp_path / 'start'}", f"training.output={first}"]
-    command("train", "llava-1.5-7b_stage1_projector", *paths, *small)
+    run("train", "llava-1.5-7b_stage1_projector", *paths, *small)
     trained = load_file(first / "adapter" / "adapter_model.safetensors")
     assert {name.split(".")[3] for name in trained} == {"multi_modal_projector"}
     template = (first / "processor" / "chat_template.jinja").read_text(encoding="utf-8")
     assert "USER" not in template
 
-    command("merge", first, tmp_path / "merged")
+    run("merge", first, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "linear_1.weight"
     learnt = next(tensor for key, tensor in trained.items() if key.endswith(name))
@@ -53,8 +47,8 @@ def test_the_two_stages(parts, tower, tmp_path):  # noqa: F811
 
     second = tmp_path / "stage2"
     paths = [f"model.path={tmp_path / 'merged'}", f"training.output={second}", "parts.language.rank=4"]
-    command("train", "llava-1.5-7b_stage2_dora_instruct", *paths, *small)
+    run("train", "llava-1.5-7b_stage2_dora_instruct", *paths, *small)
     adapted = load_file(second / "adapter" / "adapter_model.safetensors")
-    assert sum(name.endswith("lora_magnitude_vector") for name in adapted) == 7 * Parts().text.num_hidden_layers
+    assert sum(name.endswith("lora_magnitude_vector") for name in adapted) == 7 * parts.text.num_hidden_layers
     template = (second / "processor" / "chat_template.jinja").read_text(encoding="utf-8")
     assert "USER" in template
