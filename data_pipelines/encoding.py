@@ -6,13 +6,14 @@ Training, evaluation and chat all come through `Encoder`, so the same conversati
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class Encoder:
         for media that cannot be read, a sample with nothing to learn, or one longer than `max_length`.
         """
         encoded, text = self._run(sample, add_generation_prompt=False)
+        for message in sample.messages:
+            for part in message.parts:
+                if isinstance(part, Text) and part.text.strip() not in text:
+                    reason = f"the chat template leaves out or changes what the {message.role} says"
+                    raise SampleError(sample.id, sample.source, reason, "encode")
         ids = encoded["input_ids"][0].tolist()
         if self.max_length is not None and len(ids) > self.max_length:
             reason = f"{len(ids)} tokens, over data.max_length {self.max_length}"
@@ -63,7 +69,25 @@ class Encoder:
     def render(self, sample: Sample, add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, with one placeholder for each picture or video."""
         messages = [{"role": m.role, "content": [_content(p) for p in m.parts]} for m in sample.messages]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            return self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            reason = f"the chat template refuses it ({error})"
+            raise SampleError(sample.id, sample.source, reason, "encode") from error
+
+    def check_stop(self, stop: Collection[int]) -> None:
+        """Raise UserError unless the chat template ends an assistant's turn with a token that stops generation; a model
+        that never sees one there would not learn to stop."""
+        turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),)))
+        labels = self.encode(Sample("a greeting", turns, "the chat template"))["labels"]
+        if not set(labels.flatten().tolist()) & set(stop):
+            names = ", ".join(self.processor.tokenizer.convert_ids_to_tokens(sorted(stop))) or "none is known"
+            raise UserError(
+                f"the chat template ends an answer without a token that stops generation ({names}), so the model would "
+                "not learn to stop; give another template with model.chat_template"
+            )
 
     def filler(self, kind: type[Image] | type[Video]) -> Encoded:
         """A row with a blank picture or clip and no labels.

@@ -42,11 +42,13 @@ class ModelConfig(Section):
     """A whole model (`path`), or one composed of a vision encoder, a projector and a language model."""
 
     path: str | None = None
+    revision: str = "main"  # of `path` on the hub: a branch, a tag or a commit
     vision_encoder: VisionEncoderConfig | None = None
     language_model: LanguageModelConfig | None = None
     projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # how attention is computed
     quantization: Literal["4bit", "8bit"] | None = None  # of the language model's linear layers, which stay frozen
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template
@@ -74,7 +76,9 @@ class PartConfig(Section):
     rank_pattern: dict[str, Positive] = {}  # regex over the end of a layer's path → its rank
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA; auto: the faster
+    last_blocks: Positive | None = None  # tune only the last so many of the part's blocks; null: the whole part
     learning_rate: Rate | None = None  # null: training.learning_rate
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # each block learns at so much of the next one's rate
     weight_decay: Rate | None = None  # null: training.weight_decay
 
 

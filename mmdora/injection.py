@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from mmdora.adapters import ADAPTERS, AdapterLayer, LowRankSpec, adapter_layers
+from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
+from mmdora.adapters.base import Plan
 from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.architectures import architecture_of, find_part
@@ -72,7 +73,7 @@ def inject_adapters(
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
     paths, plans = resolve_parts(model, configs)
-    full = [part for part, config in configs.items() if config.method == "full"]
+    full = [part for part, plan in plans.items() if plan.whole]
     if full and records(model):
         raise UserError(
             f"parts.{full[0]}: the weights are those of the adapter {next(iter(records(model)))!r} too, so "
@@ -81,7 +82,10 @@ def inject_adapters(
     model.requires_grad_(False)
     whole: list[str] = []
     for part, config in configs.items():
-        whole += ADAPTERS[config.method]().apply(model, paths[part], plans[part], name)
+        for module in plans[part].whole:
+            model.get_submodule(module).requires_grad_(True)
+        whole += plans[part].whole
+        ADAPTERS[config.method]().apply(model, paths[part], plans[part].layers, name)
     records(model)[name] = AdapterRecord(configs, whole)
     set_adapter(model, name)
     return _report(model, configs, paths, plans)
@@ -103,10 +107,8 @@ def check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
-def resolve_parts(
-    model: nn.Module, configs: Mapping[str, PartConfig]
-) -> tuple[dict[str, str], dict[str, dict[str, LowRankSpec]]]:
-    """The path of every part, and the layers to adapt in it.
+def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, str], dict[str, Plan]]:
+    """The path of every part, and what becomes of it.
 
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
     that hides its layers is made explicit, which does not change what it computes. Raises UserError.
@@ -118,7 +120,7 @@ def resolve_parts(
         if "targets" in method.settings:
             _explicit(model, paths[part])
         plans[part] = method.plan(model, part, paths[part], config)
-    _check_disjoint(plans, {part: paths[part] for part, config in configs.items() if config.method == "full"})
+    _check_disjoint(plans)
     return paths, plans
 
 
@@ -207,33 +209,36 @@ def _explicit(model: nn.Module, path: str) -> None:
     explicit_attention(module)
 
 
-def _check_disjoint(plans: dict[str, dict[str, LowRankSpec]], full: dict[str, str]) -> None:
+def _check_disjoint(plans: dict[str, Plan]) -> None:
     owner: dict[str, str] = {}
-    for whole, outside in full.items():
-        for part, path in [*full.items(), *((part, path) for part, plan in plans.items() for path in plan)]:
-            if part != whole and (outside == "" or f"{path}.".startswith(f"{outside}.")):
-                raise UserError(
-                    f"parts.{whole} trains {path} in full, and parts.{part} adapts it; leave out one of them"
-                )
     for part, plan in plans.items():
-        for path in plan:
+        for path in plan.layers:
             if path in owner:
                 raise UserError(f"parts.{owner[path]} and parts.{part} both adapt {path}; narrow one's targets")
             owner[path] = part
+    for part, plan in plans.items():
+        for outside in plan.whole:
+            for other, others in plans.items():
+                for path in [*others.whole, *others.layers] if other != part else []:
+                    if outside == "" or f"{path}.".startswith(f"{outside}."):
+                        raise UserError(
+                            f"parts.{part} trains {path} in full, and parts.{other} adapts it; leave out one of them"
+                        )
 
 
 def _report(
-    model: nn.Module, configs: dict[str, PartConfig], paths: dict[str, str], plans: dict[str, dict[str, LowRankSpec]]
+    model: nn.Module, configs: dict[str, PartConfig], paths: dict[str, str], plans: dict[str, Plan]
 ) -> InjectionReport:
     reports = []
     for part, config in configs.items():
         module = model.get_submodule(paths[part])
-        full = config.method == "full"
+        plan = plans[part]
         could = [join(paths[part], p) for p, m in layers_inside(model, paths[part]).items() if is_weight(m)]
-        skipped = [] if full else [p for p in could if p not in plans[part]]
+        tuned = tuple(f"{path}." for path in [*plan.layers, *plan.whole])
+        skipped = [] if plan.whole == [""] else [p for p in could if not f"{p}.".startswith(tuned)]
         trainable = sum(numel(p) for p in module.parameters() if p.requires_grad)
         total = sum(numel(p) for p in module.parameters())
-        chosen = [paths[part]] if full else list(plans[part])
+        chosen = [*plan.whole, *plan.layers]
         reports.append(PartReport(part, paths[part], config.method, chosen, skipped, trainable, total))
     parameters = list(model.parameters())
     return InjectionReport(

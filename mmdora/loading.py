@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -42,6 +43,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     with whole_models():
         if config.path is None:
             model, processor = compose(config)
+            model.to(getattr(torch, config.dtype))
         else:
             model, processor = _load_whole(config, config.path)
     if config.chat_template is not None:
@@ -53,7 +55,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
         )
-    model = model.to(getattr(torch, config.dtype)).eval()
+    model.eval()
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
     return model, processor
@@ -63,15 +65,37 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
     path = find_path(name)
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
         raise UserError(f"model.path: no such directory {name!r}")
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     source = str(path) if path.exists() else name
     try:
         processor = AutoProcessor.from_pretrained(source, **options)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
-    except (OSError, ValueError, KeyError) as error:
+        # What has another shape is named below, where transformers would only say that something has.
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
+            attn_implementation=config.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are damaged or cut short ({reason}); fetch them again"
+        if "Unrecognized configuration class" in reason:
+            reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
         raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
+    _check_complete(name, found)
     return model, processor
+
+
+def _check_complete(name: str, found: dict[str, Any]) -> None:
+    """transformers gives random weights to whatever a checkpoint lacks, and only warns."""
+    wrong = [f"{key} is {list(have)} where the model has {list(want)}" for key, have, want in found["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"model.path: the weights of {name!r} do not fit its config.json: {wrong[0]}{more}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +126,9 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     new_tokens = [t for t in ("<image>", "<video>") if t not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": new_tokens})
-    language_model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=config.attention
+    )
     if new_tokens:
         language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
 
@@ -118,6 +144,7 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         image_grid_pinpoints=grids,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
+    llava._attn_implementation = config.attention
     model = LlavaOnevisionForConditionalGeneration(llava)
     model.model.vision_tower = tower
     model.model.language_model = language_model.model

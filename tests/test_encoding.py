@@ -11,6 +11,7 @@ from data_pipelines.encoding import IGNORED, Encoder, align
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora.commands.chat import reply
 from mmdora.config import VideoConfig
+from mmdora.errors import UserError
 from tests.media import write_image, write_video
 
 
@@ -153,3 +154,25 @@ def test_frames_are_sampled_once(encoder, tmp_path):
     expected = encoder.processor.video_processor([clip.frames], return_tensors="pt")["pixel_values_videos"]
     assert torch.equal(encoded["pixel_values_videos"], expected)
     assert np.array_equal(clip.indices, (0, 4, 7, 11))
+
+
+def test_a_template_that_loses_or_refuses_words_is_noticed(encoder):
+    sample = Sample("s7", (Message("system", (Text("Be brief."),)), user("Hm?"), assistant("yes")), "test")
+    template = encoder.processor.chat_template
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content[0].text }}</s>{% endfor %}"
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    refusing += "{{ m.role }}: {{ m.content[0].text }}</s>{% endfor %}"
+    for broken, reason in ((silent, "leaves out or changes what the system says"), (refusing, "no system role")):
+        encoder.processor.chat_template = broken
+        with pytest.raises(SampleError, match=rf"s7.*{reason}"):
+            encoder.encode(sample)
+    encoder.processor.chat_template = template
+    encoder.encode(sample)
+
+
+def test_a_template_that_never_stops_is_an_error(encoder):
+    stop = {encoder.processor.tokenizer.eos_token_id}
+    encoder.check_stop(stop)
+    encoder.processor.chat_template = encoder.processor.chat_template.replace("eos_token", "bos_token[:0]")
+    with pytest.raises(UserError, match=r"without a token that stops generation \(</s>\).*model.chat_template"):
+        encoder.check_stop(stop)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from mmdora.config import ModelConfig
@@ -27,6 +28,15 @@ def test_the_example_learns_and_merges(tmp_path):
     assert losses[-1] < 0.1 * losses[0]
     assert float(printed.rsplit("difference", 1)[1]) < 1e-3
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("example", ["speech", "text_only"])
+def test_beyond_vision(example):
+    """DoRA through the same registry on Whisper and on a causal language model."""
+    printed = script(f"examples/{example}.py")
+    losses = [float(line.split("loss")[1]) for line in printed.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.3 * losses[0]
+    assert float(printed.rsplit("difference", 1)[1]) < 1e-4
 
 
 def test_the_benchmark_measures_every_candidate(tmp_path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import mmdora
-from mmdora.config import PartConfig, load_config
+from mmdora.blocks import blocks_of
+from mmdora.config import ModelConfig, PartConfig, load_config
 from mmdora.errors import UserError
+from mmdora.loading import load_model
 from mmdora.training.arguments import micro_batches
 from mmdora.training.trainer import optimizer_groups
 
@@ -47,6 +49,55 @@ def test_each_part_trains_with_its_own_rate_and_decay(tiny):
     assert ("language", 0.0) in decays  # magnitudes
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_layer_decay_slows_each_block_before_the_last(tiny, method):
+    model, _ = tiny
+    low_rank = {"method": method} | ({"rank": 2} if method == "dora" else {})
+    parts = {"vision": PartConfig.model_validate(low_rank | {"learning_rate": 1e-3, "layer_decay": 0.5})}
+    mmdora.inject_adapters(model, parts)
+    config = load_config("quickstart").model_copy(update={"parts": parts})
+    rates = {id(p): g["lr"] for g in optimizer_groups(model, config) for p in g["params"]}
+    blocks = blocks_of(model, "model.vision_tower")
+    assert len(blocks) == 3
+    for behind, block in enumerate(reversed(blocks), start=1):
+        trained = [p for p in model.get_submodule(block).parameters() if p.requires_grad]
+        assert {rates[id(p)] for p in trained} == {1e-3 * 0.5**behind}
+    if method == "full":
+        tower = dict(model.model.vision_tower.named_parameters())
+        before, after = (next(n for n in tower if key in n) for key in ("conv1.weight", "ln_post.weight"))
+        assert rates[id(tower[before])] == 1e-3 * 0.5**4
+        assert rates[id(tower[after])] == 1e-3
+    projector = {"projector": PartConfig(method="full", layer_decay=0.5)}
+    model.model.multi_modal_projector.requires_grad_(True)
+    config = config.model_copy(update={"parts": parts | projector})
+    with pytest.raises(UserError, match=r"parts\.projector\.layer_decay: the part has no blocks"):
+        optimizer_groups(model, config)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dvora", "magnitude", "full"])
+def test_the_last_blocks_alone_are_tuned(tiny, method, tmp_path):
+    model, _ = tiny
+    mmdora.inject_adapters(model, {"language": {"method": method, "last_blocks": 2}})
+    moved = {n for n, p in model.named_parameters() if p.requires_grad}
+    blocks = tuple(f"model.language_model.layers.{i}." for i in (1, 2))
+    assert moved
+    assert all(name.startswith(blocks) for name in moved)
+    assert all(any(name.startswith(block) for name in moved) for block in blocks)
+    for name in moved:
+        model.get_parameter(name).data += 0.01
+    mmdora.save_adapter(model, tmp_path)
+    again, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
+    mmdora.load_adapter(again, tmp_path)
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == moved
+
+
+def test_more_blocks_than_there_are_is_an_error(tiny):
+    with pytest.raises(UserError, match=r"parts.language.last_blocks: 9 of them, but the part has 3 blocks"):
+        mmdora.inject_adapters(tiny[0], {"language": {"method": "full", "last_blocks": 9}})
 
 
 def test_a_convolutions_magnitude_is_not_decayed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -31,22 +31,28 @@ class LowRankSpec:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank) if self.rank else 1.0
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one part, by full paths."""
+
+    layers: dict[str, LowRankSpec] = field(default_factory=dict)  # that get an adapter
+    whole: list[str] = field(default_factory=list)  # modules that are trained in full
+
+
 class AdapterMethod(ABC):
     """How one part of a model is tuned."""
 
     settings: ClassVar[frozenset[str]]  # the keys of PartConfig, beside `method`, that mean something to it
 
     @abstractmethod
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
-        """The layers of the part at `path` that get an adapter, by full path; nothing changes yet.
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+        """What becomes of the part at `path`; nothing changes yet. Raises UserError that names `parts.<part>` and the
+        key."""
 
-        Empty for a method that adapts no single layers. Raises UserError that names `parts.<part>` and the key.
-        """
-
-    @abstractmethod
-    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
-        """Make the part trainable this way, in place, as the adapter `name`; returns the modules trained in full."""
+    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
+        """Put the adapter `name` on the planned layers of the part at `path`, in place."""
+        assert not layers  # a method that plans adapters puts them on
 
 
 ADAPTERS: Registry[type[AdapterMethod]] = Registry("adapter method")
-RATES = frozenset({"learning_rate", "weight_decay"})
+RATES = frozenset({"learning_rate", "layer_decay", "weight_decay"})

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, LowRankSpec
+from mmdora.adapters.base import ADAPTERS, Plan
 from mmdora.adapters.lora import LOW_RANK, LoRA
 from mmdora.adapters.magnitude import MAGNITUDE
 from mmdora.adapters.targets import resolve_targets
@@ -23,11 +23,11 @@ class DoRA(LoRA):
 
     settings = LOW_RANK | {"magnitude_targets", "peft_dropout"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
-        specs = super().plan(model, part, path, config)
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+        specs = super().plan(model, part, path, config).layers
         magnitudes = list(specs)
         if config.magnitude_targets is not None:
             magnitudes = resolve_targets(model, part, path, config, "magnitude_targets")
         for layer in magnitudes:
             specs[layer] = replace(specs.get(layer, MAGNITUDE), use_dora=True, peft_dropout=config.peft_dropout)
-        return specs
+        return Plan(specs)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec
+from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
 from mmdora.adapters.layer import Projection
 from mmdora.adapters.linear import LinearLayer
 from mmdora.adapters.lora import LoRA, layer_seed
@@ -23,9 +23,9 @@ from mmdora.errors import UserError
 
 @ADAPTERS.register("dvora")
 class DVoRA(LoRA):
-    settings = RATES | {"rank", "dropout", "targets", "exclude", "peft_dropout", "forward"}
+    settings = RATES | {"rank", "dropout", "targets", "exclude", "last_blocks", "peft_dropout", "forward"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
         # Alpha is the rank: VeRA has no scale of its own.
         spec = LowRankSpec(
             rank=config.rank,
@@ -42,13 +42,13 @@ class DVoRA(LoRA):
             kind = layer_kind(modules[layer]) if layer in modules else None
             if kind is None or not issubclass(kind, LinearLayer):
                 raise UserError(f"parts.{part}.targets: dvora shares A and B among linear layers; {layer} is none")
-        return plan
+        return Plan(plan)
 
-    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
-        layers = {layer: wrap(model, layer) for layer in plan}
-        rank = next(iter(plan.values())).rank
-        sizes = [layer.shapes(layer, rank) for layer in layers.values()]
-        device = next(iter(layers.values())).weight.device
+    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
+        wrapped = {layer: wrap(model, layer) for layer in layers}
+        rank = next(iter(layers.values())).rank
+        sizes = [layer.shapes(layer, rank) for layer in wrapped.values()]
+        device = next(iter(wrapped.values())).weight.device
         where = "meta" if device.type == "meta" else "cpu"
         a = torch.empty(rank, max(size.a[1] for size in sizes), device=where)
         b = torch.empty(max(size.b[0] for size in sizes), rank, device=where)
@@ -56,6 +56,5 @@ class DVoRA(LoRA):
         for matrix in (a, b):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         shared = Projection(a.to(device), b.to(device))
-        for layer, adapter in layers.items():
-            adapter.add_adapter(name, plan[layer], shared=shared)
-        return []
+        for layer, adapter in wrapped.items():
+            adapter.add_adapter(name, layers[layer], shared=shared)

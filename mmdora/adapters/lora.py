@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec
+from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec, Plan
 from mmdora.adapters.targets import pattern_value, resolve_targets
 from mmdora.adapters.wrapping import takes_dropout, wrap
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
 PATTERNS = {"rank_pattern", "alpha_pattern"}
-LOW_RANK = RATES | PATTERNS | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "forward"}
+LOW_RANK = RATES | PATTERNS | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "last_blocks", "forward"}
 
 
 def layer_seed(path: str) -> int:
@@ -27,21 +27,22 @@ def layer_seed(path: str) -> int:
 class LoRA(AdapterMethod):
     settings = LOW_RANK
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
         spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora, forward=config.forward)
         layers = resolve_targets(model, part, path, config)
         if config.dropout and (deaf := [layer for layer in layers if not takes_dropout(model, layer)]):
             raise UserError(f"parts.{part}.dropout: {deaf[0]} has no input to drop; leave one of the two out")
-        return {
-            layer: replace(
-                spec,
-                rank=pattern_value(config.rank_pattern, layer, config.rank),
-                alpha=pattern_value(config.alpha_pattern, layer, config.alpha),
-            )
-            for layer in layers
-        }
+        return Plan(
+            {
+                layer: replace(
+                    spec,
+                    rank=pattern_value(config.rank_pattern, layer, config.rank),
+                    alpha=pattern_value(config.alpha_pattern, layer, config.alpha),
+                )
+                for layer in layers
+            }
+        )
 
-    def apply(self, model: nn.Module, path: str, plan: dict[str, LowRankSpec], name: str) -> list[str]:
-        for layer, spec in plan.items():
+    def apply(self, model: nn.Module, path: str, layers: dict[str, LowRankSpec], name: str) -> None:
+        for layer, spec in layers.items():
             wrap(model, layer).add_adapter(name, spec, layer_seed(layer))
-        return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec
+from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
 from mmdora.adapters.lora import LoRA
 from mmdora.adapters.targets import resolve_targets
 from mmdora.config import PartConfig
@@ -14,7 +14,7 @@ MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
 
 @ADAPTERS.register("magnitude")
 class Magnitude(LoRA):
-    settings = RATES | {"targets", "exclude"}
+    settings = RATES | {"targets", "exclude", "last_blocks"}
 
-    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> dict[str, LowRankSpec]:
-        return dict.fromkeys(resolve_targets(model, part, path, config), MAGNITUDE)
+    def plan(self, model: nn.Module, part: str, path: str, config: PartConfig) -> Plan:
+        return Plan(dict.fromkeys(resolve_targets(model, part, path, config), MAGNITUDE))

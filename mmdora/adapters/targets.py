@@ -12,6 +12,7 @@ from mmdora.adapters.experts import expert_parameters
 from mmdora.adapters.layer import AdapterLayer
 from mmdora.adapters.wrapping import layer_kind
 from mmdora.architectures import architecture_of, unused_blocks
+from mmdora.blocks import last_blocks
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
 
@@ -38,6 +39,9 @@ def resolve_targets(model: nn.Module, part: str, path: str, config: PartConfig, 
     if config.exclude:
         excluded = set(_chosen(config.exclude, inside, f"parts.{part}.exclude"))
         found = [p for p in found if p not in excluded]
+    if config.last_blocks is not None:
+        chosen = tuple(f"{block}." for block in last_blocks(model, part, path, config.last_blocks))
+        found = [p for p in found if join(path, p).startswith(chosen)]
     if not found:
         raise UserError(f"parts.{part}.{key}: {choice!r} matches no layer of the part. {_examples(inside)}")
     for p in found:

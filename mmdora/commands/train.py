@@ -32,7 +32,8 @@ from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
-from mmdora.training.trainer import AdapterTrainer
+from mmdora.training.trainer import AdapterTrainer, optimizer_groups
+from mmdora.zero import numel
 
 Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
 
@@ -56,6 +57,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     model, processor = load_model(config.model)
     resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
     encoder = Encoder(processor, config.data.video, config.data.max_length)
+    encoder.check_stop(stop_tokens(model, processor))
     if is_main():
         processor.save_pretrained(run_dir.processor)
     evaluate_base(config, questions, on_device(model), encoder, run_dir, console)
@@ -64,6 +66,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     show_adapters(console, report)
     check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
     ledger, trainer = make_trainer(config, arguments, model, encoder, sources, run_dir, console)
+    show_groups(console, optimizer_groups(trainer.model, config))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(trainer.model, run_dir.adapter)
 
@@ -104,6 +107,13 @@ def check_names(config: RunConfig) -> None:
         raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
 
 
+def stop_tokens(model: Any, processor: Any) -> set[int]:
+    """Tokens at which the model's generation ends."""
+    ids = model.generation_config.eos_token_id
+    found = set(ids if isinstance(ids, list) else [ids]) | {processor.tokenizer.eos_token_id}
+    return {token for token in found if token is not None}
+
+
 def evaluate_base(
     config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
 ) -> None:
@@ -124,6 +134,15 @@ def show_adapters(console: Console, report: InjectionReport) -> None:
         counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
         table.add_row(part.name, part.method, *counts, share)
     table.add_row("all", "", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}%")
+    console.print(table)
+
+
+def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
+    """How fast each part learns: the optimizer's groups."""
+    table = make_table("how it learns", "part", "parameters", "learning rate", "weight decay")
+    for group in sorted(groups, key=lambda g: (g["name"], g["lr"], g["weight_decay"])):
+        count = sum(numel(p) for p in group["params"])
+        table.add_row(group["name"], f"{count:,}", f"{group['lr']:.3g}", f"{group['weight_decay']:g}")
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
 from mmdora.architectures import find_part
+from mmdora.blocks import rate_factors
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import RunConfig
 from mmdora.zero import local_shard, read_in_forward
@@ -127,10 +128,15 @@ class AdapterTrainer(Trainer):
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """AdamW groups: a part's own learning rate and weight decay; norms, biases and magnitudes are not decayed."""
+    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
+
+    Norms, biases and magnitudes are not decayed.
+    """
     settings = config.training
     paths = {part: find_part(model, part) for part in config.parts}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
+    factors = {part: rate_factors(model, part, paths[part], decay) for part, decay in decays.items()}
+    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -140,7 +146,8 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
         decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
         rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
+        rate *= factors[part][name] if part in factors else 1.0
         decay = settings.weight_decay if options.weight_decay is None else options.weight_decay
         group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
-        groups.setdefault((part, decayed), group)["params"].append(parameter)
+        groups.setdefault((part, decayed, rate), group)["params"].append(parameter)
     return list(groups.values())
