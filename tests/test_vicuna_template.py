@@ -79,14 +79,6 @@ def test_the_markers_are_around_the_answers_and_their_end(tokenizer):
     assert tokenizer.decode([token for token, yes in pairs if yes]) == " a b</s> c</s>"
 
 
-def test_the_first_stage_reads_picture_and_caption_only(tokenizer):
-    plain = find_path("assets/llava_plain.jinja").read_text(encoding="utf-8")
-    turns = [said("user", "Describe it.", "<image>"), said("assistant", "a red bus")]
-    assert tokenizer.apply_chat_template(turns, tokenize=False, chat_template=plain) == "<image>a red bus\n"
-    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, chat_template=plain, add_generation_prompt=True)
-    assert asked == "<image>"
-
-
 def test_a_config_names_it():
     _, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32", chat_template=NAME))
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == TWO_TURNS
