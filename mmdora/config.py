@@ -204,7 +204,9 @@ def find_config(name: str) -> Path:
         return shipped
     folder = shipped_path("configs/quickstart.yaml")
     known = sorted(p.stem for p in folder.parent.glob("*.yaml")) if folder else []
-    raise UserError(f"no config at {name!r}.{nearest(path.stem, known)} Shipped configs: {', '.join(known)}")
+    raise UserError(
+        f"no config at {name!r}.{nearest(path.name.removesuffix('.yaml'), known)} Shipped configs: {', '.join(known)}"
+    )
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:

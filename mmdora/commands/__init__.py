@@ -80,6 +80,21 @@ def merge(
 
 
 @app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="LLAVA_DIR", help="What LLaVA's own code wrote, or a Llama.")],
+    out: Annotated[Path, typer.Argument(help="The new model's directory.")],
+    vision_tower: Annotated[str, typer.Option(help="The CLIP model it was trained with: a directory or a hub id.")],
+    base: Annotated[
+        Path | None, typer.Option(help="What a projector or a LoRA run was trained on: a language model or a LLaVA.")
+    ] = None,
+) -> None:
+    """Turn a checkpoint of LLaVA's own code, or a Llama that shall become a LLaVA, into a plain Hugging Face model."""
+    from mmdora.commands.convert import run
+
+    run(folder, out, vision_tower, base)
+
+
+@app.command()
 def chat(
     target: Target,
     image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be given again.")] = None,

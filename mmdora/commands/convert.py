@@ -1,0 +1,22 @@
+"""`mmdora convert`: a checkpoint of LLaVA's own code as a plain Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmdora.commands.console import make_console
+from mmdora.errors import UserError
+from mmdora.llava_checkpoints import convert_llava
+from mmdora.loading import save_model
+
+
+def run(folder: Path, out: Path, vision_tower: str, base: Path | None) -> None:
+    console = make_console()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give a new directory")
+    converted = convert_llava(folder, vision_tower, base)
+    save_model(converted.model, converted.processor, out)
+    parameters = sum(p.numel() for p in converted.model.parameters())
+    console.print(f"{folder}: a {converted.kind}, {parameters:,} parameters in {converted.model.dtype}", soft_wrap=True)
+    console.print(f"the vision encoder's weights are from {converted.tower}", soft_wrap=True)
+    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, without mmdora", soft_wrap=True)

@@ -1,0 +1,145 @@
+"""The shipped configs for the models people tune: each tunes what it says, at true size, on the meta device."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+import mmdora
+from mmdora.architectures import ARCHITECTURES, architecture_of
+from mmdora.config import RunConfig, find_path, load_config, shipped_path
+from mmdora.injection import InjectionReport
+from mmdora.training.arguments import micro_batches
+from tests.conftest import ROOT
+from tests.published_sizes import PUBLISHED
+
+OWN = {"quickstart", "tiny_base", "nlvr", "real_media"}  # of the tiny base, which other tests run
+NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if p.stem not in OWN)
+SHARES = {  # trainable percent
+    "llava-1.5-7b_lora_instruct": 4.61,  # the DoRA paper's
+    "llava-1.5-7b_dora_instruct": 4.63,  # the DoRA paper's
+    "llava-1.5-7b_stage2_dora_instruct": 4.63,
+    "llava-1.5-7b_stage1_projector": 0.30,
+    "llava-1.5-13b_dora_instruct": 3.86,
+    "llava-next-7b_dora_instruct": 4.63,
+    "llava-next-video-7b_dora_instruct": 4.63,
+    "llava-onevision-7b_dora_instruct": 2.20,
+    "qwen2.5-vl-7b_dora_instruct": 1.93,
+    "qwen3-vl-8b_dora_instruct": 1.97,
+    "smolvlm-2b_dora_instruct": 1.61,
+}
+
+
+def build(path: str) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(PUBLISHED[path][0]())
+
+
+@cache
+def injected(name: str) -> tuple[RunConfig, nn.Module, InjectionReport]:
+    """The config, its model on the meta device with adapters, and what they are. Skips where the family is unknown."""
+    config = load_config(name)
+    assert config.model.path is not None
+    model = build(config.model.path)
+    if model.config.model_type not in ARCHITECTURES:
+        pytest.skip(f"ARCHITECTURES has no {model.config.model_type} yet")
+    return config, model, mmdora.inject_adapters(model, config.parts)
+
+
+def test_every_config_is_checked():
+    assert set(NAMES) == set(SHARES)
+
+
+@pytest.mark.parametrize("path", list(PUBLISHED))
+def test_the_sizes_are_the_published_ones(path):
+    billions = sum(p.numel() for p in build(path).parameters()) / 1e9
+    assert abs(billions - PUBLISHED[path][1]) < 0.0051
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_config_tunes(name):
+    config, model, report = injected(name)
+    assert abs(report.percent - SHARES[name]) < 0.01
+    inside = architecture_of(model).resolve(model)
+    for part in report.parts:
+        assert part.skipped == []
+        if part.name == "language":
+            blocks = model.config.get_text_config().num_hidden_layers
+            assert len(part.modules) == 7 * blocks  # q, k, v, o, gate, up, down
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    prefixes = tuple(f"{inside[part]}." for part in config.parts)
+    assert all(n.startswith(prefixes) for n in trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_head_says_how_to_start_it_and_what_it_takes(name):
+    """The command, and the bytes of weights and optimizer states: the same sum as in its words."""
+    config, _, report = injected(name)
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    gpus = int(found[1]) if (found := re.search(r"Meant for (\d+) GPUs", head)) else 1
+    assert gpus > 1 or "Meant for one GPU" in head
+    launch = f"# deepspeed --num_gpus {gpus} train.py {name}" if gpus > 1 else f"# mmdora train {name}"
+    assert text.startswith(launch)
+    assert (config.training.deepspeed is not None) == (gpus > 1)
+    assert "by arithmetic, not measured" in head
+    trained = 16 if gpus == 1 else 4 + 12 / gpus
+    states = (2 * (report.total - report.trainable) + trained * report.trainable) / 1e9
+    said = float(re.search(r"optimizer states ([\d.]+) GB", head)[1])
+    assert abs(states - said) < 0.051
+    activations = float(re.search(r"up to ([\d.]+) GB of activations", head)[1])
+    card = float(re.search(r"Meant for .*? of (\d+) GB", head)[1])
+    assert 1.2 * (said + activations) < card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_settings_go_together(name):
+    config = load_config(name)
+    for world in (1, 2, 4, 8):
+        micro_batches(config.training, world)  # the global batch splits over as many GPUs
+    assert config.training.output == f"runs/{name}"
+    assert config.training.gradient_checkpointing
+    if config.model.chat_template is not None:
+        assert find_path(config.model.chat_template).is_file()
+    if config.training.deepspeed is not None:
+        assert shipped_path(f"configs/deepspeed/{config.training.deepspeed}.json") is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_has_its_reason(name):
+    """A comment stands beside each line with a number; the scheduler's name and paths need none."""
+    for line in (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        assert len(line) <= 120
+        setting, _, reason = line.partition("  # ")
+        if not line.startswith("#") and re.search(r": [\d.]+(e-?\d+)?$|: \{.*\d", setting):
+            assert reason, line
+
+
+def test_the_two_stages_are_llavas_recipe():
+    first, second = load_config("llava-1.5-7b_stage1_projector"), load_config("llava-1.5-7b_stage2_dora_instruct")
+    assert set(first.parts) == {"projector"}
+    assert (first.training.learning_rate, first.training.batch_size) == (1e-3, 256)
+    language, projector = second.parts["language"], second.parts["projector"]
+    assert (language.method, language.rank, language.alpha) == ("dora", 128, 256)
+    assert (second.training.learning_rate, projector.learning_rate, second.training.batch_size) == (2e-4, 2e-5, 128)
+    for stage in (first, second):
+        assert stage.model.dtype == "bfloat16"
+        assert stage.data.max_length == 2048
+        assert (stage.training.epochs, stage.training.lr_scheduler, stage.training.warmup_ratio) == (1, "cosine", 0.03)
+    heads = [(ROOT / "configs" / f"{Path(c.training.output).name}.yaml").read_text() for c in (first, second)]
+    assert f"mmdora merge {first.training.output} {second.model.path}" in heads[1]
+    assert f" {first.model.path} --vision-tower" in heads[0]
+
+
+def test_lora_and_dora_differ_by_the_method_alone():
+    lora, dora = (load_config(f"llava-1.5-7b_{method}_instruct") for method in ("lora", "dora"))
+    assert lora.parts["language"].model_copy(update={"method": "dora"}) == dora.parts["language"]
+    assert lora.parts["projector"] == dora.parts["projector"]
+    assert (lora.model, lora.data) == (dora.model, dora.data)
+    assert lora.training.model_copy(update={"output": dora.training.output}) == dora.training
