@@ -218,7 +218,7 @@ def _check_language_model(body: PreTrainedModel, head: Any, llava: LlavaOnevisio
         )
 
 
-def _new_projector(shape: nn.Module, llava: LlavaOnevisionConfig) -> nn.Module:
+def _new_projector(shape: Any, llava: LlavaOnevisionConfig) -> nn.Module:
     """A random projector like `shape`, which has no memory yet."""
     projector = shape.to_empty(device="cpu").float()
     for layer in (projector.linear_1, projector.linear_2):

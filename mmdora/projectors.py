@@ -7,6 +7,8 @@ parameter here: nothing trains it, and it costs no product.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +30,12 @@ class IdentityLinear(nn.Module):
         return x
 
 
-def make_linear(projector: nn.Module) -> None:
+def make_linear(projector: Any) -> None:
     """Turn a stock projector into a single linear layer, in place."""
     projector.linear_2 = IdentityLinear(projector.linear_1.out_features)
 
 
-def keep_linear(model: nn.Module) -> None:
+def keep_linear(model: Any) -> None:
     """A reloaded model whose projector is one linear layer gets it back as one, in place; others stay as they are."""
     if getattr(getattr(model, "config", None), "projector_hidden_act", None) != IDENTITY:
         return

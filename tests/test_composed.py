@@ -15,13 +15,12 @@ import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.config import ModelConfig, VideoConfig
-from mmdora.errors import UserError
 from mmdora.loading import load_model, needs_mmdora, save_model, to_plain_transformers
 from mmdora.projectors import IdentityLinear
 from mmdora.vision_encoders import VISION_ENCODERS
 from tests.conftest import ROOT
 from tests.media import write_image, write_video
-from tests.tiny_models import LANGUAGE_MODELS, TIMM, VIT, write_language_model, write_tokenizer, write_tower
+from tests.tiny_models import LANGUAGE_MODELS, TIMM, VIT, write_language_model, write_tower
 
 OPEN_CLIP = {"embed_dim": 16, "vision_cfg": {"width": 32, "layers": 2, "head_width": 8, "patch_size": 8}}
 OPEN_CLIP["vision_cfg"]["image_size"] = 32
@@ -168,9 +167,36 @@ def test_open_clip_weights_load_into_the_timm_tower(kind, tmp_path):
     assert len(states) == 3
 
 
-def test_the_same_config_gives_the_same_model(folder):
-    first, second = (compose(folder, "open_clip_vit")[0].state_dict() for _ in range(2))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_an_adapter_fits_the_same_config_again(folder, tmp_path):
+    first, processor = compose(folder, "open_clip_vit", projector="linear")
+    base = {k: v.clone() for k, v in first.state_dict().items()}
+    torch.manual_seed(123)  # another run
+    second, _ = compose(folder, "open_clip_vit", projector="linear")
+    assert all(torch.equal(second.state_dict()[k], v) for k, v in base.items())
+    samples = batches(folder, processor)
+    mmdora.inject_adapters(first, {"language": {"method": "dora", "rank": 2}, "projector": {"method": "full"}})
+    with torch.no_grad():
+        for name, p in first.named_parameters():
+            if "lora_B" in name or "projector.linear_1.weight" in name:
+                p.normal_(std=0.1)
+    mmdora.save_adapter(first, tmp_path)
+    mmdora.load_adapter(second, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(logits(second, samples), logits(first, samples), strict=True))
+
+
+def test_gradient_checkpointing_of_a_timm_tower(folder):
+    model, processor = compose(folder, "open_clip_eva")
+    sample = batches(folder, processor)[0]
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model.train()(**sample).loss.backward()
+        return model.model.vision_tower.trunk.blocks[0].attn.qkv.weight.grad.clone()
+
+    plain = gradient()
+    model.gradient_checkpointing_enable()
+    assert model.model.vision_tower.gradient_checkpointing
+    torch.testing.assert_close(gradient(), plain)
 
 
 def test_a_linear_projector_is_one_layer_that_comes_back_as_one(folder, tmp_path):

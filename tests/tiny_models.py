@@ -61,6 +61,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **s
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{"bos_token": "<s>", "eos_token": "</s>", **special}
     )
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
 

@@ -56,6 +56,7 @@ class OpenCLIPTimmModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("Block", "EvaBlock")
+    trunk: Any  # timm's class
 
     def __init__(self, config: OpenCLIPTimmConfig):
         super().__init__(config)
@@ -72,7 +73,7 @@ class OpenCLIPTimmModel(PreTrainedModel):
         """`hidden_states` always holds the embeddings and every block's output: the LLaVA classes index them."""
         trunk = self.trunk
         x = trunk._pos_embed(trunk.patch_embed(pixel_values.to(self.dtype)))
-        options: dict[str, Tensor] = {}
+        options: dict[str, Any] = {}
         if isinstance(x, tuple):  # EVA turns queries and keys by their place in every block
             x, rope = x
             options = {"rope": rope} if rope is not None else {}
@@ -148,7 +149,7 @@ def _siglip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def build_trunk(timm_model_name: str) -> nn.Module:
+def build_trunk(timm_model_name: str) -> Any:
     """The trunk with random weights and without heads. Raises UserError for one that is not a plain transformer."""
     import timm
 
@@ -162,7 +163,7 @@ def build_trunk(timm_model_name: str) -> nn.Module:
     return join_biases(trunk)
 
 
-def join_biases(trunk: nn.Module) -> nn.Module:
+def join_biases(trunk: Any) -> Any:
     """EVA's query and value biases as the bias of the fused layer, in place.
 
     With biases of its own, EVA's attention reads `qkv.weight` without calling the layer, and past an adapter on it.
