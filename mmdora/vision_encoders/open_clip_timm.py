@@ -64,7 +64,7 @@ class OpenCLIPTimmModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """timm's constructor has initialised the trunk; only what no checkpoint holds must be made again."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
