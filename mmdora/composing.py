@@ -69,6 +69,11 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         probe.check(model, config.language_model.path)
         if config.projector == "linear":
             make_linear(model.model.multi_modal_projector)
+    if config.attention != "sdpa":  # which each family is built with where it can
+        try:
+            model.set_attn_implementation(config.attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"model.attention: {str(error).strip().splitlines()[0]}") from error
     return model, processor
 
 

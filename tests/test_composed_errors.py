@@ -149,6 +149,19 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
         VISION_ENCODERS["clip"](str(tmp_path))
 
 
+def test_attention_is_chosen_or_refused(clip, tmp_path):
+    write_language_model(tmp_path, "gemma2")  # which has no sdpa, and is composed all the same
+    assert compose(clip, tmp_path)[0].config.text_config._attn_implementation == "eager"
+    write_language_model(tmp_path, "llama")
+    for attention in ("sdpa", "eager"):
+        model, _ = compose(clip, tmp_path, attention=attention)
+        parts = (model.model.language_model, model.model.vision_tower)
+        assert [part.config._attn_implementation for part in parts] == [attention, attention]
+    if not transformers.utils.is_flash_attn_2_available():
+        with pytest.raises(UserError, match=r"model\.attention: "):
+            compose(clip, tmp_path, attention="flash_attention_2")
+
+
 def test_no_such_tower():
     with pytest.raises(UserError, match=r"model.vision_encoder \(siglip\): cannot load './nowhere'"):
         VISION_ENCODERS["siglip"]("./nowhere")
