@@ -7,7 +7,7 @@ import transformers
 
 from mmdora.config import ModelConfig
 from mmdora.errors import UserError
-from mmdora.loading import load_model
+from mmdora.loading import load_model, save_model
 from mmdora.vision_encoders import VISION_ENCODERS
 from tests.tiny_models import CHAT_TEMPLATE, LAYERS, write_language_model, write_tokenizer, write_tower
 
@@ -151,7 +151,10 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
 
 def test_attention_is_chosen_or_refused(clip, tmp_path):
     write_language_model(tmp_path, "gemma2")  # which has no sdpa, and is composed all the same
-    assert compose(clip, tmp_path)[0].config.text_config._attn_implementation == "eager"
+    model, processor = compose(clip, tmp_path)
+    save_model(model, processor, tmp_path / "whole")
+    for gemma in (model, load_model(ModelConfig(path=str(tmp_path / "whole")))[0]):
+        assert gemma.config.text_config._attn_implementation == "eager"
     write_language_model(tmp_path, "llama")
     for attention in ("sdpa", "eager"):
         model, _ = compose(clip, tmp_path, attention=attention)
