@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmdora.autoclasses import register_when_needed
+
 if TYPE_CHECKING:
     from mmdora.checkpoint import load_adapter, save_adapter, swap_adapter
     from mmdora.injection import InjectionReport, adapters_by_row, disable_adapters, inject_adapters, set_adapter
@@ -55,3 +57,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mmdora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+register_when_needed()

@@ -26,11 +26,11 @@ class Section(BaseModel):
 
 
 class VisionEncoderConfig(Section):
-    """`type` is a name in VISION_ENCODERS; the other keys are that encoder's."""
+    """`type` is a name in VISION_ENCODERS; the other keys are that encoder's (docs/models.md)."""
 
     type: str
-    name: str
-    pretrained: str | None = None  # a tag that open_clip knows, or a file of weights; null: random weights
+    name: str  # open_clip: an architecture; the others: a hub id or directory
+    pretrained: str | None = None  # open_clip: a tag or a file, null: random weights; the others: a revision of the hub
     model_config_: dict[str, Any] | None = Field(None, alias="model_config")  # for an architecture of one's own
 
 
@@ -45,7 +45,7 @@ class ModelConfig(Section):
     revision: str = "main"  # of `path` on the hub: a branch, a tag or a commit
     vision_encoder: VisionEncoderConfig | None = None
     language_model: LanguageModelConfig | None = None
-    projector: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # of a composed model: LLaVA-1.0's, or LLaVA-1.5's
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # how attention is computed

@@ -1,4 +1,4 @@
-"""Models with their processors: loaded whole, or composed of a vision encoder, a projector and a language model."""
+"""Models with their processors: loaded whole, or composed (mmdora/composing.py)."""
 
 from __future__ import annotations
 
@@ -8,34 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPVisionModel,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from mmdora.composing import check_chat_template, compose
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
+from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
-from mmdora.vision_encoders import VISION_ENCODERS
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
+from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 from mmdora.zero import whole_models
 
 log = logging.getLogger(__name__)
-
-# A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
-GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
@@ -55,6 +39,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
         )
+    if config.path is None:
+        check_chat_template(processor)
     model.eval()
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
@@ -73,7 +59,8 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
         model, found = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
-            attn_implementation=config.attention,
+            # sdpa is what each part takes that has it; asked for by name, it is an error where one (Gemma 2) has not.
+            attn_implementation=None if config.attention == "sdpa" else config.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
@@ -86,6 +73,7 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
             reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
         raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
     _check_complete(name, found)
+    keep_linear(model)
     return model, processor
 
 
@@ -99,73 +87,29 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP tower: loads without mmdora. In
-    place."""
+    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP or SigLIP tower: loads without
+    mmdora. In place. A tower that has no equal there stays, with a warning; `needs_mmdora` then says so."""
     inner = model.model if hasattr(model, "model") else model
     tower = getattr(inner, "vision_tower", None)
-    if isinstance(tower, OpenCLIPVisionModel):
-        clip: CLIPVisionModel = tower.to_clip()
-        inner.vision_tower = clip
-        model.config.vision_config = clip.config
+    try:
+        if isinstance(tower, OpenCLIPVisionModel):
+            inner.vision_tower = tower.to_clip()
+        elif isinstance(tower, OpenCLIPTimmModel):
+            inner.vision_tower = tower.to_siglip()
+        else:
+            return model
+    except UserError as error:
+        log.warning("%s; the model loads after `import mmdora`", error)
+    model.config.vision_config = inner.vision_tower.config
     return model
+
+
+def needs_mmdora(model: PreTrainedModel) -> bool:
+    """Whether the Auto classes can load the saved model only after `import mmdora`."""
+    tower = getattr(getattr(model, "model", model), "vision_tower", None)
+    return isinstance(tower, OpenCLIPVisionModel | OpenCLIPTimmModel)
 
 
 def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A stock LLaVA-OneVision model (images and videos) around a registered vision encoder and any causal LM, in
-    fp32."""
-    assert config.vision_encoder is not None
-    assert config.language_model is not None
-    encoder = config.vision_encoder
-    tower = VISION_ENCODERS[encoder.type](encoder.name, encoder.pretrained, encoder.model_config_)
-    path = str(find_path(config.language_model.path))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    new_tokens = [t for t in ("<image>", "<video>") if t not in tokenizer.get_vocab()]
-    tokenizer.add_special_tokens({"additional_special_tokens": new_tokens})
-    language_model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=config.attention
-    )
-    if new_tokens:
-        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-
-    size = tower.config.image_size
-    grids = [[rows * size, columns * size] for rows, columns in GRIDS]
-    llava = LlavaOnevisionConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy="default",  # without the class token
-        image_grid_pinpoints=grids,
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-    )
-    llava._attn_implementation = config.attention
-    model = LlavaOnevisionForConditionalGeneration(llava)
-    model.model.vision_tower = tower
-    model.model.language_model = language_model.model
-    model.lm_head = language_model.lm_head
-    model.generation_config = language_model.generation_config
-    return model, _processor(tower.config, tokenizer, grids)
-
-
-def _processor(
-    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, grids: list[list[int]]
-) -> ProcessorMixin:
-    size = {"height": vision.image_size, "width": vision.image_size}
-    statistics = {
-        "image_mean": getattr(vision, "image_mean", None) or OPENAI_CLIP_MEAN,
-        "image_std": getattr(vision, "image_std", None) or OPENAI_CLIP_STD,
-    }
-    return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
-        tokenizer=tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(size=size, **statistics),
-        num_image_tokens=(vision.image_size // vision.patch_size) ** 2 + 1,  # with the class token
-        vision_feature_select_strategy="default",
-        chat_template=tokenizer.chat_template,
-    )

@@ -13,7 +13,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
 from mmdora.commands.console import make_console
 from mmdora.errors import UserError
-from mmdora.loading import save_model, to_plain_transformers
+from mmdora.loading import needs_mmdora, save_model, to_plain_transformers
 from mmdora.merging import export_lora, merge_adapters
 from mmdora.rundir import load_target
 
@@ -39,7 +39,8 @@ def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) 
     difference = (_logits(again.to(model.device).eval(), probe) - adapted).abs().max().item()
     console.print(f"adapter against merged and reloaded: largest logit difference {difference:.2e}")
     console.print(f"(logits from {adapted.min().item():.1f} to {adapted.max().item():.1f}, {model.dtype})")
-    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, without mmdora", soft_wrap=True)
+    how = "after `import mmdora`" if needs_mmdora(model) else "without mmdora"
+    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, {how}", soft_wrap=True)
 
 
 @torch.inference_mode()

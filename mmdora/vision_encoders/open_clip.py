@@ -7,23 +7,21 @@ into a `CLIPVisionModel` that plain transformers loads without mmdora.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.attention import explicit_attention, explicit_state_dict
+from mmdora.errors import UserError
+from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
 from mmdora.vision_encoders.registry import VISION_ENCODERS
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
 
 
 class OpenCLIPVisionConfig(PretrainedConfig):
@@ -109,10 +107,12 @@ class OpenCLIPVisionModel(PreTrainedModel):
         return self.visual.conv1
 
     def to_clip(self) -> CLIPVisionModel:
-        """The same function as transformers' own CLIP vision model. Raises ValueError where CLIP has no such layer."""
+        """The same function as transformers' own CLIP vision model. Raises UserError where CLIP has no such layer."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
         cfg = self.config
         if not isinstance(self.visual.ln_pre, nn.LayerNorm) or cfg.vision_cfg.get("ls_init_value"):
-            raise ValueError(
+            raise UserError(
                 "this OpenCLIP tower (no ln_pre, or LayerScale) has no equal in transformers' CLIPVisionModel"
             )
         clip = CLIPVisionModel(
@@ -158,22 +158,29 @@ def _clip_key(key: str) -> str:
 @VISION_ENCODERS.register("open_clip")
 def open_clip_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
-) -> OpenCLIPVisionModel:
-    """An OpenCLIP ViT by architecture name and `pretrained` tag (or file), ready for adapters.
+) -> OpenCLIPVisionModel | OpenCLIPTimmModel:
+    """An OpenCLIP tower by architecture name and `pretrained` tag (or file), ready for adapters; null: random weights.
 
     `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`);
-    `name` is then only a label. Raises ValueError for towers that are not plain ViTs.
+    `name` is then only a label. Raises UserError for towers that are not vision transformers.
     """
     import open_clip
 
     cfg = model_config or open_clip.get_model_config(name)
     if cfg is None:
-        raise ValueError(
+        raise UserError(
             f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them, e.g. ViT-L-14-336"
         )
     vision_cfg = cfg["vision_cfg"]
-    if vision_cfg.get("timm_model_name") or isinstance(vision_cfg.get("layers"), list):
-        raise ValueError(f"{name!r} is not a plain ViT: OpenCLIP's timm and ResNet towers are not supported yet")
+    if vision_cfg.get("timm_model_name"):
+        return timm_encoder(name, pretrained, vision_cfg["timm_model_name"])
+    if isinstance(vision_cfg.get("layers"), list):
+        raise UserError(
+            f"{name!r} is a ResNet: its stages differ in width and resolution, and LLaVA classes read one sequence of "
+            "patches per layer; take a ViT, SigLIP or EVA tower"
+        )
+    # CoCa's pooler stands behind the blocks: nothing in a vision-language model reads it.
+    vision_cfg = {k: v for k, v in vision_cfg.items() if not k.startswith("attn_pooler") and k != "attentional_pool"}
     config = OpenCLIPVisionConfig(vision_cfg, cfg["embed_dim"], bool(cfg.get("quick_gelu", False)))
     if pretrained is None:
         return OpenCLIPVisionModel(config)
@@ -183,6 +190,9 @@ def open_clip_encoder(
     config.quick_gelu = any(type(m).__name__ == "QuickGELU" for m in source.visual.modules())
     model = OpenCLIPVisionModel(config)
     state = {k: v for k, v in source.visual.state_dict().items() if k != "proj"}
+    if cfg["vision_cfg"].get("attentional_pool"):
+        own = model.visual.ln_post.state_dict(prefix="ln_post.")
+        state = {k: v for k, v in state.items() if not k.startswith(("attn_pool", "ln_post"))} | own
     model.visual.load_state_dict(explicit_state_dict(state))
     return model.to(torch.float32)
 

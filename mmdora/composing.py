@@ -1,0 +1,269 @@
+"""One model from a vision encoder, a projector and a causal language model: a stock LLaVA-OneVision model.
+
+The class is transformers' own, so a composed model is an ordinary Hugging Face directory. What the class leaves out of
+a language model, or reads in another way than a vision encoder writes it, is found here by running both, and is an
+error that says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mmdora.config import ModelConfig, find_path
+from mmdora.errors import UserError
+from mmdora.projectors import IDENTITY, make_linear
+from mmdora.vision_encoders import VISION_ENCODERS
+
+log = logging.getLogger(__name__)
+
+# A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
+GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
+SEED = 0  # of what is new in a composed model: the same config gives the same model, and an adapter fits it again
+
+
+def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A stock LLaVA-OneVision model (images and videos) around a registered vision encoder and any causal LM, in
+    fp32. Raises UserError for a part that the class cannot hold."""
+    assert config.vision_encoder is not None
+    assert config.language_model is not None
+    encoder = config.vision_encoder
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        tower = VISION_ENCODERS[encoder.type](encoder.name, encoder.pretrained, encoder.model_config_).eval()
+        strategy = feature_strategy(tower, config.vision_feature_layer, f"{encoder.type}, {encoder.name}")
+        language_model, tokenizer = load_language_model(config.language_model.path, config.trust_remote_code)
+        probe = _Probe(language_model)  # before the configs join: a config without attention settings masks nothing
+        size = tower.config.image_size
+        grids = [[rows * size, columns * size] for rows, columns in GRIDS]
+        processor = make_processor(tower.config, tokenizer, grids, strategy)
+        llava = LlavaOnevisionConfig(
+            vision_config=tower.config,
+            text_config=language_model.config,
+            image_token_index=processor.image_token_id,
+            video_token_index=processor.video_token_id,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=strategy,
+            image_grid_pinpoints=grids,
+            tie_word_embeddings=language_model.config.tie_word_embeddings,
+            projector_hidden_act=IDENTITY if config.projector == "linear" else "gelu",
+        )
+        model = assemble(llava, tower, language_model, config.language_model.path)
+        probe.check(model, config.language_model.path)
+        if config.projector == "linear":
+            make_linear(model.model.multi_modal_projector)
+    if config.attention != "sdpa":  # which each family is built with where it can
+        try:
+            model.set_attn_implementation(config.attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"model.attention: {str(error).strip().splitlines()[0]}") from error
+    return model, processor
+
+
+def feature_strategy(tower: PreTrainedModel, layer: int, name: str) -> str:
+    """`default` for a tower whose hidden states begin with a class token, `full` for one that has patches alone.
+
+    Found by running it on a blank picture. Raises UserError where its hidden states are not the patches of one square.
+    """
+    config = tower.config
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        raise UserError(
+            f"model.vision_encoder ({name}): LLaVA classes need square pictures and patches, and the tower has "
+            f"image_size {size} and patch_size {patch}"
+        )
+    with torch.no_grad():
+        states = tower(torch.zeros(1, 3, size, size), output_hidden_states=True).hidden_states
+    depth = len(states)
+    if not -depth <= layer < depth:
+        raise UserError(f"model.vision_feature_layer: {name} has hidden states {-depth} to {depth - 1}, not {layer}")
+    patches, tokens = (size // patch) ** 2, states[layer].shape[1] if states[layer].dim() == 3 else -1
+    if tokens not in (patches, patches + 1):
+        shape = list(states[layer].shape)
+        raise UserError(
+            f"model.vision_encoder ({name}): hidden state {layer} has shape {shape}, and LLaVA classes read "
+            f"{patches} patches ({size} px in squares of {patch}) with or without one class token"
+        )
+    return "full" if tokens == patches else "default"
+
+
+def load_language_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal LM in fp32 with its tokenizer, both ready to be composed: placeholders for pictures and videos, a
+    padding and an end token. Raises UserError."""
+    path = find_path(name)
+    source = str(path) if path.exists() else name
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    key = f"model.language_model.path ({name})"
+    try:
+        if getattr(AutoConfig.from_pretrained(source, **options), "is_encoder_decoder", False):
+            raise UserError(
+                f"{key} is an encoder-decoder: a LLaVA class feeds pictures and text to a decoder as one sequence, and "
+                "has no way to an encoder; take a decoder-only model"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}: cannot load it as a causal language model: {reason}") from error
+    if tokenizer.eos_token is None:
+        raise UserError(f"{key}: its tokenizer has no eos_token, so no answer could end; set one in its files")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # masked wherever it stands for padding
+    placeholders = [image_token(tokenizer), video_token(tokenizer)]
+    new = [t for t in placeholders if t not in tokenizer.get_vocab()]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return getattr(tokenizer, "image_token", None) or "<image>"
+
+
+def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return getattr(tokenizer, "video_token", None) or "<video>"
+
+
+def assemble(
+    llava: LlavaOnevisionConfig, tower: PreTrainedModel, language_model: PreTrainedModel, name: str
+) -> LlavaOnevisionForConditionalGeneration:
+    """The parts in their places, the projector new. Raises UserError where the class would compute something else."""
+    body, head = language_model.base_model, language_model.get_output_embeddings()
+    _check_language_model(body, head, llava, name)
+    if llava.tie_word_embeddings and not hasattr(body, "embed_tokens"):
+        # The stock class ties by the path `embed_tokens`; elsewhere (OPT) the head becomes a matrix of its own.
+        head = nn.Linear(head.in_features, head.out_features, bias=False)
+        head.weight = nn.Parameter(language_model.get_input_embeddings().weight.detach().clone())
+        llava.tie_word_embeddings = llava.text_config.tie_word_embeddings = False
+        body.config.tie_word_embeddings = False
+    with torch.device("meta"):  # a second random copy of tower and language model would only take memory
+        model = LlavaOnevisionForConditionalGeneration(llava)
+    if type(model.model.language_model) is not type(body):
+        raise UserError(
+            f"model.language_model.path ({name}): transformers reloads its config as "
+            f"{type(model.model.language_model).__name__}, not {type(body).__name__}; take another language model"
+        )
+    model.model.vision_tower = tower
+    model.model.language_model = body
+    model.lm_head = head
+    model.model.multi_modal_projector = _new_projector(model.model.multi_modal_projector, llava)
+    width = llava.text_config.hidden_size
+    model.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+    model.generation_config = language_model.generation_config
+    return model.eval()
+
+
+class _Probe:
+    """What a language model says to a few tokens, to be compared with what it says inside the LLaVA class."""
+
+    def __init__(self, language_model: PreTrainedModel):
+        self.input_ids = torch.arange(4)[None]
+        with torch.no_grad():
+            self.logits = language_model(input_ids=self.input_ids).logits
+
+    def check(self, model: LlavaOnevisionForConditionalGeneration, name: str) -> None:
+        try:
+            with torch.no_grad():
+                difference = (model(input_ids=self.input_ids).logits - self.logits).abs().max().item()
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"model.language_model.path ({name}): the LLaVA class cannot run it ({error}); take a transformer"
+            ) from error
+        if not difference <= 1e-4 * max(1.0, self.logits.abs().max().item()):
+            raise UserError(
+                f"model.language_model.path ({name}): the LLaVA class leaves out what this family does to its logits "
+                f"(they differ by {difference:.2g}); take another language model"
+            )
+
+
+def _check_language_model(body: PreTrainedModel, head: Any, llava: LlavaOnevisionConfig, name: str) -> None:
+    width = llava.text_config.hidden_size
+    embedded = body.get_input_embeddings().embedding_dim
+    if getattr(llava.text_config, "final_logit_softcapping", None) is not None:
+        raise UserError(
+            f"model.language_model.path ({name}): the LLaVA class does not cap logits, and this model's config.json "
+            "has final_logit_softcapping; set that to null there to tune it without the cap, which no greedy answer "
+            "depends on, or take another language model"
+        )
+    if embedded != width:
+        raise UserError(
+            f"model.language_model.path ({name}): its embeddings have width {embedded} and its layers {width}, and a "
+            "LLaVA class needs them equal; take another language model"
+        )
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.in_features != width:
+        raise UserError(
+            f"model.language_model.path ({name}): a LLaVA class needs a head that is one linear layer without bias "
+            f"over {width} features, and this model has {head}; take another language model"
+        )
+
+
+def _new_projector(shape: Any, llava: LlavaOnevisionConfig) -> nn.Module:
+    """A random projector like `shape`, which has no memory yet."""
+    projector = shape.to_empty(device="cpu").float()
+    for layer in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(layer.weight, std=getattr(llava.text_config, "initializer_range", 0.02))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return projector
+
+
+def make_processor(
+    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, grids: list[list[int]], strategy: str
+) -> ProcessorMixin:
+    size = {"height": vision.image_size, "width": vision.image_size}
+    statistics = {
+        "image_mean": getattr(vision, "image_mean", None) or OPENAI_CLIP_MEAN,
+        "image_std": getattr(vision, "image_std", None) or OPENAI_CLIP_STD,
+    }
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size, **statistics),
+        num_image_tokens=patches + 1 if strategy == "default" else patches,  # what the tower returns
+        vision_feature_select_strategy=strategy,
+        chat_template=tokenizer.chat_template,
+        image_token=image_token(tokenizer),
+        video_token=video_token(tokenizer),
+    )
+
+
+def check_chat_template(processor: ProcessorMixin) -> None:
+    """Raise UserError where the chat template, made for text, does not write the placeholder of a picture or video."""
+    for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
+        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}
+        try:
+            text, why = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True), ""
+        except Exception as error:  # a template may raise anything, in Jinja or in Python
+            text, why = "", f" ({type(error).__name__}: {error})"
+        if text.count(token) != 1 or "What is it?" not in text:
+            raise UserError(
+                f"the language model's chat template does not write {token} where a message holds {kind} content"
+                f"{why}; name a Jinja file that does in model.chat_template"
+            )

@@ -1,0 +1,29 @@
+"""CLIP image towers as transformers has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mmdora.vision_encoders.hub_towers import TowerFamily, load_tower
+from mmdora.vision_encoders.registry import VISION_ENCODERS
+
+CLIP = TowerFamily(
+    "clip",
+    "CLIPVisionModel",
+    "CLIPVisionConfig",
+    model_types=("clip", "clip_vision_model"),
+    image_mean=OPENAI_CLIP_MEAN,
+    image_std=OPENAI_CLIP_STD,
+    overrides={},
+)
+
+
+@VISION_ENCODERS.register("clip")
+def clip_encoder(
+    name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A `CLIPVisionModel` of a hub id or directory; `pretrained` is a revision of the hub. Raises UserError."""
+    return load_tower(CLIP, name, pretrained, model_config)[0]

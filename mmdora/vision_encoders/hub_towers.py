@@ -1,0 +1,90 @@
+"""transformers' own vision models as towers: what `clip`, `siglip`, `siglip2` and `dinov2` share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from mmdora.config import find_path
+from mmdora.errors import UserError
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """`model_types` are those of configs that hold such a tower; mean and std serve where no preprocessor says more."""
+
+    type: str  # its name in VISION_ENCODERS
+    model_class: str  # in transformers
+    config_class: str
+    model_types: Collection[str]
+    image_mean: list[float]
+    image_std: list[float]
+    overrides: dict[str, Any]  # config fields that leave out what nothing reads
+
+
+def load_tower(
+    family: TowerFamily, name: str, revision: str | None, model_config: dict[str, Any] | None
+) -> tuple[PreTrainedModel, int | None]:
+    """The tower in fp32, with the picture size of its preprocessor where it has one.
+
+    `name` is a hub id or a directory, of the tower or of a whole model around it; `revision` a branch, tag or commit
+    of the hub. With `model_config` (fields of the tower's config) the weights are random and `name` is only a label.
+    Raises UserError.
+    """
+    import transformers
+
+    model_class, config_class = getattr(transformers, family.model_class), getattr(transformers, family.config_class)
+    key = f"model.vision_encoder ({family.type})"
+    if model_config is not None:
+        if revision is not None:
+            raise UserError(f"{key}: 'model_config' makes random weights, so 'pretrained' must be null")
+        tower, size = model_class(config_class(**model_config, **family.overrides)), None
+        mean, std = family.image_mean, family.image_std
+    else:
+        path = find_path(name)
+        if path.exists() and revision is not None:
+            raise UserError(f"{key}: {name!r} is a directory; 'pretrained' names a revision of a hub repository")
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+        source |= {"revision": revision} if revision is not None else {}
+        try:
+            tower = _from_pretrained(family, model_class, source, key)
+        except (OSError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
+        size, mean, std = _preprocessor(family, source)
+    tower.config.image_mean, tower.config.image_std = list(mean), list(std)
+    return tower, size
+
+
+def _from_pretrained(family: TowerFamily, model_class: Any, source: dict[str, Any], key: str) -> PreTrainedModel:
+    name = source["pretrained_model_name_or_path"]
+    config = AutoConfig.from_pretrained(**source)
+    if config.model_type not in family.model_types:
+        raise UserError(
+            f"{key}: {name!r} is a {config.model_type!r} model, and {family.type} towers come from "
+            f"{', '.join(sorted(family.model_types))}"
+        )
+    config = getattr(config, "vision_config", config)
+    for field, value in family.overrides.items():
+        setattr(config, field, value)
+    tower, info = model_class.from_pretrained(**source, config=config, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{key}: {name!r} lacks weights of the tower: {', '.join(missing[:3])} …")
+    return tower
+
+
+def _preprocessor(family: TowerFamily, source: dict[str, Any]) -> tuple[int | None, list[float], list[float]]:
+    """Picture size, mean and std from `preprocessor_config.json`, or the family's own where there is none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(**source)
+    except (OSError, ValueError):
+        return None, family.image_mean, family.image_std
+    size = (processor.crop_size if getattr(processor, "do_center_crop", False) else None) or processor.size
+    mean, std = processor.image_mean or family.image_mean, processor.image_std or family.image_std
+    return size.get("height") or size.get("shortest_edge"), list(mean), list(std)

@@ -1,0 +1,177 @@
+"""What cannot be composed is one error that names it and says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from mmdora.config import ModelConfig
+from mmdora.errors import UserError
+from mmdora.loading import load_model, save_model
+from mmdora.vision_encoders import VISION_ENCODERS
+from tests.tiny_models import CHAT_TEMPLATE, LAYERS, write_language_model, write_tokenizer, write_tower
+
+TEXT_ONLY = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_tower(tmp_path_factory.mktemp("towers") / "clip", "clip")
+
+
+def compose(clip, language_model, **settings):
+    encoder = {"type": "clip", "name": str(clip)}
+    config = {"vision_encoder": encoder, "language_model": {"path": str(language_model)}, **settings}
+    return load_model(ModelConfig.model_validate(config))
+
+
+def write_encoder_decoder(folder, kind):
+    if kind == "bart":
+        sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=300, **sizes, **heads))
+    else:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=300, **sizes))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_encoder_decoders(kind, clip, tmp_path):
+    write_encoder_decoder(tmp_path, kind)
+    with pytest.raises(UserError, match=r"is an encoder-decoder.*take a decoder-only model"):
+        compose(clip, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping; set that to null"),
+        ("opt", {"word_embed_proj_dim": 16}, "embeddings have width 16 and its layers 32"),
+    ],
+)
+def test_language_models_that_the_class_would_change(family, changes, message, clip, tmp_path):
+    write_language_model(tmp_path, family, **changes)
+    with pytest.raises(UserError, match=message):
+        compose(clip, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Granite", {"logits_scaling": 4.0}, "leaves out what this family does to its logits"),
+        ("Phi", {}, "needs a head that is one linear layer without bias"),
+        ("Mamba", {}, "cannot run it"),
+    ],
+)
+def test_other_families(family, changes, message, clip, tmp_path):
+    config = getattr(transformers, f"{family}Config")(**LAYERS, **changes)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=message):
+        compose(clip, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "message"),
+    [
+        (None, {}, "comes without a chat template"),
+        (TEXT_ONLY, {}, "does not write <image>.*model.chat_template"),
+        (CHAT_TEMPLATE.replace("<video>", ""), {}, "does not write <video>"),
+        (CHAT_TEMPLATE, {"eos_token": None}, "has no eos_token"),
+    ],
+)
+def test_tokenizers(template, special, message, clip, tmp_path):
+    write_language_model(tmp_path, "llama")
+    write_tokenizer(tmp_path, template, **special)
+    with pytest.raises(UserError, match=message):
+        compose(clip, tmp_path)
+
+
+def test_a_template_of_ones_own_takes_the_place_of_a_text_only_one(clip, tmp_path):
+    write_language_model(tmp_path, "llama")
+    write_tokenizer(tmp_path, TEXT_ONLY)
+    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
+    _, processor = compose(clip, tmp_path, chat_template=str(tmp_path / "own.jinja"))
+    assert processor.chat_template == CHAT_TEMPLATE
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token  # it had no padding token
+
+
+def test_a_language_model_that_is_not_there(clip):
+    with pytest.raises(UserError, match=r"model.language_model.path \(./nowhere\): cannot load it"):
+        compose(clip, "./nowhere")
+
+
+def test_layers_that_the_tower_does_not_have(clip, tmp_path):
+    write_language_model(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"model.vision_feature_layer: .* has hidden states -3 to 2, not -7"):
+        compose(clip, tmp_path, vision_feature_layer=-7)
+
+
+@pytest.mark.parametrize("name", ["RN50", "convnext_tiny"])
+def test_open_clip_towers_without_one_sequence_of_patches(name):
+    with pytest.raises(UserError, match=f"{name}.*take a ViT, SigLIP or EVA tower"):
+        VISION_ENCODERS["open_clip"](name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "arguments", "message"),
+    [
+        ("dinov2", "dinov2_registers", {}, "is a 'dinov2_with_registers' model"),
+        ("siglip", "clip", {}, "is a 'clip_vision_model' model"),
+        ("clip", "clip", {"pretrained": "v1"}, "is a directory; 'pretrained' names a revision"),
+        ("clip", "clip", {"pretrained": "v1", "model_config": {}}, "'pretrained' must be null"),
+    ],
+)
+def test_towers(kind, family, arguments, message, tmp_path):
+    write_tower(tmp_path, family)
+    with pytest.raises(UserError, match=message):
+        VISION_ENCODERS[kind](str(tmp_path), **arguments)
+
+
+def test_naflex_is_not_a_tower_of_pictures(tmp_path):
+    config = transformers.Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a 'siglip2_vision_model' model, and siglip2 towers come from siglip"):
+        VISION_ENCODERS["siglip2"](str(tmp_path))
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    write_tower(tmp_path, "clip")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="lacks weights of the tower"):
+        VISION_ENCODERS["clip"](str(tmp_path))
+
+
+def test_attention_is_chosen_or_refused(clip, tmp_path):
+    write_language_model(tmp_path, "gemma2")  # which has no sdpa, and is composed all the same
+    model, processor = compose(clip, tmp_path)
+    save_model(model, processor, tmp_path / "whole")
+    for gemma in (model, load_model(ModelConfig(path=str(tmp_path / "whole")))[0]):
+        assert gemma.config.text_config._attn_implementation == "eager"
+    write_language_model(tmp_path, "llama")
+    for attention in ("sdpa", "eager"):
+        model, _ = compose(clip, tmp_path, attention=attention)
+        parts = (model.model.language_model, model.model.vision_tower)
+        assert [part.config._attn_implementation for part in parts] == [attention, attention]
+    if not transformers.utils.is_flash_attn_2_available():
+        with pytest.raises(UserError, match=r"model\.attention: "):
+            compose(clip, tmp_path, attention="flash_attention_2")
+
+
+def test_no_such_tower():
+    with pytest.raises(UserError, match=r"model.vision_encoder \(siglip\): cannot load './nowhere'"):
+        VISION_ENCODERS["siglip"]("./nowhere")
+
+
+def test_the_resampler_is_refused_by_the_config():
+    with pytest.raises(ValueError, match="'linear' or 'mlp2x_gelu'"):
+        ModelConfig.model_validate(
+            {"vision_encoder": {"type": "clip", "name": "x"}, "language_model": {"path": "x"}, "projector": "resampler"}
+        )
