@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,11 @@ def show_adapters(console: Console, report: InjectionReport) -> None:
 def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
     """How fast each part learns: the optimizer's groups."""
     table = make_table("how it learns", "part", "parameters", "learning rate", "weight decay")
-    for group in sorted(groups, key=lambda g: (g["name"], g["lr"], g["weight_decay"])):
-        count = sum(numel(p) for p in group["params"])
-        table.add_row(group["name"], f"{count:,}", f"{group['lr']:.3g}", f"{group['weight_decay']:g}")
+    counts: Counter[tuple[str, float, float]] = Counter()
+    for group in groups:
+        counts[group["name"], group["lr"], group["weight_decay"]] += sum(numel(p) for p in group["params"])
+    for (part, rate, decay), count in sorted(counts.items()):
+        table.add_row(part, f"{count:,}", f"{rate:.3g}", f"{decay:g}")
     console.print(table)
 
 
