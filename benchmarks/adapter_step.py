@@ -128,7 +128,7 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=1)
@@ -140,7 +140,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CANDIDATES, metavar="NAME", help="candidates besides the frozen")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
     torch.manual_seed(0)
     config = LlamaConfig(

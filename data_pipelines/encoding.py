@@ -88,8 +88,11 @@ class Encoder:
         """Raise UserError unless the chat template ends an assistant's turn with a token that stops generation; a model
         that never sees one there would not learn to stop."""
         turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),)))
-        labels = self.encode(Sample("a greeting", turns, "the chat template"))["labels"]
-        if not set(labels.flatten().tolist()) & set(stop):
+        sample = Sample("a greeting", turns, "the chat template")
+        text = self.render(sample)
+        ((low, high),) = self._assistant_spans(sample, text)
+        said = self.processor.tokenizer(text[low:high], add_special_tokens=False)["input_ids"]
+        if not set(said) & set(stop):
             names = ", ".join(self.processor.tokenizer.convert_ids_to_tokens(sorted(stop))) or "none is known"
             raise UserError(
                 f"the chat template ends an answer without a token that stops generation ({names}), so the model would "

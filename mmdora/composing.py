@@ -69,7 +69,7 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         probe.check(model, config.language_model.path)
         if config.projector == "linear":
             make_linear(model.model.multi_modal_projector)
-    if config.attention != "sdpa":  # which each family is built with where it can
+    if config.attention is not None:
         try:
             model.set_attn_implementation(config.attention)
         except (ValueError, ImportError) as error:

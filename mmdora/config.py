@@ -48,7 +48,7 @@ class ModelConfig(Section):
     projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # of a composed model: LLaVA-1.0's, or LLaVA-1.5's
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # how attention is computed
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # null: what the family is built with
     quantization: Literal["4bit", "8bit"] | None = None  # of the language model's linear layers, which stay frozen
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template

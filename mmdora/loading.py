@@ -59,8 +59,7 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
         model, found = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
-            # sdpa is what each part takes that has it; asked for by name, it is an error where one (Gemma 2) has not.
-            attn_implementation=None if config.attention == "sdpa" else config.attention,
+            attn_implementation=config.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,

@@ -165,6 +165,14 @@ def test_attention_is_chosen_or_refused(clip, tmp_path):
             compose(clip, tmp_path, attention="flash_attention_2")
 
 
+@pytest.mark.parametrize("text", ["{", '{"image_processor_type": "Nope"}'])
+def test_a_damaged_image_processor_is_not_passed_over(text, tmp_path):
+    tower = write_tower(tmp_path / "clip", "clip")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"model.vision_encoder \(clip\): cannot load the image processor of"):
+        VISION_ENCODERS["clip"](str(tower))
+
+
 def test_no_such_tower():
     with pytest.raises(UserError, match=r"model.vision_encoder \(siglip\): cannot load './nowhere'"):
         VISION_ENCODERS["siglip"]("./nowhere")

@@ -159,6 +159,16 @@ def test_an_answer_is_not_read_before_it_is_said(samples):
     assert "labels" not in prompt
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_template_ends_an_answer(name):
+    """Also where the processor takes no sample without a picture."""
+    _, processor = build(name)
+    encoder = Encoder(processor)
+    encoder.check_stop({processor.tokenizer.eos_token_id})
+    with pytest.raises(UserError, match="without a token that stops generation"):
+        encoder.check_stop({processor.tokenizer.convert_tokens_to_ids(processor.image_token)})
+
+
 @pytest.mark.parametrize("name", NESTED)
 def test_a_projector_inside_the_vision_encoder_is_not_the_vision_encoders(name):
     model, _ = build(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from mmdora.config import find_path
 from mmdora.errors import UserError
@@ -55,7 +56,7 @@ def load_tower(
         except (OSError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
-        size, mean, std = _preprocessor(family, source)
+        size, mean, std = _preprocessor(family, source, key)
     tower.config.image_mean, tower.config.image_std = list(mean), list(std)
     return tower, size
 
@@ -77,14 +78,19 @@ def _from_pretrained(family: TowerFamily, model_class: Any, source: dict[str, An
     return tower
 
 
-def _preprocessor(family: TowerFamily, source: dict[str, Any]) -> tuple[int | None, list[float], list[float]]:
-    """Picture size, mean and std from `preprocessor_config.json`, or the family's own where there is none."""
+def _preprocessor(family: TowerFamily, source: dict[str, Any], key: str) -> tuple[int | None, list[float], list[float]]:
+    """Picture size, mean and std of the tower's image processor, or the family's own where it comes without one."""
     from transformers import AutoImageProcessor
 
+    name, revision = source["pretrained_model_name_or_path"], source.get("revision")
+    files = ("preprocessor_config.json", "processor_config.json")
     try:
+        if not any(cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files):
+            return None, family.image_mean, family.image_std
         processor = AutoImageProcessor.from_pretrained(**source)
-    except (OSError, ValueError):
-        return None, family.image_mean, family.image_std
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: cannot load the image processor of {name!r}: {reason}") from error
     size = (processor.crop_size if getattr(processor, "do_center_crop", False) else None) or processor.size
     mean, std = processor.image_mean or family.image_mean, processor.image_std or family.image_std
     return size.get("height") or size.get("shortest_edge"), list(mean), list(std)
