@@ -4,8 +4,8 @@ configs."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -86,6 +86,7 @@ class Architecture:
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")
+EMBEDDINGS = "embeddings"  # a part of every family: inside the language model, but apart from it where it is named
 
 LLAVA_LIKE = Architecture(
     {
@@ -186,14 +187,30 @@ def _submodels(model: nn.Module, config_type: type) -> tuple[str, ...]:
     return tuple(found)
 
 
+def find_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Region]:
+    """Where the parts named in `parts` live. The input embeddings belong to the language model unless they are
+    named. Raises UserError."""
+    regions = {name: find_part(model, name) for name in names}
+    own = regions.get(EMBEDDINGS)
+    if own is not None:
+        for name, region in regions.items():
+            if name != EMBEDDINGS and region.holds(own.path) and region.roots != own.roots:
+                regions[name] = replace(region, without=(*region.without, *own.roots))
+    return regions
+
+
 def find_part(model: nn.Module, name: str) -> Region:
-    """Where a part named in `parts` lives: one of the family's own, a dotted module path, or `""` for the root."""
+    """Where one part lives: one of the family's own, `embeddings` (the input's), a dotted module path, or `""` for the
+    root. Raises UserError."""
     known = architecture_of(model).resolve(model)
     if name in known:
         return known[name]
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if name == EMBEDDINGS and table is not None:
+        return Region(tuple(path for path, module in model.named_modules() if module is table))
     if name == "" or name in dict(model.named_modules()):
         return Region((name,))
-    choices = ", ".join(known) or "none by name"
+    choices = ", ".join([*known, EMBEDDINGS]) if known else "none by name"
     raise UserError(
         f"parts.{name}: {type(model).__name__} has no such part.{nearest(name, list(known))} "
         f"Its parts: {choices}; a dotted module path works too"

@@ -23,8 +23,9 @@ from mmdora.adapters.layer import Projection
 from mmdora.attention import explicit_where_named
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
-from mmdora.peft_format import MAGNITUDE, PREFIX, Adapter, metadata, own_config, peft_config, read_adapter
-from mmdora.zero import gathered
+from mmdora.peft_format import MAGNITUDE, PREFIX, VALUES, Adapter, metadata, own_config, peft_config, read_adapter
+from mmdora.tokens import check_rows, load_rows, new_tokens, rows_contents, rows_of, train_rows
+from mmdora.zero import gathered, true_shape
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -70,10 +71,13 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
         for key, tensor in _state(model.get_submodule(path), path).items():
             with gathered([tensor]):
                 tensors[f"{PREFIX}{key}"] = _cpu(tensor)
+    rows = rows_contents(model)
+    tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     base = getattr(model, "name_or_path", None) or None
-    config = (peft_config if in_peft else own_config)(base, specs, record.whole)
+    ids = {path: ids for path, (ids, _) in rows.items()}
+    config = (peft_config if in_peft else own_config)(base, specs, record.whole, ids)
     projections = {path: owners[id(layer.vera[name])] for path, layer in layers.items() if specs[path].use_vera}
-    return tensors, config, metadata(specs, record.parts, projections)
+    return tensors, config, metadata(specs, record.parts, projections, new_tokens(model))
 
 
 def _as_dora(layer: AdapterLayer, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +112,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     for path, spec in adapter.specs.items():
         _add(wrap(model, path), name, spec, adapter, path, projections)
     _copy_whole(model, adapter)
-    records(model)[name] = AdapterRecord(adapter.parts, whole)
+    load_rows(model, adapter)
+    records(model)[name] = AdapterRecord(adapter.parts, whole, train_rows(model))
     set_adapter(model, name)
 
 
@@ -136,7 +141,8 @@ def swap_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             for parameter in layer.adapter_tensors(name).values():
                 parameter.requires_grad_(trained)
     _copy_whole(model, adapter)
-    records(model)[name] = AdapterRecord(adapter.parts, whole)
+    load_rows(model, adapter)
+    records(model)[name] = AdapterRecord(adapter.parts, whole, records(model)[name].rows)
 
 
 def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
@@ -150,6 +156,7 @@ def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
     for path, layer in layers.items():
         _copy_layer(layer, name, adapter.layers[path])
     _copy_whole(model, adapter)
+    load_rows(model, adapter)
 
 
 def _check_same_layers(model: nn.Module, adapter: Adapter, name: str) -> list[str]:
@@ -158,7 +165,9 @@ def _check_same_layers(model: nn.Module, adapter: Adapter, name: str) -> list[st
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
     whole = _check_fits(model, adapter)
     here = dict.fromkeys(path for path, _ in adapter_layers(model, name))
-    for mine, theirs in ((list(here), list(adapter.specs)), (records(model)[name].whole, whole)):
+    record = records(model)[name]
+    tuned = ((list(here), list(adapter.specs)), (record.whole, whole), (record.rows, rows_of(model, adapter)))
+    for mine, theirs in tuned:
         if odd := sorted(set(mine) ^ set(theirs)):
             raise UserError(f"{adapter.folder}: made with other `parts`: {odd[0]} is tuned in only one of the two")
     return whole
@@ -219,6 +228,7 @@ def _check_fits(model: nn.Module, adapter: Adapter) -> list[str]:
                 raise UserError(f"{where} has shape {list(found[suffix].shape)}; this model needs {list(shape)}")
         if spec.use_vera:
             _check_projection(model, adapter, path, spec.rank)
+    check_rows(model, adapter)
     here = _state(model)
     for path, tensor in adapter.base.items():
         mine = here.get(f"{path}.weight")
@@ -227,7 +237,7 @@ def _check_fits(model: nn.Module, adapter: Adapter) -> list[str]:
                 f"{adapter.folder}: tensor {PREFIX}{path}.base_layer.weight is of another base than this model's"
             )
     for key, tensor in adapter.whole.items():
-        needed = _true_shape(here[key]) if key in here else None
+        needed = true_shape(here[key]) if key in here else None
         if needed != tuple(tensor.shape):
             wanted = "has no such parameter" if needed is None else f"needs {list(needed)}"
             raise UserError(
@@ -257,10 +267,6 @@ def _check_projection(model: nn.Module, adapter: Adapter, path: str, rank: int) 
                 f"{adapter.folder}: tensor {PREFIX}{owner}.{suffix} has shape {list(shape)}; {path} needs "
                 f"at least {list(least)}"
             )
-
-
-def _true_shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _cpu(tensor: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
 from mmdora.adapters.base import Plan
 from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
-from mmdora.architectures import Region, architecture_of, find_part, is_inside
+from mmdora.architectures import Region, architecture_of, find_parts, is_inside
 from mmdora.attention import explicit_attention
 from mmdora.config import PartConfig
 from mmdora.errors import UserError
+from mmdora.tokens import NEW_TOKENS, VALUES, fold_rows, token_rows, train_rows
 from mmdora.zero import numel
 
 
@@ -52,6 +53,12 @@ class AdapterRecord:
 
     parts: dict[str, PartConfig]
     whole: list[str] = field(default_factory=list)  # paths of the modules that are trained in full
+    rows: list[str] = field(default_factory=list)  # paths of the tables whose rows for new tokens are trained
+
+    @property
+    def owned(self) -> list[str]:
+        """Weights of the model itself, of which it has one set."""
+        return [*self.whole, *self.rows]
 
 
 def records(model: nn.Module) -> dict[str, AdapterRecord]:
@@ -64,11 +71,11 @@ def records(model: nn.Module) -> dict[str, AdapterRecord]:
 def inject_adapters(
     model: nn.Module, parts: Mapping[str, PartConfig | Mapping[str, Any]], name: str = "default"
 ) -> InjectionReport:
-    """Adapt the parts of `model` in place; everything that is not named is frozen.
+    """Adapt the parts of `model` in place; everything that is not named is frozen, but for the rows of new tokens.
 
-    `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, a dotted module path, or `""` for the root) to
-    its settings, as in a run's YAML. The model computes what it computed before, until it is trained. Raises
-    UserError for a part, method or target that does not exist; nothing is then adapted or frozen.
+    `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, `embeddings`, a dotted module path, or `""` for
+    the root) to its settings, as in a run's YAML. The model computes what it computed before, until it is trained.
+    Raises UserError for a part, method or target that does not exist; nothing is then adapted or frozen.
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
@@ -79,14 +86,15 @@ def inject_adapters(
             f"parts.{full[0]}: the weights are those of the adapter {next(iter(records(model)))!r} too, so "
             "they cannot be trained in full for another one"
         )
-    model.requires_grad_(False)
     whole: list[str] = []
+    fold_rows(model, [path for plan in plans.values() for path in plan.whole])  # full training trains them too
+    model.requires_grad_(False)
     for part, config in configs.items():
         for module in plans[part].whole:
             model.get_submodule(module).requires_grad_(True)
         whole += plans[part].whole
         ADAPTERS[config.method]().apply(model, regions[part], plans[part].layers, name)
-    records(model)[name] = AdapterRecord(configs, whole)
+    records(model)[name] = AdapterRecord(configs, whole, train_rows(model))
     set_adapter(model, name)
     return _report(model, configs, regions, plans)
 
@@ -99,10 +107,10 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise UserError(
             f"an adapter cannot be named {name!r}: letters, digits, - and _ only, and no name of torch's own"
         )
-    trained = [other for other, record in records(model).items() if record.whole]
+    trained = [other for other, record in records(model).items() if record.owned]
     if trained:
         raise UserError(
-            f"the adapter {trained[0]!r} holds weights trained in full ({records(model)[trained[0]].whole[0]}), "
+            f"the adapter {trained[0]!r} holds weights of the model itself ({records(model)[trained[0]].owned[0]}), "
             "of which a model has one set: put the second adapter on a base of its own, or swap (swap_adapter)"
         )
 
@@ -113,7 +121,7 @@ def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
     that hides its layers is made explicit, which does not change what it computes. Raises UserError.
     """
-    regions = {part: find_part(model, part) for part in configs}
+    regions = find_parts(model, configs)
     plans = {}
     for part, config in configs.items():
         method = ADAPTERS[config.method]()
@@ -121,6 +129,13 @@ def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[
             _explicit(model, regions[part])
         plans[part] = method.plan(model, part, regions[part], config)
     _check_disjoint(plans)
+    rows = [path for path, _ in token_rows(model)]
+    for part, plan in plans.items():
+        if both := sorted(set(rows) & set(plan.layers)):
+            raise UserError(
+                f"parts.{part}: {both[0]} holds rows of new tokens, which a low-rank adapter on the whole table would "
+                "change again; leave it out, or train it in full"
+            )
     return regions, plans
 
 
@@ -236,10 +251,16 @@ def _report(
         tuned = [*plan.whole, *plan.layers]
         could = [join(region.path, p) for p, m in layers_inside(model, region).items() if is_weight(m)]
         skipped = [p for p in could if not any(is_inside(p, path) for path in tuned)]
-        parameters = [p for _, p in region.named_parameters(model)]
+        parameters = [p for n, p in region.named_parameters(model) if not n.endswith(VALUES)]
         trainable = sum(numel(p) for p in parameters if p.requires_grad)
         total = sum(numel(p) for p in parameters)
         reports.append(PartReport(part, region.path, config.method, tuned, skipped, trainable, total))
+    paths = [path for path, _ in token_rows(model)]
+    if paths:
+        values = {id(p): p for n, p in model.named_parameters() if n.endswith(VALUES)}.values()
+        tables: list[Any] = [model.get_submodule(path) for path in paths]
+        size = sum(numel(weight) for weight in {id(t.weight): t.weight for t in tables}.values())
+        reports.append(PartReport(NEW_TOKENS, "", "rows", paths, [], sum(numel(p) for p in values), size))
     parameters = list(model.parameters())
     return InjectionReport(
         reports, sum(numel(p) for p in parameters if p.requires_grad), sum(numel(p) for p in parameters)

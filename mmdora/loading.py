@@ -15,6 +15,7 @@ from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
 from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
+from mmdora.tokens import add_tokens
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 from mmdora.zero import whole_models
@@ -30,6 +31,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             model.to(getattr(torch, config.dtype))
         else:
             model, processor = _load_whole(config, config.path)
+        if config.new_tokens:
+            add_tokens(model, processor, config.new_tokens)
     if config.chat_template is not None:
         template = find_path(config.chat_template)
         if not template.is_file():

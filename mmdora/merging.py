@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.experts import AdaptedExperts
@@ -19,7 +18,8 @@ from mmdora.adapters.siblings import share_reads
 from mmdora.checkpoint import write_adapter
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
-from mmdora.peft_format import PREFIX, metadata, peft_config
+from mmdora.peft_format import PREFIX, VALUES, metadata, peft_config
+from mmdora.tokens import fold_rows, new_tokens, rows_contents, tied_embeddings, token_rows
 
 # A row whose weights the sum scales by less than this has no direction left to write the sum with.
 LEAST_SCALE = 1e-3
@@ -36,7 +36,7 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
         raise UserError("the model is merged already, and could not be unmerged twice: unmerge_adapters(model) first")
     if name is not None:
         set_adapter(model, name)
-    tied = _tied_embeddings(model)
+    tied = tied_embeddings(model)
     aside = []
     for _, layer in list(adapter_layers(model)):
         changed = [layer, layer.block] if isinstance(layer, AdaptedExperts) else [layer]
@@ -45,9 +45,11 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
             layer.merge(layer.active)
         else:
             layer.unwrap()
+    aside += [_snapshot(model.get_submodule(path)) for path, _ in token_rows(model)] if reversible else []
+    fold_rows(model)
     if reversible:
         model.__dict__["_mmdora_merged"] = (aside, dict(records(model)), tied)
-    if tied and not _tied_embeddings(model):
+    if tied and not tied_embeddings(model):
         _set_tied(model, False)
     records(model).clear()
     return model
@@ -70,17 +72,9 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _snapshot(module: nn.Module) -> tuple[nn.Module, type[nn.Module], dict[str, Any]]:
-    state = {k: dict(v) if k in ("_parameters", "_modules", "_buffers") else v for k, v in module.__dict__.items()}
+    held = ("_parameters", "_modules", "_buffers", "_forward_hooks")
+    state = {k: v.copy() if k in held else v for k, v in module.__dict__.items()}
     return module, type(module), state
-
-
-def _tied_embeddings(model: nn.Module) -> bool:
-    """Whether the input and the output embeddings are one parameter."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    inside: Any = model.get_input_embeddings()
-    out: Any = model.get_output_embeddings()
-    return out is not None and inside.weight is out.weight
 
 
 def _set_tied(model: nn.Module, tied: bool) -> None:
@@ -190,8 +184,11 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
     for path in whole:
         for key, tensor in model.get_submodule(path).state_dict(prefix=f"{path}." if path else "").items():
             tensors[f"{PREFIX}{key}"] = tensor.detach().cpu().clone()
-    config = peft_config(getattr(model, "name_or_path", None) or None, specs, whole)
-    write_adapter(Path(folder), tensors, config, metadata(specs, {}, {}))
+    rows = rows_contents(model)
+    tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
+    ids = {path: ids for path, (ids, _) in rows.items()}
+    config = peft_config(getattr(model, "name_or_path", None) or None, specs, whole, ids)
+    write_adapter(Path(folder), tensors, config, metadata(specs, {}, {}, new_tokens(model)))
     errors = {path: miss / size if size else 0.0 for path, (miss, size) in missed.items()}
     size = math.sqrt(sum(size**2 for _, size in missed.values()))
     return LoRAExport(rank, errors, math.sqrt(sum(m**2 for m, _ in missed.values())) / size if size else 0.0)

@@ -31,15 +31,18 @@ OWN_TYPE = "MMDORA"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 SUFFIXES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")
+VALUES = "token_adapter.trainable_tokens_delta"  # of tokens' rows: values, for all that PEFT calls them a delta
 SPEC = TypeAdapter(LowRankSpec)
+TOKENS = TypeAdapter(dict[str, int])
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False, lt=1e9)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
 # PEFT's settings that do not change what the tensors mean; any other that is set is one that we do not compute.
 UNDERSTOOD = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
     *("bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
     *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "eva_config", "qalora_group_size"),
-    *("runtime_config", "mmdora_dropout"),
+    *("runtime_config", "trainable_token_indices", "mmdora_dropout"),
 }
 # Starts that leave the base's weights as they are; with the others, the tensors belong to a changed base.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -55,6 +58,7 @@ class _Settings(BaseModel):
     modules_to_save: list[str] | None = None
     use_dora: bool | None = False
     use_rslora: bool | None = False
+    trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Adapter:
     base: dict[str, Tensor]  # by layer path: weights of the base, which PEFT saves with an adapted embedding
     parts: dict[str, PartConfig]
     shared: dict[str, str]  # by layer path: the layer whose `vera_A` and `vera_B` it shares
+    rows: dict[str, dict[int, Tensor]]  # by the path of a table: rows of tokens, by their ids, which rise
+    new_tokens: dict[str, int]  # what the run gave the vocabulary, with the ids
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -78,6 +84,7 @@ def read_adapter(folder: Path) -> Adapter:
     layers: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
     for key, tensor in tensors.items():
         _check_tensor(folder, key, tensor)
         if "dora_scale" in key or key.startswith(("lora_unet_", "lora_te_", "lycoris_")):
@@ -91,6 +98,9 @@ def read_adapter(folder: Path) -> Adapter:
         suffix = next((s for s in SUFFIXES if stem.endswith(f".{s}")), None)
         if suffix:
             layers.setdefault(stem.removesuffix(f".{suffix}"), {})[suffix] = tensor
+        elif stem.endswith(f".{VALUES}"):
+            path = stem.removesuffix(f".{VALUES}")
+            rows[path] = _rows(folder, path, tensor, config.get("trainable_token_indices"))
         elif stem.endswith(".base_layer.weight"):
             base[stem.removesuffix(".base_layer.weight")] = tensor
         elif re.search(r"(^|[._])(lora|dora|vera|hada|lokr|oft|ia3)_", stem):
@@ -104,12 +114,16 @@ def read_adapter(folder: Path) -> Adapter:
             assert spec.rank >= 0
         parts = {part: PartConfig.model_validate(value) for part, value in about.get("parts", {}).items()}
         shared = {str(path): str(owner) for path, owner in about.get("shared", {}).items()}
+        new_tokens = TOKENS.validate_python(about.get("new_tokens", {}))
     except (AttributeError, AssertionError, ValidationError) as error:
         raise UserError(f"{folder}: its 'mmdora' metadata is damaged ({error})") from error
     if config["peft_type"] == OWN_TYPE and (missing := sorted(set(layers) - set(own))):
         raise UserError(f"{folder}: its 'mmdora' metadata says nothing of {missing[0]}")
     specs = {path: own.get(path) or _spec(folder, path, found, config) for path, found in layers.items()}
-    return Adapter(folder, specs, layers, whole, list(config.get("modules_to_save") or []), base, parts, shared)
+    if both := sorted(set(rows) & set(layers)):
+        raise UserError(f"{folder}: {both[0]} has rows of tokens and a low-rank adapter; only one of them is supported")
+    whole_paths = list(config.get("modules_to_save") or [])
+    return Adapter(folder, specs, layers, whole, whole_paths, base, parts, shared, rows, new_tokens)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -167,7 +181,7 @@ def _check_tensor(folder: Path, key: str, tensor: Any) -> None:
     """Raise UserError for what no adapter holds: anything but dense, finite numbers."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise UserError(f"{folder}: {key!r} is not a dense tensor")
-    if ("lora_" in key or "vera_" in key) and not tensor.is_floating_point():
+    if any(word in key for word in ("lora_", "vera_", "token_adapter")) and not tensor.is_floating_point():
         raise UserError(f"{folder}: tensor {key!r} has dtype {tensor.dtype}; an adapter holds floating-point numbers")
     if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
         raise UserError(f"{folder}: tensor {key!r} holds NaN or infinity")
@@ -196,7 +210,22 @@ def _spec(folder: Path, path: str, found: dict[str, Tensor], config: dict[str, A
     )
 
 
-def peft_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str]) -> dict[str, Any]:
+def _rows(folder: Path, path: str, tensor: Tensor, indices: Any) -> dict[int, Tensor]:
+    """The rows of one table [k, d] by token id. PEFT names the tables by the ends of their paths, or not at all where
+    the only one is the input embeddings."""
+    named = indices if isinstance(indices, dict) else {path: indices or []}
+    ids = next((found for end, found in named.items() if path == end or path.endswith(f".{end}")), [])
+    if tensor.dim() != 2 or len(ids) != len(tensor) or len(set(ids)) != len(ids):
+        raise UserError(
+            f"{folder}: tensor {PREFIX}{path}.{VALUES} has shape {list(tensor.shape)}, and 'trainable_token_indices' "
+            f"names {len(set(ids))} tokens for it"
+        )
+    return dict(sorted(zip(ids, tensor, strict=True), key=lambda row: row[0]))
+
+
+def peft_config(
+    base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str], rows: Mapping[str, list[int]]
+) -> dict[str, Any]:
     """`adapter_config.json`. Where layers differ in rsLoRA, alpha is restated so that alpha / r is each layer's
     scale."""
     dora = any(spec.use_dora for spec in specs.values())
@@ -219,6 +248,7 @@ def peft_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[
         "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(path)}": a for path, a in alphas.items() if a != alpha},
         "modules_to_save": whole or None,
+        "trainable_token_indices": dict(rows) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -229,7 +259,9 @@ def peft_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[
     return config
 
 
-def own_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str]) -> dict[str, Any]:
+def own_config(
+    base: str | None, specs: Mapping[str, LowRankSpec], whole: list[str], rows: Mapping[str, list[int]]
+) -> dict[str, Any]:
     """`adapter_config.json` of what PEFT has no layers for: it says so to a reader, and PEFT refuses its type."""
     methods = sorted({"dvora" if s.use_vera else "dora" if s.use_dora else "lora" for s in specs.values()})
     return {
@@ -238,16 +270,21 @@ def own_config(base: str | None, specs: Mapping[str, LowRankSpec], whole: list[s
         "methods": methods,
         "target_modules": sorted(specs),
         "modules_to_save": whole or None,
+        "trainable_token_indices": dict(rows) or None,
     }
 
 
 def metadata(
-    specs: Mapping[str, LowRankSpec], parts: Mapping[str, PartConfig], shared: Mapping[str, str]
+    specs: Mapping[str, LowRankSpec],
+    parts: Mapping[str, PartConfig],
+    shared: Mapping[str, str],
+    new_tokens: Mapping[str, int],
 ) -> dict[str, str]:
     """What the file says beside its tensors: every layer's true settings, and the parts that they come from."""
     about = {
         "specs": {path: asdict(spec) for path, spec in specs.items()},
         "parts": {part: config.model_dump(mode="json") for part, config in parts.items()},
         "shared": dict(shared),
+        "new_tokens": dict(new_tokens),
     }
     return {"format": "pt", "mmdora": json.dumps(about)}

@@ -104,6 +104,7 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
 
     from mmdora.checkpoint import load_adapter
     from mmdora.loading import load_model
+    from mmdora.peft_format import read_adapter
 
     run = RunDir(Path(target))
     if run.config_file.is_file():
@@ -120,7 +121,8 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
         base = about.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{target}: its adapter_config.json does not name the base model")
-        model, processor = load_model(ModelConfig(path=base, **options))
+        tokens = list(read_adapter(run.path).new_tokens)
+        model, processor = load_model(ModelConfig(path=base, new_tokens=tokens, **options))
         load_adapter(model, run.path)
         return Loaded(on_device(model).eval(), processor, VideoConfig(), None)
     model, processor = load_model(ModelConfig(path=target, **options))

@@ -46,6 +46,11 @@ def numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def true_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's true shape, while it is partitioned too."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
     return getattr(parameter, "ds_tensor", parameter).detach()

@@ -43,17 +43,18 @@ class AdaptedEmbedding(AdapterLayer, nn.Embedding):
             y = y + spec.scale * (self._look_up(x, a.T.to(y.dtype)) @ b.T.to(y.dtype))
         if spec.use_dora:
             y = y * self.gain(name).to(y.dtype)
-        return self._scaled(y)
+        return scaled(self, y)
 
     def plain(self, x: Tensor) -> Tensor:
-        return self._scaled(self._look_up(x, self.weight))
-
-    def _scaled(self, y: Tensor) -> Tensor:
-        """By what transformers multiplies some models' embeddings with."""
-        scale = getattr(self, "embed_scale", None)
-        return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
+        return scaled(self, self._look_up(x, self.weight))
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
         return F.embedding(
             x, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
+
+
+def scaled(table: nn.Module, y: Tensor) -> Tensor:
+    """Embeddings times what transformers multiplies those of some models with."""
+    scale = getattr(table, "embed_scale", None)
+    return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)

@@ -13,11 +13,12 @@ from transformers import Trainer, TrainerCallback
 
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
-from mmdora.architectures import find_part
+from mmdora.architectures import find_parts
 from mmdora.blocks import rate_factors
 from mmdora.checkpoint import load_weights, save_adapter
-from mmdora.config import RunConfig
-from mmdora.zero import local_shard, read_in_forward
+from mmdora.config import PartConfig, RunConfig
+from mmdora.tokens import NEW_TOKENS, VALUES
+from mmdora.zero import local_shard, read_in_forward, true_shape
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,9 @@ class AdapterTrainer(Trainer):
         """Every trainable parameter must have moved after the first steps; one that has not is wired to nothing."""
         if self._start is None:
             watched = {id(p) for g in self.optimizer.param_groups for p in g["params"] if g["initial_lr"] > 0}
-            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            # A new token's row waits for the first sample that has the token.
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in trained if not n.endswith(VALUES)]
             # DeepSpeed puts flat copies into the optimizer's groups: then all are watched.
             some = any(id(p) in watched for _, p in named)
             self._start = {n: local_shard(p).clone() for n, p in named if id(p) in watched or not some}
@@ -130,20 +133,23 @@ class AdapterTrainer(Trainer):
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
 
-    Norms, biases and magnitudes are not decayed.
+    Norms, biases, magnitudes and the rows of new tokens are not decayed.
     """
     settings = config.training
-    regions = {part: find_part(model, part) for part in config.parts}
+    regions = find_parts(model, config.parts)
     decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
     factors = {part: rate_factors(model, part, regions[part], decay) for part, decay in decays.items()}
     groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        inside = [part for part, region in regions.items() if region.holds(name)]
-        part = max(inside, key=lambda p: len(regions[p].path))
-        options = config.parts[part]
-        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        if name.endswith(VALUES):
+            part, options = NEW_TOKENS, PartConfig(method="full", weight_decay=0.0)
+        else:
+            inside = [part for part, region in regions.items() if region.holds(name)]
+            part = max(inside, key=lambda p: len(regions[p].path))
+            options = config.parts[part]
+        is_matrix = len(true_shape(parameter)) >= 2
         decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
         rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
         rate *= factors[part][name] if part in factors else 1.0

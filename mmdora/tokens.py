@@ -1,0 +1,254 @@
+"""New tokens: their rows of the embeddings and of the head are trained, while all other rows stay frozen.
+
+A row lives beside its table as a parameter of its own, under the name that PEFT's `trainable_token_indices` gives it,
+and takes the place of the table's row in what the module returns. So the optimizer holds nothing for the rest of the
+vocabulary, and an adapter's file holds just these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdora.adapters.embedding import scaled
+from mmdora.adapters.layer import AdapterLayer
+from mmdora.architectures import is_inside
+from mmdora.errors import UserError
+from mmdora.peft_format import PREFIX, VALUES, Adapter
+from mmdora.zero import gathered, true_shape
+
+ROWS = "token_adapter"  # PEFT's name for the module; VALUES is that of its parameter
+NEW_TOKENS = "new tokens"  # what tables of results call these rows
+FILLED = 64  # a table grows to a multiple of it: tensor cores want that
+
+
+class TokenRows(nn.Module):
+    """Rows of a table that is an embedding [vocabulary, d] or a head (d → vocabulary).
+
+    `trainable_tokens_delta` [k, d] is in fp32, since bf16 would round small updates away; `token_indices` [k] rise.
+    """
+
+    token_indices: Tensor
+
+    def __init__(self, ids: Sequence[int], values: Tensor):
+        super().__init__()
+        assert list(ids) == sorted(set(ids))
+        self.register_buffer("token_indices", torch.tensor(ids, device=values.device), persistent=False)
+        self.trainable_tokens_delta = nn.Parameter(values.detach().float().clone())
+
+    @property
+    def ids(self) -> list[int]:
+        return self.token_indices.tolist()
+
+    def forward(self, table: Any, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, which `table` makes of `x`, with these rows in the place of the table's."""
+        rows = self.trainable_tokens_delta
+        if isinstance(table, nn.Embedding):
+            slot = torch.searchsorted(self.token_indices, x).clamp(max=len(rows) - 1)
+            ours = self.token_indices[slot] == x
+            return torch.where(ours[..., None], scaled(table, F.embedding(slot, rows).to(y.dtype)), y)
+        bias = None if getattr(table, "bias", None) is None else table.bias[self.token_indices]
+        return y.index_copy(-1, self.token_indices, F.linear(x, rows.to(x.dtype), bias).to(y.dtype))
+
+
+def _replace(table: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return table.get_submodule(ROWS)(table, args[0], y)
+
+
+def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
+    """Give the tokenizer and the model new tokens, in place; returns their ids. What trains later are their rows alone.
+
+    `processor` is a processor or a tokenizer. The tables grow where they are full. A token starts as the mean of the
+    pieces that its text was split into until now; it is never split again, and stays in decoded answers. Raises
+    UserError for a token that is there already.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if list(token_rows(model)):
+        raise UserError("the model has new tokens already; add all of them at once")
+    for i, token in enumerate(tokens):
+        if token in tokenizer.get_vocab() or token in tokens[:i]:
+            raise UserError(f"new_tokens: {token!r} is in the vocabulary already; name each new token once")
+        if not token.strip():
+            raise UserError(f"new_tokens: {token!r} is blank; a token needs a text of its own")
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    order = sorted(range(len(ids)), key=lambda i: ids[i])
+    _grow(model, max(ids) + 1)
+    tied = tied_embeddings(model)
+    for path, table in _tables(model).items():
+        if tied and table is model.get_output_embeddings():
+            put_rows(model, path, shared=model.get_input_embeddings().get_submodule(ROWS))
+            continue
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                tensor = getattr(table, name, None)
+                if tensor is not None:
+                    for token, piece in zip(ids, pieces, strict=True):
+                        tensor[token] = tensor[piece].float().mean(0)
+        put_rows(model, path, [ids[i] for i in order], table.weight[[ids[i] for i in order]])
+    model.__dict__["_mmdora_new_tokens"] = dict(zip(tokens, ids, strict=True))
+    return ids
+
+
+def new_tokens(model: nn.Module) -> dict[str, int]:
+    """The tokens that `add_tokens` gave the model, with their ids."""
+    return model.__dict__.get("_mmdora_new_tokens", {})
+
+
+def token_rows(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
+    """Every table with rows of its own, by the table's path; tied tables share one module."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TokenRows):
+            yield path.removesuffix(f".{ROWS}"), module
+
+
+def train_rows(model: nn.Module) -> list[str]:
+    """Let all rows be trained; returns the paths of their tables, of tied ones that of the input embeddings."""
+    owners = _owners(model)
+    for rows in owners:
+        rows.requires_grad_(True)
+    return list(owners.values())
+
+
+def rows_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
+    """The ids and values [k, d] of each table's rows, gathered and on the CPU; tied tables each have theirs, since PEFT
+    does not find out for every model that they are tied."""
+    found = {}
+    for path, rows in token_rows(model):
+        with gathered([rows.trainable_tokens_delta]):
+            found[path] = (rows.ids, rows.trainable_tokens_delta.detach().to("cpu", copy=True).contiguous())
+    return found
+
+
+def rows_of(model: nn.Module, adapter: Adapter) -> list[str]:
+    """The tables of a directory's rows as `train_rows` would name them."""
+    owners = _owners(model)
+    shared = {path for path, rows in token_rows(model) if owners[rows] != path}
+    return [path for path in adapter.rows if path not in shared]
+
+
+def _owners(model: nn.Module) -> dict[TokenRows, str]:
+    """Each set of rows with the path of its first table."""
+    return {rows: path for path, rows in reversed(list(token_rows(model)))}
+
+
+def put_rows(
+    model: nn.Module,
+    path: str,
+    ids: Sequence[int] = (),
+    values: Tensor | None = None,
+    shared: nn.Module | None = None,
+) -> None:
+    """Rows for the table at `path`: these values, or those of the table that it is tied to."""
+    table: Any = model.get_submodule(path)
+    if shared is None:
+        assert values is not None
+        shared = TokenRows(ids, values.to(table.weight.device))
+    table.add_module(ROWS, shared)
+    table.register_forward_hook(_replace)
+
+
+@torch.no_grad()
+def fold_rows(model: Any, inside: Collection[str] = ("",)) -> None:
+    """Write the rows of all tables inside these modules, and of those tied to them, into the tables, which become plain
+    ones again with new weights."""
+    tied = tied_embeddings(model)
+    found = dict(token_rows(model))
+    chosen = [path for path in found if any(is_inside(path, outer) for outer in inside)]
+    for path in list(found) if tied and chosen else chosen:
+        table: Any = model.get_submodule(path)
+        rows = found[path]
+        if not (tied and table is model.get_output_embeddings()):
+            weight = table.weight.detach().clone()
+            weight[rows.token_indices] = rows.trainable_tokens_delta.to(weight.dtype)
+            table.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        remove_rows(table)
+    if tied and chosen:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def check_rows(model: nn.Module, adapter: Adapter) -> None:
+    """Raise UserError unless the model has a place for all rows of an adapter directory."""
+    here = dict(token_rows(model))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, rows in adapter.rows.items():
+        table: Any = modules.get(path)
+        width = len(next(iter(rows.values())))
+        where = f"{adapter.folder}: tensor {PREFIX}{path}.{VALUES}"
+        if not isinstance(table, nn.Embedding | nn.Linear) or isinstance(table, AdapterLayer):
+            there = "is not in this model" if table is None else f"is a {type(table).__name__}, which can have no rows"
+            raise UserError(f"{where}: {path} {there}")
+        if true_shape(table.weight)[1] != width:
+            raise UserError(f"{where} has rows of {width} numbers; this model needs {true_shape(table.weight)[1]}")
+        missing = max(rows) >= true_shape(table.weight)[0] or (path in here and here[path].ids != list(rows))
+        if missing:
+            named = f" ({', '.join(adapter.new_tokens)})" if adapter.new_tokens else ""
+            raise UserError(
+                f"{where} is of tokens {min(rows)} to {max(rows)}{named}, which are not those of this model; give "
+                "them to it first: model.new_tokens in a config, mmdora.add_tokens in Python"
+            )
+
+
+@torch.no_grad()
+def load_rows(model: Any, adapter: Adapter) -> None:
+    """Put the rows of a checked directory on the model, or copy them where it has such rows."""
+    here = dict(token_rows(model))
+    inside, out = (_embeddings(model, which) for which in ("input", "output"))
+    for path, rows in adapter.rows.items():
+        if path in here:
+            with gathered([here[path].trainable_tokens_delta], write=True):
+                here[path].trainable_tokens_delta.copy_(torch.stack(list(rows.values())))
+        elif ROWS not in model.get_submodule(path)._modules:
+            put_rows(model, path, list(rows), torch.stack(list(rows.values())))
+        if tied_embeddings(model) and model.get_submodule(path) is inside and ROWS not in out._modules:
+            put_rows(model, _path(model, out), shared=inside.get_submodule(ROWS))
+
+
+def remove_rows(table: nn.Module) -> None:
+    """The table as it was before it had rows of its own."""
+    del table._modules[ROWS]
+    for key in [key for key, hook in table._forward_hooks.items() if hook is _replace]:
+        del table._forward_hooks[key]
+
+
+def tied_embeddings(model: Any) -> bool:
+    """Whether the input and the output embeddings are one parameter."""
+    inside, out = _embeddings(model, "input"), _embeddings(model, "output")
+    return inside is not None and out is not None and inside.weight is out.weight
+
+
+def _embeddings(model: Any, which: str) -> Any:
+    getter = getattr(model, f"get_{which}_embeddings", None)
+    return None if getter is None else getter()
+
+
+def _tables(model: Any) -> dict[str, Any]:
+    """The input embeddings and the head, where there is one, by path."""
+    wanted = [table for table in (_embeddings(model, "input"), _embeddings(model, "output")) if table is not None]
+    if not wanted or not all(isinstance(table, nn.Embedding | nn.Linear) for table in wanted):
+        raise UserError(f"new_tokens: {type(model).__name__} has no table of embeddings that could take them")
+    return {_path(model, table): table for table in wanted}
+
+
+def _path(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+@torch.no_grad()
+def _grow(model: Any, rows: int) -> None:
+    """Make room for so many tokens; the rows that no token has yet are the mean of those before."""
+    before = len(next(iter(_tables(model).values())).weight)
+    if rows <= before:
+        return
+    with torch.random.fork_rng():
+        model.resize_token_embeddings(rows, pad_to_multiple_of=FILLED, mean_resizing=False)
+    for table in _tables(model).values():
+        for tensor in (table.weight, getattr(table, "bias", None)):
+            if tensor is not None:
+                tensor[before:] = tensor[:before].float().mean(0)
