@@ -218,7 +218,7 @@ def test_merging_one_of_two_tied_embeddings_unties_them(part, tmp_path):
 def test_a_second_adapter_beside_weights_trained_in_full_is_refused():
     net = Net()
     mmdora.inject_adapters(net, {"up": DORA, "down": {"method": "full"}})
-    with pytest.raises(UserError, match="'default' holds weights trained in full"):
+    with pytest.raises(UserError, match="'default' holds weights of the model itself"):
         mmdora.inject_adapters(net, {"up": DORA}, name="b")
     other = Net()
     mmdora.inject_adapters(other, {"up": DORA})

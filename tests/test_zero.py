@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.test_runs import command, small
 
+TOKENS = "model.new_tokens=[<left>,<right>]"  # rows whose modules the engine must gather too
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
 
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is in
 def alone(world, tmp_path_factory) -> Path:
     """The same run in one process without DeepSpeed."""
     output = tmp_path_factory.mktemp("runs") / "alone"
-    assert command("train", *small(world, output)) == 0
+    assert command("train", *small(world, output), TOKENS) == 0
     return output
 
 
@@ -73,14 +74,15 @@ LAUNCHERS = {
 def test_two_processes_train_what_one_does(world, alone, tmp_path, stage):
     """Stage 3 under torchrun, stage 2 under deepspeed: the adapter is complete, and close to the single process's."""
     output = tmp_path / stage
-    arguments = [*small(world, output), f"training.deepspeed={stage}"]
+    arguments = [*small(world, output), TOKENS, f"training.deepspeed={stage}"]
     done = launch(LAUNCHERS[stage](), arguments, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     expected = load_file(alone / "adapter" / "adapter_model.safetensors")
     actual = load_file(output / "adapter" / "adapter_model.safetensors")
     assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
     for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, atol=1e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        # By norm: where a gradient is all but zero, Adam's first steps are as large as any, and go by its rounding.
+        assert (actual[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (output, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     ours = (output / "eval" / "counting" / "scores.jsonl").read_text()
