@@ -115,7 +115,7 @@ IDEFICS_LIKE = Architecture(
 )
 for _entry, _names in (
     (LLAVA_LIKE, ("llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava")),
-    (LLAVA_LIKE, ("internvl", "paligemma", "gemma3")),
+    (LLAVA_LIKE, ("llava_resampler", "internvl", "paligemma", "gemma3")),
     (VIDEO_LLAVA, ("video_llava",)),
     (QWEN_LIKE, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")),
     (IDEFICS_LIKE, ("idefics3", "smolvlm")),

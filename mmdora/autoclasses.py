@@ -1,4 +1,5 @@
-"""transformers' Auto classes know mmdora's own vision encoders after a bare `import mmdora`.
+"""transformers' Auto classes know mmdora's own models after a bare `import mmdora`: its vision encoders, and LLaVA with
+a resampler.
 
 Registering them imports torch, which `import mmdora` must not do: the command line would take seconds to answer. So it
 waits until something else has imported the Auto classes.
@@ -16,32 +17,36 @@ from types import ModuleType
 from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-# What the encoders' files import: half-way through one of these, they cannot be imported yet.
-NEEDED = (AUTO_CONFIG, "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+MODELS = ("mmdora.vision_encoders", "mmdora.llava_resampler")  # each registers what it defines
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules in NEEDED as everyone else does, and hears when they are imported."""
+    """Finds transformers' modules as everyone else does, and hears when they are imported.
+
+    Many of them import the Auto classes half-way through, and mmdora's models need those modules whole: so it waits
+    until none is being imported.
+    """
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self.begun: set[str] = set()
-        self.done = {name for name in NEEDED if name in sys.modules}
+        self.running = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in NEEDED or fullname in self.asked:
+        if not fullname.startswith("transformers.") or fullname in self.asked:
             return None
         self.asked.add(fullname)  # the other finders answer the question that follows
         spec = importlib.util.find_spec(fullname)
+        self.asked.discard(fullname)  # one whose import fails is asked for again
         if spec is not None and spec.loader is not None:
             spec.loader = _Listening(spec.loader, self)
         return spec
 
-    def imported(self, name: str) -> None:
-        self.done.add(name)
-        if AUTO_CONFIG in self.done and self.begun <= self.done:
+    def end(self) -> None:
+        self.running -= 1
+        if self.running == 0 and AUTO_CONFIG in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
             _register()
 
 
@@ -54,16 +59,19 @@ class _Listening(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.finder.begun.add(module.__name__)
-        self.loader.exec_module(module)
-        self.finder.imported(module.__name__)
+        self.finder.running += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.finder.end()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)  # what else a loader is asked for: sources, resources
 
 
 def _register() -> None:
-    importlib.import_module("mmdora.vision_encoders")
+    for name in MODELS:
+        importlib.import_module(name)
 
 
 def register_when_needed() -> None:

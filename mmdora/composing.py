@@ -1,8 +1,8 @@
 """One model from a vision encoder, a projector and a causal language model: a stock LLaVA-OneVision model.
 
-The class is transformers' own, so a composed model is an ordinary Hugging Face directory. What the class leaves out of
-a language model, or reads in another way than a vision encoder writes it, is found here by running both, and is an
-error that says so.
+The class is transformers' own, so a composed model is an ordinary Hugging Face directory; with a resampler it is
+mmdora's (llava_resampler.py). What the class leaves out of a language model, or reads in another way than a vision
+encoder writes it, is found here by running both, and is an error that says so.
 """
 
 from __future__ import annotations
@@ -21,27 +21,36 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    SiglipImageProcessor,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
+from mmdora.llava_resampler import (
+    LlavaResamplerConfig,
+    LlavaResamplerForConditionalGeneration,
+    LlavaResamplerProcessor,
+)
 from mmdora.projectors import IDENTITY, make_linear
+from mmdora.resampler import Resampler
 from mmdora.vision_encoders import VISION_ENCODERS
 
 log = logging.getLogger(__name__)
 
 # A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
+NUM_QUERIES = 64  # of a resampler
 SEED = 0  # of what is new in a composed model: the same config gives the same model, and an adapter fits it again
 
 
 def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A stock LLaVA-OneVision model (images and videos) around a registered vision encoder and any causal LM, in
-    fp32. Raises UserError for a part that the class cannot hold."""
+    """A LLaVA model (images and videos) around a registered vision encoder and any causal LM, in fp32: a stock
+    LLaVA-OneVision, or mmdora's own class with a resampler. Raises UserError for a part that the class cannot hold."""
     assert config.vision_encoder is not None
     assert config.language_model is not None
     encoder = config.vision_encoder
@@ -51,20 +60,22 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         strategy = feature_strategy(tower, config.vision_feature_layer, f"{encoder.type}, {encoder.name}")
         language_model, tokenizer = load_language_model(config.language_model.path, config.trust_remote_code)
         probe = _Probe(language_model)  # before the configs join: a config without attention settings masks nothing
-        size = tower.config.image_size
-        grids = [[rows * size, columns * size] for rows, columns in GRIDS]
-        processor = make_processor(tower.config, tokenizer, grids, strategy)
-        llava = LlavaOnevisionConfig(
-            vision_config=tower.config,
-            text_config=language_model.config,
-            image_token_index=processor.image_token_id,
-            video_token_index=processor.video_token_id,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=strategy,
-            image_grid_pinpoints=grids,
-            tie_word_embeddings=language_model.config.tie_word_embeddings,
-            projector_hidden_act=IDENTITY if config.projector == "linear" else "gelu",
-        )
+        processor = make_processor(tower.config, tokenizer, strategy, config)
+        settings = {
+            "vision_config": tower.config,
+            "text_config": language_model.config,
+            "image_token_index": processor.image_token_id,
+            "video_token_index": processor.video_token_id,
+            "vision_feature_layer": config.vision_feature_layer,
+            "vision_feature_select_strategy": strategy,
+            "tie_word_embeddings": language_model.config.tie_word_embeddings,
+        }
+        if config.projector == "resampler":
+            llava = LlavaResamplerConfig(**settings, image_seq_length=processor.num_image_tokens)
+        else:
+            act = IDENTITY if config.projector == "linear" else "gelu"
+            grids = processor.image_processor.image_grid_pinpoints
+            llava = LlavaOnevisionConfig(**settings, image_grid_pinpoints=grids, projector_hidden_act=act)
         model = assemble(llava, tower, language_model, config.language_model.path)
         probe.check(model, config.language_model.path)
         if config.projector == "linear":
@@ -151,8 +162,8 @@ def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def assemble(
-    llava: LlavaOnevisionConfig, tower: PreTrainedModel, language_model: PreTrainedModel, name: str
-) -> LlavaOnevisionForConditionalGeneration:
+    llava: PreTrainedConfig, tower: PreTrainedModel, language_model: PreTrainedModel, name: str
+) -> PreTrainedModel:
     """The parts in their places, the projector new. Raises UserError where the class would compute something else."""
     body, head = language_model.base_model, language_model.get_output_embeddings()
     _check_language_model(body, head, llava, name)
@@ -163,7 +174,8 @@ def assemble(
         llava.tie_word_embeddings = llava.text_config.tie_word_embeddings = False
         body.config.tie_word_embeddings = False
     with torch.device("meta"):  # a second random copy of tower and language model would only take memory
-        model = LlavaOnevisionForConditionalGeneration(llava)
+        resampler = isinstance(llava, LlavaResamplerConfig)
+        model = (LlavaResamplerForConditionalGeneration if resampler else LlavaOnevisionForConditionalGeneration)(llava)
     if type(model.model.language_model) is not type(body):
         raise UserError(
             f"model.language_model.path ({name}): transformers reloads its config as "
@@ -173,8 +185,9 @@ def assemble(
     model.model.language_model = body
     model.lm_head = head
     model.model.multi_modal_projector = _new_projector(model.model.multi_modal_projector, llava)
-    width = llava.text_config.hidden_size
-    model.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+    if not resampler:  # the stock class ends a row of patches with it
+        width = llava.text_config.hidden_size
+        model.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
     model.generation_config = language_model.generation_config
     return model.eval()
 
@@ -187,7 +200,7 @@ class _Probe:
         with torch.no_grad():
             self.logits = language_model(input_ids=self.input_ids).logits
 
-    def check(self, model: LlavaOnevisionForConditionalGeneration, name: str) -> None:
+    def check(self, model: PreTrainedModel, name: str) -> None:
         try:
             with torch.no_grad():
                 difference = (model(input_ids=self.input_ids).logits - self.logits).abs().max().item()
@@ -202,7 +215,7 @@ class _Probe:
             )
 
 
-def _check_language_model(body: PreTrainedModel, head: Any, llava: LlavaOnevisionConfig, name: str) -> None:
+def _check_language_model(body: PreTrainedModel, head: Any, llava: PreTrainedConfig, name: str) -> None:
     width = llava.text_config.hidden_size
     embedded = body.get_input_embeddings().embedding_dim
     if getattr(llava.text_config, "final_logit_softcapping", None) is not None:
@@ -223,34 +236,46 @@ def _check_language_model(body: PreTrainedModel, head: Any, llava: LlavaOnevisio
         )
 
 
-def _new_projector(shape: Any, llava: LlavaOnevisionConfig) -> nn.Module:
+def _new_projector(shape: Any, llava: PreTrainedConfig) -> nn.Module:
     """A random projector like `shape`, which has no memory yet."""
     projector = shape.to_empty(device="cpu").float()
+    std = getattr(llava.text_config, "initializer_range", 0.02)
+    if isinstance(projector, Resampler):
+        projector.init_weights(std)
+        return projector
     for layer in (projector.linear_1, projector.linear_2):
-        nn.init.normal_(layer.weight, std=getattr(llava.text_config, "initializer_range", 0.02))
+        nn.init.normal_(layer.weight, std=std)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     return projector
 
 
 def make_processor(
-    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, grids: list[list[int]], strategy: str
+    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, strategy: str, config: ModelConfig
 ) -> ProcessorMixin:
-    size = {"height": vision.image_size, "width": vision.image_size}
+    side = vision.image_size
+    size = {"height": side, "width": side}
     statistics = {
         "image_mean": getattr(vision, "image_mean", None) or OPENAI_CLIP_MEAN,
         "image_std": getattr(vision, "image_std", None) or OPENAI_CLIP_STD,
     }
-    patches = (vision.image_size // vision.patch_size) ** 2
+    common = {
+        "tokenizer": tokenizer,
+        "video_processor": LlavaOnevisionVideoProcessor(size=size, **statistics),
+        "chat_template": tokenizer.chat_template,
+        "image_token": image_token(tokenizer),
+        "video_token": video_token(tokenizer),
+    }
+    if config.projector == "resampler":
+        images = SiglipImageProcessor(size=size, **statistics)  # the whole picture as one square, as a frame is
+        return LlavaResamplerProcessor(images, num_image_tokens=config.num_queries or NUM_QUERIES, **common)
+    grids = [[rows * side, columns * side] for rows, columns in GRIDS]
+    patches = (side // vision.patch_size) ** 2
     return LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
-        tokenizer=tokenizer,
-        video_processor=LlavaOnevisionVideoProcessor(size=size, **statistics),
         num_image_tokens=patches + 1 if strategy == "default" else patches,  # what the tower returns
         vision_feature_select_strategy=strategy,
-        chat_template=tokenizer.chat_template,
-        image_token=image_token(tokenizer),
-        video_token=video_token(tokenizer),
+        **common,
     )
 
 

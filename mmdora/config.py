@@ -45,7 +45,8 @@ class ModelConfig(Section):
     revision: str = "main"  # of `path` on the hub: a branch, a tag or a commit
     vision_encoder: VisionEncoderConfig | None = None
     language_model: LanguageModelConfig | None = None
-    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"  # of a composed model: LLaVA-1.0's, or LLaVA-1.5's
+    projector: Literal["linear", "mlp2x_gelu", "resampler"] = "mlp2x_gelu"  # of a composed model (docs/models.md)
+    num_queries: Positive | None = None  # of a resampler: the tokens of a picture, and of each frame; null: 64
     vision_feature_layer: int = -2  # of a composed model: the hidden state that the projector reads, as in LLaVA-1.5
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None  # null: what the family is built with
@@ -59,6 +60,10 @@ class ModelConfig(Section):
         composed = self.vision_encoder is not None and self.language_model is not None
         if (self.path is not None) == composed:
             raise ValueError("give either 'path', or both 'vision_encoder' and 'language_model'")
+        if self.projector == "resampler" and not composed:
+            raise ValueError("'projector: resampler' is of a composed model; with 'path' leave it out")
+        if self.num_queries is not None and self.projector != "resampler":
+            raise ValueError(f"'num_queries' is of 'projector: resampler', not of {self.projector!r}; leave it out")
         return self
 
 

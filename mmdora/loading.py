@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from mmdora.composing import check_chat_template, compose
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
+from mmdora.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
 from mmdora.tokens import add_tokens
@@ -109,7 +110,8 @@ def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
 def needs_mmdora(model: PreTrainedModel) -> bool:
     """Whether the Auto classes can load the saved model only after `import mmdora`."""
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
-    return isinstance(tower, OpenCLIPVisionModel | OpenCLIPTimmModel)
+    own = (LlavaResamplerForConditionalGeneration, OpenCLIPVisionModel, OpenCLIPTimmModel)
+    return isinstance(model, own) or isinstance(tower, own)
 
 
 def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:

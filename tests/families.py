@@ -9,6 +9,11 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
+from mmdora.llava_resampler import (
+    LlavaResamplerConfig,
+    LlavaResamplerForConditionalGeneration,
+    LlavaResamplerProcessor,
+)
 from tests.tiny_parts import PATCH, PATCHES, PINPOINTS, SIDE, SQUARE, WIDTH, template, text, tokenizer, vision
 
 Built = tuple[Any, Any]
@@ -86,6 +91,18 @@ def llava_onevision() -> Built:
         video_processor=hf.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=PATCHES,
         vision_feature_select_strategy="full",
+        chat_template=template("<image>\n", "<video>\n"),
+    )
+
+
+def llava_resampler() -> Built:
+    words = _llava_words()
+    config = LlavaResamplerConfig(**_llava_settings(words, image_seq_length=3))
+    return LlavaResamplerForConditionalGeneration(config), LlavaResamplerProcessor(
+        hf.SiglipImageProcessor(size=SQUARE),
+        words,
+        hf.LlavaOnevisionVideoProcessor(size=SQUARE),
+        num_image_tokens=3,
         chat_template=template("<image>\n", "<video>\n"),
     )
 
@@ -270,6 +287,7 @@ FAMILIES = {
     "llava_next": Family(llava_next, PICTURES),
     "llava_next_video": Family(llava_next_video),
     "llava_onevision": Family(llava_onevision),
+    "llava_resampler": Family(llava_resampler),
     "video_llava": Family(video_llava),
     "qwen2_vl": Family(qwen2_vl),
     "qwen2_5_vl": Family(qwen2_5_vl),

@@ -176,10 +176,3 @@ def test_a_damaged_image_processor_is_not_passed_over(text, tmp_path):
 def test_no_such_tower():
     with pytest.raises(UserError, match=r"model.vision_encoder \(siglip\): cannot load './nowhere'"):
         VISION_ENCODERS["siglip"]("./nowhere")
-
-
-def test_the_resampler_is_refused_by_the_config():
-    with pytest.raises(ValueError, match="'linear' or 'mlp2x_gelu'"):
-        ModelConfig.model_validate(
-            {"vision_encoder": {"type": "clip", "name": "x"}, "language_model": {"path": "x"}, "projector": "resampler"}
-        )
