@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,12 +19,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
+    """A picture in a file, or in `data` (the file's bytes, from inside a shard), which `path` then only names."""
+
     path: Path
+    data: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Video:
+    """As `Image`."""
+
     path: Path
+    data: bytes | None = field(default=None, repr=False)
 
 
 Part: TypeAlias = Text | Image | Video
@@ -34,6 +40,7 @@ Part: TypeAlias = Text | Image | Video
 class Message:
     role: Role
     parts: tuple[Part, ...]
+    train: bool = True  # of the assistant's: whether its words are learnt, or only read
 
     @property
     def text(self) -> str:
