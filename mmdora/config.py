@@ -52,6 +52,7 @@ class ModelConfig(Section):
     quantization: Literal["4bit", "8bit"] | None = None  # of the language model's linear layers, which stay frozen
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template
+    pad_to_square: bool = False  # pictures of a LLaVA-1.5: padded with the mean colour, where its processor crops them
 
     @model_validator(mode="after")
     def _whole_or_composed(self) -> ModelConfig:

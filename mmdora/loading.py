@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from mmdora.composing import check_chat_template, compose
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
+from mmdora.preprocessing import pad_to_square
 from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
@@ -41,6 +42,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         )
     if config.path is None:
         check_chat_template(processor)
+    if config.pad_to_square:
+        pad_to_square(processor, config.path or "a composed model")
     model.eval()
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)

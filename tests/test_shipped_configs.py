@@ -119,6 +119,13 @@ def test_every_number_has_its_reason(name):
             assert reason, line
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_padded_where_hugging_face_crops_what_llava_pads(name):
+    """What `mmdora convert` makes pads by itself, and other families do not crop."""
+    model = load_config(name).model
+    assert model.pad_to_square == (model.path or "").startswith("llava-hf/llava-1.5-")
+
+
 def test_the_two_stages_are_llavas_recipe():
     first, second = load_config("llava-1.5-7b_stage1_projector"), load_config("llava-1.5-7b_stage2_dora_instruct")
     assert set(first.parts) == {"projector"}
