@@ -29,6 +29,7 @@ from mmdora.checkpoint import load_adapter
 from mmdora.config import find_path
 from mmdora.errors import UserError
 from mmdora.llava_layout import FEATURES, Tensors, check_tensors, read_config, read_layout
+from mmdora.loading_errors import LOADING_ERRORS, why
 from mmdora.merging import merge_adapters
 from mmdora.preprocessing import pad_to_square
 
@@ -106,9 +107,8 @@ def _load_tower(name: str, config: Mapping[str, Any], folder: Path) -> tuple[CLI
     try:
         tower, info = CLIPVisionModel.from_pretrained(source, output_loading_info=True, dtype="auto")
         images = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--vision-tower: cannot load {name!r} as a CLIP model: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"--vision-tower: cannot load {name!r} as a CLIP model: {why(error, name)}") from error
     if info["missing_keys"]:
         raise UserError(f"--vision-tower: {name!r} is no CLIP model: {sorted(info['missing_keys'])[0]} is missing")
     if tower.config.hidden_size != config.get("mm_hidden_size", tower.config.hidden_size):
