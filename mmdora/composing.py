@@ -36,6 +36,7 @@ from mmdora.llava_resampler import (
     LlavaResamplerForConditionalGeneration,
     LlavaResamplerProcessor,
 )
+from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.projectors import IDENTITY, make_linear
 from mmdora.resampler import Resampler
 from mmdora.vision_encoders import VISION_ENCODERS
@@ -129,12 +130,17 @@ def load_language_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedM
                 "has no way to an encoder; take a decoder-only model"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options).eval()
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except LOADING_ERRORS as error:
+        reason = why(error, name)
+        if "Unrecognized configuration class" in reason:
+            reason += " It may be a vision-language model already: name it in model.path"
         raise UserError(f"{key}: cannot load it as a causal language model: {reason}") from error
+    check_complete("model.language_model.path", name, found)
     if tokenizer.eos_token is None:
         raise UserError(f"{key}: its tokenizer has no eos_token, so no answer could end; set one in its files")
     if tokenizer.pad_token is None:
@@ -150,7 +156,7 @@ def load_language_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedM
         generation.eos_token_id = tokenizer.eos_token_id
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def image_token(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -54,6 +54,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     chat_template: str | None = None  # a Jinja file, for a model that comes without a template
     new_tokens: list[str] = []  # given to the vocabulary; of embeddings and head, their rows alone are trained
+    pad_to_square: bool = False  # pictures of a LLaVA-1.5: padded with the mean colour, where its processor crops them
 
     @model_validator(mode="after")
     def _whole_or_composed(self) -> ModelConfig:

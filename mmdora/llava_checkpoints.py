@@ -22,7 +22,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
     LlavaProcessor,
 )
 
@@ -30,7 +29,9 @@ from mmdora.checkpoint import load_adapter
 from mmdora.config import find_path
 from mmdora.errors import UserError
 from mmdora.llava_layout import FEATURES, Tensors, check_tensors, read_config, read_layout
+from mmdora.loading_errors import LOADING_ERRORS, why
 from mmdora.merging import merge_adapters
+from mmdora.preprocessing import pad_to_square
 
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
@@ -106,9 +107,8 @@ def _load_tower(name: str, config: Mapping[str, Any], folder: Path) -> tuple[CLI
     try:
         tower, info = CLIPVisionModel.from_pretrained(source, output_loading_info=True, dtype="auto")
         images = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--vision-tower: cannot load {name!r} as a CLIP model: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"--vision-tower: cannot load {name!r} as a CLIP model: {why(error, name)}") from error
     if info["missing_keys"]:
         raise UserError(f"--vision-tower: {name!r} is no CLIP model: {sorted(info['missing_keys'])[0]} is missing")
     if tower.config.hidden_size != config.get("mm_hidden_size", tower.config.hidden_size):
@@ -217,11 +217,8 @@ def _filled(weight: Tensor, rows: int) -> Tensor:
 
 def _processor(model: LlavaConfig, images: Any, tokenizer: Any, config: Mapping[str, Any]) -> LlavaProcessor:
     """Pictures as LLaVA's code prepares them, and Vicuna's conversation."""
-    known = ("size", "crop_size", "do_center_crop", "do_resize", "resample", "image_mean", "image_std")
-    settings = {key: value for key, value in images.to_dict().items() if key in known and value is not None}
-    pad = config.get("image_aspect_ratio") == "pad"
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessor(**settings, do_pad=pad),
+    processor = LlavaProcessor(
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=model.vision_config.patch_size,
         vision_feature_select_strategy=model.vision_feature_select_strategy,
@@ -229,3 +226,6 @@ def _processor(model: LlavaConfig, images: Any, tokenizer: Any, config: Mapping[
         chat_template=find_path(TEMPLATE).read_text(encoding="utf-8"),
         image_token=IMAGE,
     )
+    if config.get("image_aspect_ratio") == "pad":
+        pad_to_square(processor, "the checkpoint")
+    return processor

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mmdora.composing import check_chat_template, compose
 from mmdora.config import ModelConfig, find_path
 from mmdora.errors import UserError
 from mmdora.llava_resampler import LlavaResamplerForConditionalGeneration
+from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.preprocessing import pad_to_square
 from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
 from mmdora.tokens import add_tokens
@@ -45,6 +46,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         )
     if config.path is None:
         check_chat_template(processor)
+    if config.pad_to_square:
+        pad_to_square(processor, config.path or "a composed model")
     model.eval()
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
@@ -68,25 +71,14 @@ def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
             ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, SafetensorError):
-            reason = f"its weights are damaged or cut short ({reason}); fetch them again"
+    except LOADING_ERRORS as error:
+        reason = why(error, name, config.revision)
         if "Unrecognized configuration class" in reason:
             reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
         raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
-    _check_complete(name, found)
+    check_complete("model.path", name, found)
     keep_linear(model)
     return model, processor
-
-
-def _check_complete(name: str, found: dict[str, Any]) -> None:
-    """transformers gives random weights to whatever a checkpoint lacks, and only warns."""
-    wrong = [f"{key} is {list(have)} where the model has {list(want)}" for key, have, want in found["mismatched_keys"]]
-    wrong += [f"{key} is missing" for key in sorted(found["missing_keys"])]
-    if wrong:
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"model.path: the weights of {name!r} do not fit its config.json: {wrong[0]}{more}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:

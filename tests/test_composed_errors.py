@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from mmdora.config import ModelConfig
 from mmdora.errors import UserError
@@ -139,14 +143,57 @@ def test_naflex_is_not_a_tower_of_pictures(tmp_path):
         VISION_ENCODERS["siglip2"](str(tmp_path))
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
-    write_tower(tmp_path, "clip")
-    from safetensors.torch import load_file, save_file
+def edit(weights: Path, change) -> None:
+    tensors = load_file(weights)
+    change(tensors, sorted(name for name in tensors if ".layers.1." in name)[0])
+    save_file(tensors, weights, metadata={"format": "pt"})
 
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="lacks weights of the tower"):
-        VISION_ENCODERS["clip"](str(tmp_path))
+
+DAMAGES = {
+    "its weights are damaged or cut short": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    r"layers\.1\.\S+ is missing": lambda file: edit(file, lambda tensors, name: tensors.pop(name)),
+    r"layers\.1\.\S+ is \[3\] where the model has \[32\]": lambda file: edit(
+        file, lambda tensors, name: tensors.update({name: tensors[name][:3].clone()})
+    ),
+    "no file named model.safetensors": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_damaged_weights_are_not_made_up(reason, clip, tmp_path):
+    write_language_model(tmp_path / "llama", "llama")
+    write_tower(tmp_path / "tower", "clip")
+    for part, load in (
+        ("language_model.path", lambda: compose(clip, tmp_path / "llama")),
+        ("vision_encoder", lambda: VISION_ENCODERS["clip"](str(tmp_path / "tower"))),
+    ):
+        DAMAGES[reason](tmp_path / ("llama" if part.startswith("language") else "tower") / "model.safetensors")
+        with pytest.raises(UserError, match=rf"model\.{part}.*{tmp_path}.*{reason}") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [0, 10, -1000])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_damaged_weights_of_an_open_clip_tower(kind, kept, tmp_path):
+    file = tmp_path / f"weights.{kind}"
+    tensors = {"visual.proj": torch.zeros(99_999)}
+    torch.save(tensors, file) if kind == "pt" else save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"ViT-B-32 with pretrained .*weights are damaged or cut short") as error:
+        VISION_ENCODERS["open_clip"]("ViT-B-32", str(file))
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)  # torch's advice to trust the file
+
+
+def test_an_open_clip_tag_that_is_not_there():
+    with pytest.raises(UserError, match=r"pretrained 'opnai': it is neither a file nor one of .* tags \(openai, "):
+        VISION_ENCODERS["open_clip"]("ViT-B-32", "opnai")
+
+
+def test_a_vision_language_model_is_no_language_model(clip):
+    with pytest.raises(UserError, match=r"language_model\.path \(assets/tiny-llava\): .* name it in model\.path"):
+        compose(clip, "assets/tiny-llava")
 
 
 def test_attention_is_chosen_or_refused(clip, tmp_path):

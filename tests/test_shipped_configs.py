@@ -22,6 +22,7 @@ from tests.published_sizes import PUBLISHED
 OWN = {"quickstart", "tiny_base", "nlvr", "real_media"}  # of the tiny base, which other tests run
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if p.stem not in OWN)
 SHARES = {  # trainable percent
+    "llava-1.5-7b_full_instruct": 95.70,  # all but the vision encoder
     "llava-1.5-7b_lora_instruct": 4.61,  # the DoRA paper's
     "llava-1.5-7b_dora_instruct": 4.63,  # the DoRA paper's
     "llava-1.5-7b_stage2_dora_instruct": 4.63,
@@ -68,7 +69,7 @@ def test_what_a_config_tunes(name):
     inside = architecture_of(model).resolve(model)
     for part in report.parts:
         assert part.skipped == []
-        if part.name == "language":
+        if part.name == "language" and part.method != "full":
             blocks = model.config.get_text_config().num_hidden_layers
             assert len(part.modules) == 7 * blocks  # q, k, v, o, gate, up, down
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -87,8 +88,12 @@ def test_its_head_says_how_to_start_it_and_what_it_takes(name):
     assert text.startswith(launch)
     assert (config.training.deepspeed is not None) == (gpus > 1)
     assert "by arithmetic, not measured" in head
-    trained = 16 if gpus == 1 else 4 + 12 / gpus
-    states = (2 * (report.total - report.trainable) + trained * report.trainable) / 1e9
+    frozen, trained = 2 * (report.total - report.trainable), 16 * report.trainable
+    if config.training.deepspeed == "zero3":  # everything in parts
+        frozen, trained = frozen / gpus, trained / gpus
+    elif gpus > 1:  # the fp32 master and the moments in parts
+        trained = (4 + 12 / gpus) * report.trainable
+    states = (frozen + trained) / 1e9
     said = float(re.search(r"optimizer states ([\d.]+) GB", head)[1])
     assert abs(states - said) < 0.051
     activations = float(re.search(r"up to ([\d.]+) GB of activations", head)[1])
@@ -119,6 +124,13 @@ def test_every_number_has_its_reason(name):
             assert reason, line
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_padded_where_hugging_face_crops_what_llava_pads(name):
+    """What `mmdora convert` makes pads by itself, and other families do not crop."""
+    model = load_config(name).model
+    assert model.pad_to_square == (model.path or "").startswith("llava-hf/llava-1.5-")
+
+
 def test_the_two_stages_are_llavas_recipe():
     first, second = load_config("llava-1.5-7b_stage1_projector"), load_config("llava-1.5-7b_stage2_dora_instruct")
     assert set(first.parts) == {"projector"}
@@ -133,6 +145,19 @@ def test_the_two_stages_are_llavas_recipe():
     heads = [(ROOT / "configs" / f"{Path(c.training.output).name}.yaml").read_text() for c in (first, second)]
     assert f"mmdora merge {first.training.output} {second.model.path}" in heads[1]
     assert f" {first.model.path} --vision-tower" in heads[0]
+
+
+def test_full_tuning_is_llavas_second_stage():
+    config, model, report = injected("llava-1.5-7b_full_instruct")
+    dora = load_config("llava-1.5-7b_dora_instruct")
+    assert (config.model, config.data) == (dora.model, dora.data)
+    training = config.training
+    assert (training.learning_rate, training.batch_size, training.deepspeed) == (2e-5, 128, "zero3")
+    assert {part.learning_rate for part in config.parts.values()} == {None}
+    assert (training.epochs, training.lr_scheduler, training.warmup_ratio) == (1, "cosine", 0.03)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("model.vision_tower.")}
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_lora_and_dora_differ_by_the_method_alone():

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from mmdora.config import find_path
 from mmdora.errors import UserError
+from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def load_tower(
         source |= {"revision": revision} if revision is not None else {}
         try:
             tower = _from_pretrained(family, model_class, source, key)
-        except (OSError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
+        except UserError:
+            raise
+        except LOADING_ERRORS as error:
+            raise UserError(f"{key}: cannot load {name!r}: {why(error, name, revision)}") from error
         size, mean, std = _preprocessor(family, source, key)
     tower.config.image_mean, tower.config.image_std = list(mean), list(std)
     return tower, size
@@ -72,9 +74,9 @@ def _from_pretrained(family: TowerFamily, model_class: Any, source: dict[str, An
     config = getattr(config, "vision_config", config)
     for field, value in family.overrides.items():
         setattr(config, field, value)
-    tower, info = model_class.from_pretrained(**source, config=config, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{key}: {name!r} lacks weights of the tower: {', '.join(missing[:3])} …")
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    tower, found = model_class.from_pretrained(**source, **settings)
+    check_complete(key, name, found)
     return tower
 
 
@@ -88,8 +90,8 @@ def _preprocessor(family: TowerFamily, source: dict[str, Any], key: str) -> tupl
         if not any(cached_file(name, f, revision=revision, _raise_exceptions_for_missing_entries=False) for f in files):
             return None, family.image_mean, family.image_std
         processor = AutoImageProcessor.from_pretrained(**source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOADING_ERRORS as error:
+        reason = why(error, name, revision)
         raise UserError(f"{key}: cannot load the image processor of {name!r}: {reason}") from error
     size = (processor.crop_size if getattr(processor, "do_center_crop", False) else None) or processor.size
     mean, std = processor.image_mean or family.image_mean, processor.image_std or family.image_std

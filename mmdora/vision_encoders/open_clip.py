@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mmdora.attention import explicit_attention, explicit_state_dict
 from mmdora.errors import UserError
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
+from mmdora.vision_encoders.open_clip_weights import pretrained_visual
 from mmdora.vision_encoders.registry import VISION_ENCODERS
 
 if TYPE_CHECKING:
@@ -184,12 +185,11 @@ def open_clip_encoder(
     config = OpenCLIPVisionConfig(vision_cfg, cfg["embed_dim"], bool(cfg.get("quick_gelu", False)))
     if pretrained is None:
         return OpenCLIPVisionModel(config)
-    source = open_clip.create_model(name, pretrained=pretrained, device="cpu")
-    mean, std = source.visual.image_mean, source.visual.image_std
-    config.image_mean, config.image_std = list(mean), list(std)
-    config.quick_gelu = any(type(m).__name__ == "QuickGELU" for m in source.visual.modules())
+    source = pretrained_visual(name, pretrained)
+    config.image_mean, config.image_std = list(source.image_mean), list(source.image_std)
+    config.quick_gelu = any(type(m).__name__ == "QuickGELU" for m in source.modules())
     model = OpenCLIPVisionModel(config)
-    state = {k: v for k, v in source.visual.state_dict().items() if k != "proj"}
+    state = {k: v for k, v in source.state_dict().items() if k != "proj"}
     if cfg["vision_cfg"].get("attentional_pool"):
         own = model.visual.ln_post.state_dict(prefix="ln_post.")
         state = {k: v for k, v in state.items() if not k.startswith(("attn_pool", "ln_post"))} | own

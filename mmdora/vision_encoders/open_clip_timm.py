@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.errors import UserError
+from mmdora.vision_encoders.open_clip_weights import pretrained_visual
 
 
 class OpenCLIPTimmConfig(PretrainedConfig):
@@ -194,9 +195,7 @@ def timm_encoder(name: str, pretrained: str | None, timm_model_name: str) -> Ope
     )
     model = OpenCLIPTimmModel(config)
     if pretrained is not None:
-        import open_clip
-
-        source = open_clip.create_model(name, pretrained=pretrained, device="cpu").visual
+        source = pretrained_visual(name, pretrained)
         config.image_mean, config.image_std = list(source.image_mean), list(source.image_std)
         wanted = model.trunk.state_dict().keys()
         state = {k: v for k, v in join_biases(source.trunk).state_dict().items() if k in wanted}

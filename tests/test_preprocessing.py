@@ -1,0 +1,131 @@
+"""Pictures padded to a square: LLaVA's own rule, on everything that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, SiglipImageProcessor
+
+from mmdora.config import ModelConfig
+from mmdora.errors import UserError
+from mmdora.loading import load_model
+from mmdora.preprocessing import pad_to_square
+from mmdora.rundir import load_target
+from tests.families import CROPPED, FAMILIES
+from tests.media import picture, write_image
+from tests.test_composed import compose
+from tests.test_runs import command
+from tests.tiny_models import write_language_model, write_tower
+from tests.tiny_parts import SIDE, SQUARE
+
+SHAPES = {"wide": (64, 48), "tall": (31, 90), "square": (40, 40), "odd": (33, 20), "line": (50, 1), "small": (7, 4)}
+LEVEL = 1 / 255 / 0.26  # of a pixel value, over CLIP's smallest standard deviation
+
+
+def llavas_rule(image: Image.Image, images: CLIPImageProcessor) -> torch.Tensor:
+    """expand2square of LLaVA's llava/mm_utils.py, then CLIP's preprocessing, in PIL and numpy."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in images.image_mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    small = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
+    normal = (small - np.array(images.image_mean)) / np.array(images.image_std)
+    return torch.tensor(normal.transpose(2, 0, 1), dtype=torch.float32)
+
+
+def pixels(processor, image: Image.Image) -> torch.Tensor:
+    return processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny LLaVA-1.5 with CLIP's image processor, which crops."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    model, processor = FAMILIES["llava"].build()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pixel_values_are_llavas(shape, base, tmp_path):
+    image = picture(1, SHAPES[shape])
+    _, processor = load_model(ModelConfig(path=str(base), dtype="float32", pad_to_square=True))
+    want = llavas_rule(image, processor.image_processor)
+    assert pixels(processor, image).shape == (3, SIDE, SIDE)
+    # torchvision, the backend that AutoProcessor takes, rounds some pixels to the next of 256 levels when it resizes.
+    torch.testing.assert_close(pixels(processor, image), want, atol=1.01 * LEVEL, rtol=0)
+    processor.save_pretrained(tmp_path)
+    exact = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    torch.testing.assert_close(exact(image, return_tensors="pt")["pixel_values"][0], want, atol=1e-5, rtol=0)
+    assert torch.equal(pixels(AutoProcessor.from_pretrained(tmp_path), image), pixels(processor, image))
+
+
+def test_without_the_setting_nothing_changes(base):
+    _, processor = load_model(ModelConfig(path=str(base), dtype="float32"))
+    assert processor.image_processor.to_dict() == AutoImageProcessor.from_pretrained(base).to_dict()
+    image = picture(1, SHAPES["wide"])
+    assert torch.equal(pixels(processor, image), pixels(AutoProcessor.from_pretrained(base), image))
+    assert (pixels(processor, image) - llavas_rule(image, processor.image_processor)).abs().max() > 10 * LEVEL
+
+
+def test_its_own_mean_and_size_and_no_crop():
+    """Also where the processor would scale to more than it crops, and where it only stretches."""
+    _, processor = FAMILIES["llava"].build()
+    own = {"image_mean": [0.1, 0.5, 0.9], "image_std": [0.26, 0.5, 1.0]}
+    image = picture(2, SHAPES["wide"])
+    for images in (
+        CLIPImageProcessor(size={"shortest_edge": 2 * SIDE}, crop_size=SQUARE, **own),
+        SiglipImageProcessor(size=SQUARE, resample=3, **own),
+    ):
+        processor.image_processor = images
+        for _ in range(2):  # twice is as once
+            pad_to_square(processor, "it")
+            torch.testing.assert_close(pixels(processor, image), llavas_rule(image, images), atol=1.01 * LEVEL, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llava"])
+def test_a_family_that_does_not_crop_to_one_square_refuses_it(name):
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
+    _, processor = FAMILIES[name].build()
+    with pytest.raises(UserError, match=r"model\.pad_to_square: the pictures of it .*leave the key out"):
+        pad_to_square(processor, "it")
+
+
+def test_a_crop_that_is_no_square_and_a_composed_model_refuse_it(tmp_path):
+    _, processor = FAMILIES["llava"].build()
+    processor.image_processor = CLIPImageProcessor(**CROPPED | {"crop_size": {"height": SIDE, "width": 2 * SIDE}})
+    with pytest.raises(UserError, match=r"model\.pad_to_square"):
+        pad_to_square(processor, "it")
+    write_language_model(tmp_path / "llama", "llama")
+    write_tower(tmp_path / "clip", "clip")
+    with pytest.raises(UserError, match=r"model\.pad_to_square: the pictures of a composed model"):
+        compose(tmp_path, pad_to_square=True)
+
+
+def test_a_run_and_its_merged_model_pad(base, tmp_path):
+    """Training's processor, the one that evaluation and chat load, and the merged model's in plain transformers."""
+    write_image(tmp_path / "wide.png", size=SHAPES["wide"])
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "one of two"}]
+    rows = [{"id": "0", "image": "wide.png", "conversations": turns}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    settings = [
+        f"model={{path: {base}, dtype: float32, pad_to_square: true}}",
+        f"data.train=[{tmp_path}/data.json]",
+        f"training={{output: {run}, max_steps: 1, batch_size: 1, micro_batch_size: 1}}",
+        "evaluation=[]",
+    ]
+    assert command("train", "quickstart", *settings) == 0
+    assert command("merge", str(run), str(merged)) == 0
+    image = Image.open(tmp_path / "wide.png")
+    _, padded = load_model(ModelConfig(path=str(base), dtype="float32", pad_to_square=True))
+    for processor in (load_target(str(run)).processor, AutoProcessor.from_pretrained(merged)):
+        assert torch.equal(pixels(processor, image), pixels(padded, image))
