@@ -211,7 +211,9 @@ def test_checkpointing_changes_no_gradient(folder):
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     plain = gradients()
-    assert all(plain[n].any() for n, p in model.model.named_parameters(prefix="model") if "projector" in n)
+    sizes = [g.abs().max().item() for name, g in plain.items() if "projector" in name]
+    assert len(sizes) == len(list(model.model.multi_modal_projector.parameters()))
+    assert min(sizes) > 1e-7 * max(sizes)  # rounding is smaller: nothing is trained that moves nothing
     model.gradient_checkpointing_enable()
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-4)
