@@ -1,74 +1,127 @@
-"""The ledger: every sample that was not used, with its reason. A run never trains on something else in silence."""
+"""The ledger: every sample that was not used, or was changed, with its reason. A run never trains on something else in
+silence."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipelines.samples import Rejected, SampleError
+from data_pipelines.samples import Rejected, Sample, SampleError
 from mmdora.errors import UserError
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """One line of skipped.jsonl. `stage` says where it came up: `parse`, `media` or `encode`."""
+class Entry:
+    """One line of skipped.jsonl. `stage` says where it came up: `parse`, `media` or `encode`; `file` is the one at
+    fault, if one is; `changed`: the sample was used, but not as it was."""
 
     id: str
     source: str
     stage: str
     reason: str
-    media: str | None = None
+    file: str | None = None
+    changed: bool = False
 
 
 class Ledger:
-    """Appends to one file from any number of processes; a sample counts once, however often it is met."""
+    """Appends to one file from any number of processes; a sample counts once, however often it is met.
+
+    Every process learns from the file what the others wrote, and reads each line of it once. `total` is the number of
+    samples that the run has.
+    """
 
     def __init__(self, path: Path, total: int, max_skipped: float):
         self.path, self.total, self.max_skipped = path, total, max_skipped
-        self._known: set[tuple[str, str]] = set()
+        self.entries: dict[tuple[str, str, bool], Entry] = {}
+        self._read = 0  # bytes of the file
 
-    def record(self, skipped: Skipped) -> None:
-        """Add a sample. Raises UserError with the worst offenders once more than `max_skipped` of all are lost."""
-        key = (skipped.source, skipped.id)
-        if key in self._known:
-            return
-        self._known.add(key)
-        with self.path.open("a", encoding="utf-8") as file:  # one write of one line: whole, whichever process writes
-            file.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
-        entries = read_ledger(self.path)
-        if len(entries) > self.max_skipped * self.total:
+    def record(self, *entries: Entry) -> None:
+        """Add samples. Raises UserError with the worst offenders once more than `max_skipped` of all are lost."""
+        self.refresh()
+        new = {_key(entry): entry for entry in entries if _key(entry) not in self.entries}
+        if new:
+            lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in new.values())
+            with self.path.open("ab") as file:  # one write: lines stay whole, whichever process writes
+                file.write(lines.encode("utf-8", "replace"))
+            self.refresh()
+        skipped = [entry for entry in self.entries.values() if not entry.changed]
+        if len(skipped) > self.max_skipped * self.total:
             raise UserError(
-                f"{self.summary()}, more than data.max_skipped {self.max_skipped:.1%} allows: {worst(entries)}. "
-                f"All of them are in {self.path}"
+                f"{len(skipped)} of {self.total} samples skipped, more than data.max_skipped {self.max_skipped:.1%} "
+                f"allows: {worst(skipped)}. All of them are in {self.path}"
             )
 
     def summary(self) -> str:
-        return f"{len(read_ledger(self.path))} of {self.total} samples skipped"
+        """What was lost and what was changed, by reason."""
+        self.refresh()
+        skipped = [entry for entry in self.entries.values() if not entry.changed]
+        changed = [entry for entry in self.entries.values() if entry.changed]
+        text = f"{len(skipped)} of {self.total} samples skipped"
+        text += f": {worst(skipped)}" if skipped else ""
+        return text + (f"; {len(changed)} changed: {worst(changed)}" if changed else "")
+
+    def refresh(self) -> None:
+        """Learn what other processes wrote since."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            fresh = file.read()
+        whole = fresh[: fresh.rfind(b"\n") + 1]  # another process may be in the middle of a line
+        self._read += len(whole)
+        for line in whole.decode("utf-8").split("\n")[:-1]:  # splitlines would split at a reason's U+2028 too
+            entry = Entry(**json.loads(line))
+            self.entries.setdefault(_key(entry), entry)
 
 
-def from_error(error: SampleError) -> Skipped:
-    return Skipped(error.sample_id, error.source, error.stage, error.reason, error.media)
+def _key(entry: Entry) -> tuple[str, str, bool]:
+    return entry.source, entry.id, entry.changed
 
 
-def from_rejected(row: Rejected) -> Skipped:
-    return Skipped(row.id, row.source, "parse", row.reason, row.media)
+def mend(path: Path) -> None:
+    """Drop a last line that a killed process left unfinished; its sample will be met again."""
+    content = path.read_bytes() if path.exists() else b""
+    if not content.endswith(b"\n") and content:
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
-def read_ledger(path: Path) -> list[Skipped]:
+def from_error(error: SampleError) -> Entry:
+    reason = error.reason.removeprefix(f"{error.media}: ")
+    return Entry(error.sample_id, error.source, error.stage, reason, error.media)
+
+
+def from_rejected(row: Rejected) -> Entry:
+    return Entry(row.id, row.source, "parse", row.reason, row.media)
+
+
+def from_change(sample: Sample, reason: str) -> Entry:
+    return Entry(sample.id, sample.source, "encode", reason, changed=True)
+
+
+def read_ledger(path: Path) -> list[Entry]:
     """The file's entries, each sample once; an absent file is an empty ledger."""
-    if not path.exists():
-        return []
-    lines = [Skipped(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({(entry.source, entry.id): entry for entry in lines}.values())
+    ledger = Ledger(path, 0, 1.0)
+    ledger.refresh()
+    return list(ledger.entries.values())
 
 
-def worst(entries: list[Skipped], most: int = 3) -> str:
-    """The commonest reasons with a count and an example each."""
-    stages = Counter(entry.stage for entry in entries)
-    examples = [
-        f"{count} at stage {stage!r}, such as {next(e for e in entries if e.stage == stage).reason}"
-        for stage, count in stages.most_common(most)
-    ]
-    return "; ".join(examples)
+def by_reason(entries: Iterable[Entry]) -> list[tuple[int, Entry]]:
+    """How many entries share each reason, most first, with an example; names and numbers in a reason do not count."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, Entry] = {}
+    for entry in entries:
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "…", entry.reason)
+        counts[kind] += 1
+        examples.setdefault(kind, entry)
+    return [(count, examples[kind]) for kind, count in counts.most_common()]
+
+
+def worst(entries: Iterable[Entry], most: int = 3) -> str:
+    """The commonest reasons, with a count and an example each."""
+    reasons = by_reason(entries)
+    listed = [f"{count} × {entry.reason} ({entry.file or entry.id})" for count, entry in reasons[:most]]
+    return "; ".join(listed) + (f"; and {len(reasons) - most} other reasons" if len(reasons) > most else "")

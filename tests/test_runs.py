@@ -245,7 +245,7 @@ def test_real_media(shared, tmp_path, monkeypatch, capsys):
     assert "1 of 7 samples skipped" in capsys.readouterr().out
     (entry,) = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert entry["id"] == "corrupted-1"
-    assert "corrupted.mp4" in entry["reason"]
+    assert "corrupted.mp4" in entry["file"]
 
 
 def test_nlvr(shared, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from data_pipelines.collator import Collator
 from data_pipelines.dataset import Source, TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
-from data_pipelines.ledger import Ledger, from_rejected
+from data_pipelines.ledger import Ledger, from_rejected, mend
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS, Question
 from eval.report import write_report
@@ -159,8 +159,8 @@ def make_trainer(
 ) -> tuple[Ledger, AdapterTrainer]:
     ledger = Ledger(run_dir.skipped, sum(len(s) for s in sources), config.data.max_skipped)
     if is_main():
-        for row in (row for source in sources for row in source.rejected):
-            ledger.record(from_rejected(row))
+        mend(run_dir.skipped)
+        ledger.record(*(from_rejected(row) for source in sources for row in source.rejected))
     dataset = TrainDataset(sources, encoder, ledger, config.training.seed)
     tokenizer = encoder.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
