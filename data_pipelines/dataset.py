@@ -27,6 +27,13 @@ class Source:
     weight: float = 1.0
 
     def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, at: int) -> Sample:
+        return self.samples[at]
+
+    @property
+    def total(self) -> int:
         return len(self.samples) + len(self.rejected)
 
 

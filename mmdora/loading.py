@@ -17,7 +17,7 @@ from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.preprocessing import pad_to_square
 from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
-from mmdora.tokens import add_tokens
+from mmdora.tokens import add_tokens, extend_tokenizer
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 from mmdora.zero import whole_models
@@ -32,9 +32,29 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             model, processor = compose(config)
             model.to(getattr(torch, config.dtype))
         else:
-            model, processor = _load_whole(config, config.path)
+            processor, model = _read_processor(config), _load_whole(config)
         if config.new_tokens:
             add_tokens(model, processor, config.new_tokens)
+    _prepare(processor, config)
+    model.eval()
+    if config.quantization is not None:
+        quantize_language_model(model, config.quantization)
+    return model, processor
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The processor alone, as `load_model` gives it; of a whole model no weights are read. Raises UserError."""
+    if config.path is None:
+        return load_model(config)[1]
+    processor = _read_processor(config)
+    if config.new_tokens:
+        extend_tokenizer(processor.tokenizer, config.new_tokens)
+    _prepare(processor, config)
+    return processor
+
+
+def _prepare(processor: Any, config: ModelConfig) -> None:
+    """The template and the preprocessing that the config asks for."""
     if config.chat_template is not None:
         template = find_path(config.chat_template)
         if not template.is_file():
@@ -48,37 +68,50 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         check_chat_template(processor)
     if config.pad_to_square:
         pad_to_square(processor, config.path or "a composed model")
-    model.eval()
-    if config.quantization is not None:
-        quantize_language_model(model, config.quantization)
-    return model, processor
 
 
-def _load_whole(config: ModelConfig, name: str) -> tuple[PreTrainedModel, Any]:
-    path = find_path(name)
-    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
-        raise UserError(f"model.path: no such directory {name!r}")
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    source = str(path) if path.exists() else name
+def _read_processor(config: ModelConfig) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(source, **options)
+        return AutoProcessor.from_pretrained(**_source(config))
+    except LOADING_ERRORS as error:
+        raise _cannot_load(config, error) from error
+
+
+def _load_whole(config: ModelConfig) -> PreTrainedModel:
+    try:
         # What has another shape is named below, where transformers would only say that something has.
         model, found = AutoModelForImageTextToText.from_pretrained(
-            source,
+            **_source(config),
             dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
             attn_implementation=config.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **options,
         )
     except LOADING_ERRORS as error:
-        reason = why(error, name, config.revision)
-        if "Unrecognized configuration class" in reason:
-            reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
-        raise UserError(f"model.path: cannot load {name!r} as an image-text-to-text model: {reason}") from error
-    check_complete("model.path", name, found)
+        raise _cannot_load(config, error) from error
+    check_complete("model.path", str(config.path), found)
     keep_linear(model)
-    return model, processor
+    return model
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` wants to know. Raises UserError for what is no directory and can be no hub id."""
+    name = str(config.path)
+    path = find_path(name)
+    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
+        raise UserError(f"model.path: no such directory {name!r}")
+    return {
+        "pretrained_model_name_or_path": str(path) if path.exists() else name,
+        "trust_remote_code": config.trust_remote_code,
+        "revision": config.revision,
+    }
+
+
+def _cannot_load(config: ModelConfig, error: BaseException) -> UserError:
+    reason = why(error, str(config.path), config.revision)
+    if "Unrecognized configuration class" in reason:
+        reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
+    return UserError(f"model.path: cannot load {config.path!r} as an image-text-to-text model: {reason}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:

@@ -40,10 +40,11 @@ def _is_number(text: str) -> bool:
 
 def _descend(node: Any, step: str, override: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, step, override)]
-    if node.get(step) is None:
-        node[step] = {}
-    child = node[step]
+        child = node[_index(node, step, override)]
+    else:
+        if node.get(step) is None:
+            node[step] = {}
+        child = node[step]
     if not isinstance(child, dict | list):
         raise UserError(f"{override!r}: {step!r} is a value ({child!r}), not a section")
     return child

@@ -67,17 +67,9 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
     pieces that its text was split into until now; it is never split again, and stays in decoded answers. Raises
     UserError for a token that is there already.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
     if list(token_rows(model)):
         raise UserError("the model has new tokens already; add all of them at once")
-    for i, token in enumerate(tokens):
-        if token in tokenizer.get_vocab() or token in tokens[:i]:
-            raise UserError(f"new_tokens: {token!r} is in the vocabulary already; name each new token once")
-        if not token.strip():
-            raise UserError(f"new_tokens: {token!r} is blank; a token needs a text of its own")
-    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=False)
-    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    ids, pieces = extend_tokenizer(getattr(processor, "tokenizer", processor), tokens)
     order = sorted(range(len(ids)), key=lambda i: ids[i])
     _grow(model, max(ids) + 1)
     tied = tied_embeddings(model)
@@ -94,6 +86,19 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
         put_rows(model, path, [ids[i] for i in order], table.weight[[ids[i] for i in order]])
     model.__dict__["_mmdora_new_tokens"] = dict(zip(tokens, ids, strict=True))
     return ids
+
+
+def extend_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Give a tokenizer new tokens; returns their ids, and the ids of what each was split into before. Raises
+    UserError."""
+    for i, token in enumerate(tokens):
+        if token in tokenizer.get_vocab() or token in tokens[:i]:
+            raise UserError(f"new_tokens: {token!r} is in the vocabulary already; name each new token once")
+        if not token.strip():
+            raise UserError(f"new_tokens: {token!r} is blank; a token needs a text of its own")
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=False)
+    return tokenizer.convert_tokens_to_ids(list(tokens)), pieces
 
 
 def new_tokens(model: nn.Module) -> dict[str, int]:

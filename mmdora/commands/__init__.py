@@ -41,6 +41,19 @@ def train(
     run(config, overrides or [], resume, overwrite)
 
 
+@app.command()
+def doctor(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many of each source to look at.")] = 200,
+    html: Annotated[Path | None, typer.Option(help="Write what is shown as a page, too.")] = None,
+) -> None:
+    """Show what a config's data becomes and what is wrong with it. Exits with 1 if a run would stop or go wrong."""
+    from mmdora.commands.doctor import run
+
+    raise typer.Exit(run(config, overrides or [], samples, html))
+
+
 @app.command("eval")
 def evaluate(
     target: Target,

@@ -1,0 +1,122 @@
+"""A look at data before it trains: what samples become, what is lost, and what training and held-out data share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from data_pipelines.encoding import IGNORED, Encoded, Encoder
+from data_pipelines.ledger import Entry, from_error
+from data_pipelines.samples import Image, Sample, SampleError, Video
+
+MISSING = -1  # the size of a file that is not there
+FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
+
+
+@dataclass
+class Look:
+    """What the samples looked at became; lists are over those that can be used."""
+
+    looked: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens
+    supervised: list[int] = field(default_factory=list)  # of them, learnt
+    kinds: list[tuple[int, int]] = field(default_factory=list)  # pictures and clips
+    entries: list[Entry] = field(default_factory=list)  # what training would write to the ledger
+    example: tuple[Sample, Encoded] | None = None
+
+    @property
+    def skipped(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.changed]
+
+
+def look(samples: Sequence[Sample], encoder: Encoder, most: int, advance: Callable[[int], None]) -> Look:
+    """Encode at most `most` samples, at equal steps over all of them, as training would."""
+    found = Look()
+    count = min(most, len(samples))
+    for place in (i * len(samples) // count for i in range(count)):
+        found.looked += 1
+        advance(1)
+        try:
+            sample = samples[place]
+            encoded = encoder.encode(sample)
+        except SampleError as error:
+            found.entries.append(from_error(error))
+            continue
+        labels = encoded["labels"][0]
+        found.lengths.append(len(labels))
+        found.supervised.append(int((labels != IGNORED).sum()))
+        media = list(sample.media())
+        clips = sum(isinstance(part, Video) for part in media)
+        found.kinds.append((len(media) - clips, clips))
+        if found.example is None or (media and not any(found.example[0].media())):
+            found.example = (sample, encoded)
+    return found
+
+
+def spelled(encoder: Encoder, encoded: Encoded) -> list[tuple[str, bool]]:
+    """An encoded sample as pieces of text, each with whether it is learnt; a picture's tokens are folded into one."""
+    tokenizer = encoder.processor.tokenizer
+    ids, labels = encoded["input_ids"][0].tolist(), encoded["labels"][0].tolist()
+    pieces: list[tuple[str, bool]] = []
+    waiting: list[int] = []
+    for learnt, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
+        for token, run in groupby(token for token, _ in group):
+            count = len(list(run))
+            if count < FOLDED:
+                waiting += [token] * count
+                continue
+            pieces += [(tokenizer.decode(waiting), learnt)] if waiting else []
+            pieces.append((f"[{tokenizer.decode([token])} × {count}]", learnt))
+            waiting = []
+        pieces += [(tokenizer.decode(waiting), learnt)] if waiting else []
+        waiting = []
+    return pieces
+
+
+def repeated(samples: Iterable[Sample]) -> int:
+    """How many samples say what an earlier one says, about the same files."""
+    seen: set[bytes] = set()
+    count = 0
+    for sample in samples:
+        count += 1
+        seen.add(_digest(repr([(m.role, m.parts) for m in sample.messages]).encode("utf-8", "replace")))
+    return count - len(seen)
+
+
+def shared_media(train: Iterable[Image | Video], held_out: Iterable[Image | Video]) -> list[tuple[Path, Path]]:
+    """Held-out media whose very bytes are training media too, with the training file's path. Only files of one size
+    are read and compared; those that are missing are none."""
+    by_size: defaultdict[int, dict[Path, Image | Video]] = defaultdict(dict)
+    for part in held_out:
+        by_size[_size(part)][part.path] = part
+    by_size.pop(MISSING, None)
+    digests: dict[int, dict[bytes, list[Path]]] = {}  # of held-out files, once a training file has their size
+    shared: dict[Path, Path] = {}
+    for part in {part.path: part for part in train}.values():
+        size = _size(part)
+        if size not in by_size:
+            continue
+        if size not in digests:
+            digests[size] = defaultdict(list)
+            for path, held in by_size[size].items():
+                digests[size][_content(held)].append(path)
+        shared |= dict.fromkeys(digests[size].get(_content(part), []), part.path)
+    return sorted(shared.items())
+
+
+def _size(part: Image | Video) -> int:
+    if part.data is not None:
+        return len(part.data)
+    return part.path.stat().st_size if part.path.is_file() else MISSING
+
+
+def _content(part: Image | Video) -> bytes:
+    return _digest(part.path.read_bytes() if part.data is None else part.data)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,0 +1,187 @@
+"""`mmdora doctor`: what a config's data becomes, shown before it trains, on a CPU and without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.text import Text
+from transformers import GenerationConfig
+
+from data_pipelines.dataset import Source, read_source
+from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.inspection import Look, look, repeated, shared_media, spelled
+from data_pipelines.ledger import by_reason, from_rejected
+from data_pipelines.samples import Image, Sample, Video
+from eval.benchmarks import Question
+from eval.run import read_questions
+from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
+from mmdora.commands.train import check_names
+from mmdora.config import RunConfig, find_path, load_config
+from mmdora.errors import UserError
+from mmdora.loading import load_processor
+
+FEW_LEARNT = 0.02  # a smaller share of supervised tokens than this is worth a look
+GRAVITY = {"error": "red", "warning": "yellow", "note": "cyan"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`error`: the run would stop, or learn something else. `setting` is what to change."""
+
+    gravity: str
+    text: str
+    setting: str
+
+
+def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int:
+    """Print what was found. Returns 1 where a problem is an error, else 0. Raises UserError for a config that no run
+    could begin with."""
+    config = load_config(name, overrides)
+    import_plugins(config.plugins)
+    check_names(config)
+    console = make_console()
+    console.record = html is not None
+    sources = [read_source(source) for source in config.data.train]
+    questions = {entry.name: read_questions(entry) for entry in config.evaluation}
+    processor = load_processor(config.model)
+    encoder = Encoder(processor, config.data.video, config.data.max_length)
+    problems = check_stop(config, encoder)
+    looks = []
+    for source in sources:
+        with progress_bar(console, f"looking at {source.path.name}", min(samples, len(source))) as advance:
+            looks.append(look(source, encoder, samples, advance))
+    for source, found in zip(sources, looks, strict=True):
+        show_example(console, encoder, source, found)
+    show_tables(console, sources, looks)
+    problems += losses(config, sources, looks) + lengths(config, sources, looks)
+    problems += overlaps(sources, questions)
+    show_problems(console, problems)
+    if html is not None:
+        console.save_html(str(html))
+    return int(any(problem.gravity == "error" for problem in problems))
+
+
+def check_stop(config: RunConfig, encoder: Encoder) -> list[Problem]:
+    """Whether an answer ends with a token at which generation stops."""
+    stop = {encoder.processor.tokenizer.eos_token_id}
+    if config.model.path is not None:
+        try:
+            ids = GenerationConfig.from_pretrained(
+                find_path(config.model.path), revision=config.model.revision
+            ).eos_token_id
+        except OSError:  # many models come without that file; their tokenizer's end token counts
+            ids = None
+        stop |= set(ids if isinstance(ids, list) else [ids])
+    try:
+        encoder.check_stop({token for token in stop if token is not None})
+    except UserError as error:
+        return [Problem("error", str(error), "model.chat_template")]
+    return []
+
+
+def show_example(console: Console, encoder: Encoder, source: Source, found: Look) -> None:
+    """One conversation as the model will read it; what it learns to say is green."""
+    if found.example is None:
+        return
+    sample, encoded = found.example
+    text = Text()
+    for piece, said in spelled(encoder, encoded):
+        text.append(piece, style="bold green" if said else "dim" if piece.startswith("[") else "")
+    learnt = sum(label != IGNORED for label in encoded["labels"][0].tolist())
+    console.rule(Text(f"{source.path.name}: sample {sample.id}"), align="left")
+    console.print(text, soft_wrap=True)
+    console.print(f"{encoded['input_ids'].shape[1]} tokens; the {learnt} in green are learnt", style="dim")
+
+
+def show_tables(console: Console, sources: list[Source], looks: list[Look]) -> None:
+    columns = ("source", "samples", "looked at", "pictures", "clips", "tokens", "learnt")
+    table = make_table("what the samples become", *columns)
+    for source, found in zip(sources, looks, strict=True):
+        pictures, clips = (sum(kind[i] for kind in found.kinds) for i in (0, 1))
+        tokens = f"{median(found.lengths):.0f}, ≤ {max(found.lengths)}" if found.lengths else "–"
+        learnt = f"{sum(found.supervised) / sum(found.lengths):.1%}" if found.lengths else "–"
+        counts = [f"{len(source):,}", str(found.looked), str(pictures), str(clips)]
+        table.add_row(source.path.name, *counts, tokens, learnt)
+    console.print(table)
+    for source, found in zip(sources, looks, strict=True):
+        rejected = [from_rejected(row) for row in source.rejected]
+        for total, entries in ((f"{source.total} rows", rejected), (f"{found.looked} looked at", found.entries)):
+            for count, entry in by_reason(entries):
+                what = f"{source.path.name}: {count} of {total} {'changed' if entry.changed else 'lost'}: "
+                where = f" ({entry.file or entry.id}, at stage {entry.stage!r})"
+                console.print(Text(what + entry.reason + where), soft_wrap=True)
+
+
+def losses(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[Problem]:
+    """What would not be used, and whether a run would stop for it."""
+    total = sum(source.total for source in sources)
+    rejected = sum(len(source.rejected) for source in sources)
+    broken = sum(
+        len(source) * len(found.skipped) / found.looked
+        for source, found in zip(sources, looks, strict=True)
+        if found.looked
+    )
+    share = (rejected + broken) / total
+    if not share:
+        return []
+    about = f"{rejected} of {total} rows are no samples" if rejected else f"of {total} samples"
+    text = f"{about}, and about {broken:.0f} more cannot be used: {share:.1%} in all"
+    if share > config.data.max_skipped:
+        return [Problem("error", f"{text}, over data.max_skipped {config.data.max_skipped:.1%}", "data.max_skipped")]
+    return [Problem("warning", f"{text}; they would be skipped", "data.train")]
+
+
+def lengths(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[Problem]:
+    """Samples of which next to nothing is learnt, and a config that does not bound their length."""
+    problems = []
+    for i, (source, found) in enumerate(zip(sources, looks, strict=True)):
+        if found.lengths and sum(found.supervised) < FEW_LEARNT * sum(found.lengths):
+            share = sum(found.supervised) / sum(found.lengths)
+            text = f"{source.path.name}: only {share:.1%} of the tokens are learnt; most of each step is reading"
+            problems.append(Problem("note", text, f"data.train.{i}"))
+        if again := repeated(samples_of(source)):
+            text = f"{source.path.name}: {again} of {len(source)} samples repeat an earlier one word for word"
+            problems.append(Problem("warning", text, f"data.train.{i}"))
+    longest = max((max(found.lengths) for found in looks if found.lengths), default=0)
+    if config.data.max_length is None:
+        text = f"no bound on the length of a sample; the longest looked at has {longest} tokens"
+        problems.append(Problem("note", text, "data.max_length"))
+    return problems
+
+
+def overlaps(sources: list[Source], questions: dict[str, list[Question]]) -> list[Problem]:
+    """Held-out pictures and clips that are training data too, by their bytes."""
+    problems = []
+    for i, (name, asked) in enumerate(questions.items()):
+        trained = (part for source in sources for sample in samples_of(source) for part in sample.media())
+        held_out: list[Image | Video] = [part for question in asked for part in question.sample.media()]
+        shared = shared_media(trained, held_out)
+        if shared:
+            ours, theirs = shared[0]
+            files = len({part.path for part in held_out})
+            text = f"{name}: {len(shared)} of its {files} files are training data too, such as {ours} ({theirs})"
+            problems.append(Problem("warning", text, f"evaluation.{i}"))
+    return problems
+
+
+def samples_of(source: Sequence[Sample]) -> Iterator[Sample]:
+    """Those that can be read; the others are told elsewhere."""
+    for i in range(len(source)):
+        try:
+            yield source[i]
+        except UserError:
+            continue
+
+
+def show_problems(console: Console, problems: list[Problem]) -> None:
+    if not any(problem.gravity != "note" for problem in problems):
+        console.print("Nothing wrong was found.", style="green")
+    for gravity, colour in GRAVITY.items():
+        for problem in problems:
+            if problem.gravity == gravity:
+                line = Text.assemble((f"{gravity}: ", colour), problem.text, (f"  [{problem.setting}]", "dim"))
+                console.print(line, soft_wrap=True)

@@ -1,0 +1,141 @@
+"""`mmdora doctor` tells, before a run, what the run would meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.dataset import read_source
+from data_pipelines.encoding import Encoder
+from data_pipelines.inspection import repeated, shared_media, spelled
+from data_pipelines.ledger import read_ledger
+from data_pipelines.samples import Image, Message, Sample, Text
+from mmdora.config import SourceConfig
+from tests.media import write_image
+from tests.test_runs import command
+
+MESSY = {"ok": 16, "gone": 2, "torn": 1, "empty": 1}  # samples of each kind
+
+
+@pytest.fixture
+def messy(tmp_path) -> Path:
+    """LLaVA's JSON with what goes wrong in such files; two good samples say the same."""
+    rows = []
+    for i in range(MESSY["ok"]):
+        write_image(tmp_path / f"{i}.png", seed=i) if i else write_image(tmp_path / "0.png")
+        rows.append(row(f"ok{i}", f"{i}.png", "<image>\nWhat is it?", "a thing"))
+    rows.append(rows[0] | {"id": "again"})
+    rows += [row(f"gone{i}", f"gone{i}.png", "<image>\nWhat?", "a thing") for i in range(MESSY["gone"])]
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    rows.append(row("torn", "torn.png", "<image>\nWhat?", "a thing"))
+    rows.append(row("out", "../out.png", "<image>\nWhat?", "a thing"))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    held_out = [row("h", "copy.png", "<image>\nWhat is it?", "a thing"), row("t", None, "What?", "a thing")]
+    (tmp_path / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
+    (tmp_path / "held_out.json").write_text(json.dumps(held_out))
+    return tmp_path
+
+
+def row(name: str, image: str | None, question: str, answer: str) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": turns} | ({"image": image} if image else {})
+
+
+def config(folder: Path, *more: str) -> list[str]:
+    return [
+        "quickstart",
+        f"data.train=[{folder}/data.json]",
+        f"evaluation=[{{name: mine, benchmark: vqa, data: {folder}/held_out.json}}]",
+        f"training.output={folder}/run",
+        *more,
+    ]
+
+
+def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
+    assert command("doctor", *config(messy), "--html", str(messy / "page.html")) == 1
+    out = capsys.readouterr().out
+    assert "over data.max_skipped 1.0%  [data.max_skipped]" in out
+    assert "1 of 21 rows lost: '../out.png' leaves the media folder" in out
+    assert "2 of 20 looked at lost: no such file" in out
+    assert "torn.png, at stage 'media'" in out
+    assert "1 of 20 samples repeat an earlier one" in out
+    assert f"mine: 1 of its 1 files are training data too, such as {messy}/copy.png ({messy}/3.png)" in out
+    assert "[<image> × " in out
+    page = (messy / "page.html").read_text()
+    assert "a thing" in page
+    assert "data.max_skipped" in page
+
+
+def test_training_loses_what_the_doctor_said(messy, capsys):
+    assert command("doctor", *config(messy, "data.max_skipped=0.5")) == 0
+    assert "[data.train]" in capsys.readouterr().out
+    more = ("data.max_skipped=0.5", "training.max_steps=6", "training.batch_size=8", "training.micro_batch_size=8")
+    assert command("train", *config(messy, *more), "evaluation=[]") == 0
+    lost = {entry.id: entry.stage for entry in read_ledger(messy / "run" / "skipped.jsonl")}
+    assert lost == {"gone0": "media", "gone1": "media", "torn": "media", "out": "parse"}
+
+
+def test_a_template_that_never_ends_an_answer_is_an_error(messy, capsys):
+    template = "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    template += "{% else %}<{{ p.type }}>{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+    (messy / "endless.jinja").write_text(template + "{% endif %}")
+    overrides = config(messy, "data.max_skipped=1.0", f"model.chat_template={messy}/endless.jinja")
+    assert command("doctor", *overrides) == 1
+    out = capsys.readouterr().out
+    assert "ends an answer without a token that stops generation" in out
+    assert "[model.chat_template]" in out
+
+
+def test_data_without_faults(world, capsys):
+    overrides = [f"data.train=[{{path: {world}/counting_train.json, format: shapes}}]", "evaluation=[]"]
+    assert command("doctor", "quickstart", *overrides, "data.max_length=200", "--samples", "5") == 0
+    out = capsys.readouterr().out
+    assert "Nothing wrong was found." in out
+    assert "97, ≤ 97" in out
+
+
+def test_no_weights_are_read(messy, tmp_path, capsys):
+    """The doctor works beside a model of which only the configs and the processor were fetched."""
+    base = Path(__file__).parent.parent / "assets" / "tiny-llava"
+    lean = tmp_path / "lean"
+    lean.mkdir()
+    for file in base.iterdir():
+        if file.is_file() and file.suffix not in (".safetensors", ".py", ".md"):
+            (lean / file.name).write_bytes(file.read_bytes())
+    assert command("doctor", *config(messy, f"model.path={lean}", "data.max_skipped=1.0")) == 0
+    assert "[<image> × " in capsys.readouterr().out
+
+
+def test_bad_input_exits_with_2(messy, capsys):
+    assert command("doctor", *config(messy, "data.train.0.path=nowhere.json")) == 2
+    assert "'0' is a value" in capsys.readouterr().err
+    assert command("doctor", *config(messy, "data.train=[nowhere.json]")) == 2
+    assert "data.train.0.path: no such file 'nowhere.json'" in capsys.readouterr().err
+
+
+def test_learnt_words_are_told_from_the_others(tiny, tmp_path):
+    picture = Image(write_image(tmp_path / "a.png"))
+    sample = Sample("s", (Message("user", (picture, Text("What?"))), Message("assistant", (Text("red"),))), "t")
+    encoder = Encoder(tiny[1])
+    pieces = spelled(encoder, encoder.encode(sample))
+    assert [text for text, learnt in pieces if learnt] == [" red</s>"]
+    assert any(text.startswith("[<image> × ") for text, _ in pieces)
+
+
+def test_shared_media_goes_by_content(tmp_path):
+    names = ("a.png", "b.png", "c.png")
+    for name, content in zip(names, (b"one", b"two", b"one"), strict=True):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (Image(tmp_path / name) for name in names)
+    inside = Image(Path("shard.tar/0.png"), b"two")
+    assert shared_media([b, a], [c]) == [(c.path, a.path)]
+    assert shared_media([a], [b, Image(tmp_path / "gone.png")]) == []
+    assert shared_media([inside], [b]) == [(b.path, inside.path)]
+
+
+def test_repeats_are_of_words_and_files(messy):
+    source = read_source(SourceConfig(path=str(messy / "data.json")))
+    assert repeated(source) == 1
