@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -180,11 +181,7 @@ def main() -> None:
         }
         for name in models
     }
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
+    about = about_machine() | {
         "shape": {
             k: getattr(args, k) for k in ("hidden", "layers", "tokens", "rank", "dtype", "rounds", "checkpointing")
         },
@@ -200,6 +197,16 @@ def main() -> None:
     for name, row in figures.items():
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f} {peak:>10}")
+
+
+def about_machine() -> dict[str, Any]:
+    """What a result must say to be worth something: when, on what, with which versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
+    }
 
 
 def processor_name() -> str:

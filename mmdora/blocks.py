@@ -11,6 +11,8 @@ from mmdora.errors import UserError
 def blocks_of(model: nn.Module, region: Region) -> list[str]:
     """Full paths of the part's blocks: the children of its longest list of modules of one class, of at least two.
 
+    Lists beside it that hold the same belong to it: a ConvNeXt has one a stage.
+
     Blocks of a vision encoder behind the hidden state that the projector reads are none. Empty where a part has none.
     """
     lists = [
@@ -24,8 +26,12 @@ def blocks_of(model: nn.Module, region: Region) -> list[str]:
     if not lists:
         return []
     above, longest = max(lists, key=lambda entry: len(entry[1]))
+    around = above.rpartition(".")[0].rpartition(".")[0]  # of a stage: what holds the stages
+    stages = [
+        (path, module) for path, module in lists if type(module[0]) is type(longest[0]) and is_inside(path, around)
+    ]
     unused = unused_blocks(model, region)
-    return [f"{above}.{i}" for i in range(len(longest)) if f"{above}.{i}" not in unused]
+    return [block for path, module in stages for i in range(len(module)) if (block := f"{path}.{i}") not in unused]
 
 
 def last_blocks(model: nn.Module, part: str, region: Region, count: int) -> list[str]:

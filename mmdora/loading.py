@@ -19,6 +19,7 @@ from mmdora.projectors import keep_linear
 from mmdora.quantization import quantize_language_model
 from mmdora.tokens import add_tokens, extend_tokenizer
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
+from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 from mmdora.zero import whole_models
 
@@ -135,7 +136,7 @@ def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
 def needs_mmdora(model: PreTrainedModel) -> bool:
     """Whether the Auto classes can load the saved model only after `import mmdora`."""
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
-    own = (LlavaResamplerForConditionalGeneration, OpenCLIPVisionModel, OpenCLIPTimmModel)
+    own = (LlavaResamplerForConditionalGeneration, OpenCLIPVisionModel, OpenCLIPTimmModel, OpenCLIPConvNextModel)
     return isinstance(model, own) or isinstance(tower, own)
 
 

@@ -34,6 +34,7 @@ TOWERS = {
     "open_clip_vit": ("open_clip", OPEN_CLIP, 16, True),
     "open_clip_siglip": ("open_clip", TIMM["siglip"], 16, False),
     "open_clip_eva": ("open_clip", TIMM["eva"], 16, True),
+    "open_clip_convnext": ("open_clip", TIMM["convnext"], 16, False),
 }
 
 
@@ -152,12 +153,15 @@ def test_open_clip_weights_load_into_the_timm_tower(kind, tmp_path):
                 torch.nn.init.normal_(bias)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     tower = VISION_ENCODERS["open_clip"](name, str(tmp_path / "weights.pt")).eval()
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, tower.config.image_size, tower.config.image_size)
     tower.save_pretrained(tmp_path / "tower")
     with torch.no_grad():
         states = tower(x).hidden_states
         expected = source.visual.trunk.forward_features(x)
-        torch.testing.assert_close(tower.trunk.norm(states[-1]), expected, atol=1e-5, rtol=1e-5)
+        if kind == "convnext":
+            expected = expected.flatten(2).transpose(1, 2)
+        ours = states[-1] if kind == "convnext" else tower.trunk.norm(states[-1])
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
         again = AutoModel.from_pretrained(tmp_path / "tower").eval()
         assert torch.equal(again(x).last_hidden_state, states[-1])
         if kind == "siglip":

@@ -108,13 +108,14 @@ def write_tower(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
-def _timm_entry(name: str, make: Any) -> str:
+def _timm_entry(name: str, make: Any, vit: bool = True) -> str:
     """Register a tiny trunk with timm, as its own files do."""
     from timm.models import register_model
 
     def entry(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
         kwargs = {k: v for k, v in kwargs.items() if k in ("num_classes", "global_pool")}
-        trunk = make(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, **kwargs)
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4} if vit else {}
+        trunk = make(**shape, **kwargs)
         trunk.pretrained_cfg = trunk.default_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         return trunk
 
@@ -127,15 +128,23 @@ def _timm_descriptions() -> dict[str, dict[str, Any]]:
     """OpenCLIP descriptions of tiny SigLIP and EVA towers."""
     from functools import partial
 
+    from timm.models.convnext import ConvNeXt
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     siglip = _timm_entry("mmdora_tiny_siglip", partial(VisionTransformer, class_token=False))
     eva = _timm_entry("mmdora_tiny_eva", partial(Eva, qkv_bias=True, use_rot_pos_emb=True))
+    # One stage is much the longest, as in every published ConvNeXt.
+    stages = partial(ConvNeXt, depths=(2, 2, 5, 2), dims=(8, 8, 16, 32))
+    convnext = _timm_entry("convnext_mmdora_tiny", stages, vit=False)
     size = {"image_size": 32, "timm_pool": "map", "timm_proj": "none"}
     return {
         "siglip": {"embed_dim": 32, "vision_cfg": {"timm_model_name": siglip, **size}},
         "eva": {"embed_dim": 32, "vision_cfg": {"timm_model_name": eva, **size, "timm_pool": "token"}},
+        "convnext": {
+            "embed_dim": 32,
+            "vision_cfg": {"timm_model_name": convnext, "image_size": 128, "timm_pool": "", "timm_proj": "linear"},
+        },
     }
 
 

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.attention import explicit_attention, explicit_state_dict
 from mmdora.errors import UserError
+from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel, convnext_encoder
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
 from mmdora.vision_encoders.open_clip_weights import pretrained_visual
 from mmdora.vision_encoders.registry import VISION_ENCODERS
@@ -159,11 +160,11 @@ def _clip_key(key: str) -> str:
 @VISION_ENCODERS.register("open_clip")
 def open_clip_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
-) -> OpenCLIPVisionModel | OpenCLIPTimmModel:
+) -> OpenCLIPVisionModel | OpenCLIPTimmModel | OpenCLIPConvNextModel:
     """An OpenCLIP tower by architecture name and `pretrained` tag (or file), ready for adapters; null: random weights.
 
     `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`);
-    `name` is then only a label. Raises UserError for towers that are not vision transformers.
+    `name` is then only a label. Raises UserError for towers whose features are no sequence of patches.
     """
     import open_clip
 
@@ -173,12 +174,14 @@ def open_clip_encoder(
             f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them, e.g. ViT-L-14-336"
         )
     vision_cfg = cfg["vision_cfg"]
+    if str(vision_cfg.get("timm_model_name", "")).startswith("convnext"):
+        return convnext_encoder(name, pretrained, vision_cfg)
     if vision_cfg.get("timm_model_name"):
         return timm_encoder(name, pretrained, vision_cfg["timm_model_name"])
     if isinstance(vision_cfg.get("layers"), list):
         raise UserError(
             f"{name!r} is a ResNet: its stages differ in width and resolution, and LLaVA classes read one sequence of "
-            "patches per layer; take a ViT, SigLIP or EVA tower"
+            "patches per layer; take a ViT, SigLIP, EVA or ConvNeXt tower"
         )
     # CoCa's pooler stands behind the blocks: nothing in a vision-language model reads it.
     vision_cfg = {k: v for k, v in vision_cfg.items() if not k.startswith("attn_pooler") and k != "attentional_pool"}

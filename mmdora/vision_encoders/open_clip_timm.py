@@ -1,7 +1,7 @@
 """OpenCLIP's timm image towers that are vision transformers: SigLIP, SigLIP 2 and EVA.
 
 The tower is timm's own trunk inside a small `PreTrainedModel`. Pooling and projection heads are left out: nothing in a
-vision-language model reads them. ConvNeXt and other trunks with stages have no hidden states of one shape.
+vision-language model reads them.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def build_trunk(timm_model_name: str) -> Any:
     if not plain or getattr(trunk, "rope_mixed", False):
         raise UserError(
             f"OpenCLIP's timm trunk {timm_model_name!r} ({type(trunk).__name__}) is not a plain vision transformer: "
-            "LLaVA classes read one sequence of patches of one width per layer; take a ViT, SigLIP or EVA tower"
+            "LLaVA classes read one sequence of patches per layer; take a ViT, SigLIP, EVA or ConvNeXt tower"
         )
     return join_biases(trunk)
 
