@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipelines.encoding import IGNORED, Encoded
-
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
+from data_pipelines.encoding import IGNORED, PER_TOKEN, Encoded
 
 
 @dataclass(frozen=True)
