@@ -73,7 +73,7 @@ def placeholders(processor: Any) -> list[str]:
 def _with_end(text: str, span: Span, end: str | None) -> Span:
     """Some templates close their marker before the end of sequence, which must be learnt too."""
     low, high = span
-    if end and not text[low:high].rstrip().endswith(end) and text.startswith(end, high):
+    if end and text.startswith(end, high):
         high += len(end)
     return low, low + len(text[low:high].rstrip())
 
