@@ -29,7 +29,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{% for part in message.content %}{{ part.text }}{% endfor %}"
     "<|im_end|>{% endgeneration %}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endif %}\n"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHORT_MARKER = CHATML.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>").replace(
@@ -156,7 +156,7 @@ def test_markers_that_tell_the_wrong_place_are_not_believed(processor):
     block = CHATML.replace("{% generation %}", "{% set turn %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ turn }}"
     )
-    broken, _ = encoders(processor, block.replace("<|im_start|>", "{% set x %}", 0))
+    broken, _ = encoders(processor, block)
     none, _ = encoders(
         processor, CHATML.replace("{% generation %}", "{# {% generation %} #}").replace("{% endgeneration %}", "")
     )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from data_pipelines.collator import Collator, first_fit
+from data_pipelines.collator import Collator
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.config import VideoConfig
-from mmdora.errors import UserError
-from mmdora.training.packing import BOTH_WAYS, EXACT, check_packing, packed_inputs
+from mmdora.training.packing import EXACT, check_packing, packed_inputs
 from tests.families import FAMILIES
 from tests.media import write_image, write_video
 from tests.test_families import build, sample, samples  # noqa: F401

@@ -54,12 +54,12 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Ints:
 
 def step_samples(batching: Batching, epoch: int) -> Iterator[Ints]:
     """The samples of each step. The last has what is left, and repeats the epoch's first ones where that is too little
-    to give each process one."""
+    to give every process as many micro-batches."""
     order = epoch_order(batching.samples, batching.seed, epoch)
     for start in range(0, batching.samples, batching.batch_size):
         step = order[start : start + batching.batch_size]
-        if len(step) < batching.world:
-            step = np.concatenate([step, np.resize(order, batching.world - len(step))])
+        if (missing := batching.groups(len(step)) - len(step)) > 0:
+            step = np.concatenate([step, np.resize(order, missing)])
         yield step
 
 
@@ -150,7 +150,7 @@ class MicroBatches(Sampler[list[int]]):
         batching = self.batching
         last = batching.samples - (batching.steps - 1) * batching.batch_size
         full = batching.groups(batching.batch_size) * (batching.steps - 1)
-        return (full + batching.groups(max(last, batching.world))) // batching.world
+        return (full + batching.groups(last)) // batching.world
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -60,6 +60,7 @@ class AdapterTrainer(Trainer):
         self.run_config = config
         self.tokens_seen = 0  # by this process, media tokens included
         self._start: dict[str, torch.Tensor] | None = None
+        self._start_step = 0
         self.add_callback(NormsOnceAStep)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +123,8 @@ class AdapterTrainer(Trainer):
             # DeepSpeed puts flat copies into the optimizer's groups: then all are watched.
             some = any(id(p) in watched for _, p in named)
             self._start = {n: local_shard(p).clone() for n, p in named if id(p) in watched or not some}
-        elif self._start and self.state.global_step >= AUDITED_STEPS:
+            self._start_step = self.state.global_step  # not 0 where a run goes on from a checkpoint
+        elif self._start and self.state.global_step >= self._start_step + AUDITED_STEPS:
             parameters = dict(self.model.named_parameters())
             moved = torch.tensor(
                 [not torch.equal(local_shard(parameters[n]), start) for n, start in self._start.items()],
