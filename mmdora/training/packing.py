@@ -83,7 +83,7 @@ def rotary_positions(base: Any, batch: dict[str, Any]) -> Tensor:
     starts = (batch["position_ids"] == 0).flatten().nonzero().flatten()
     sizes = torch.diff(starts, append=starts.new_tensor([batch["position_ids"].numel()])).tolist()
     per_token = [key for key in ("input_ids", "mm_token_type_ids") if key in batch]
-    alone = {key: _unpacked(batch[key], sizes) for key in per_token}
+    alone: dict[str, Tensor] = {key: _unpacked(batch[key], sizes) for key in per_token}
     alone["attention_mask"] = _unpacked(torch.ones_like(batch["input_ids"]), sizes)
     wanted = inspect.signature(base.get_rope_index).parameters
     media = {key: value for key, value in batch.items() if key in wanted and key not in alone}
