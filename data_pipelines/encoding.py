@@ -6,27 +6,40 @@ Training, evaluation and chat all come through `Encoder`, so the same conversati
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image as PILImage
 from torch import Tensor
 
 from data_pipelines.images import load_image
-from data_pipelines.samples import Image, MediaError, Message, Part, Sample, SampleError, Text, Video
+from data_pipelines.labels import align, learnt_turns, touching, turns_of
+from data_pipelines.rendering import Span, answer_spans, placeholders, render, render_marked
+from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
+from data_pipelines.truncation import check_cut, without_last_answer
 from data_pipelines.video import VideoClip, load_video, resolve_reader
 from mmdora.config import VideoConfig
 from mmdora.errors import UserError
 
 IGNORED = -100  # a label that the loss skips
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 Encoded = dict[str, Tensor]
+GREETING = Sample(
+    "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
+)
+
+
+class Plain(NamedTuple):
+    """A rendering's tokens, one for each media placeholder, and the characters that each stands for."""
+
+    ids: list[int]
+    offsets: list[Span]
 
 
 @dataclass(frozen=True)
@@ -39,26 +52,49 @@ class Encoder:
     processor: Any
     video: VideoConfig = field(default_factory=VideoConfig)
     max_length: int | None = None  # tokens
+    overlong: Literal["skip", "truncate"] = "skip"  # what becomes of a sample longer than that
 
-    def encode(self, sample: Sample) -> Encoded:
+    def encode(self, sample: Sample, changed: Callable[[str], None] = lambda reason: None) -> Encoded:
         """A training sample: `input_ids`, `labels` [1, tokens] and the processor's media tensors.
 
-        Only the assistant's words and their end of sequence have labels. Raises SampleError that names the sample,
-        for media that cannot be read, a sample with nothing to learn, or one longer than `max_length`.
+        Only the words of the assistant's turns that are to be learnt and their end of sequence have labels. `changed`
+        hears why a sample is not encoded as it is. Raises SampleError that names the sample, for media that cannot be
+        read, a sample with nothing to learn, or one longer than `max_length` that cannot be shortened.
         """
-        encoded, text = self._run(sample, add_generation_prompt=False)
+        encoded, shortened = self._encode(sample), sample
+        while self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
+            shorter = self._shorter(shortened, encoded)
+            if shorter is None:
+                encoded = {
+                    key: value[:, : self.max_length] if key in PER_TOKEN else value for key, value in encoded.items()
+                }
+                changed(f"over data.max_length {self.max_length} tokens: the answer is cut there")
+            else:
+                encoded, shortened = self._encode(shorter), shorter
+        if left_out := len(sample.messages) - len(shortened.messages):
+            changed(f"over data.max_length {self.max_length} tokens: its last {left_out} turns are left out")
+        if empty := sum(m.role == "assistant" and m.train and not m.text.strip() for m in shortened.messages):
+            changed(f"{empty} empty answers are read, not learnt")
+        return encoded
+
+    def _encode(self, sample: Sample) -> Encoded:
+        """All of the sample, however long."""
+        text, marked = render_marked(self.processor, sample)
         for message in sample.messages:
             for part in message.parts:
                 if isinstance(part, Text) and part.text.strip() not in text:
                     reason = f"the chat template leaves out or changes what the {message.role} says"
                     raise SampleError(sample.id, sample.source, reason, "encode")
+        learnt = learnt_turns(sample)
+        plain = self._plain(text)
+        encoded = self._run(sample, text, plain)
         ids = encoded["input_ids"][0].tolist()
-        if self.max_length is not None and len(ids) > self.max_length:
-            reason = f"{len(ids)} tokens, over data.max_length {self.max_length}"
-            raise SampleError(sample.id, sample.source, reason, "encode")
-        supervised = self._supervised(sample, text, ids)
+        supervised = [turn in learnt for turn in self._turns(sample, text, marked, plain, ids)]
+        supervised[0] = False  # nothing stands before it to tell it from
         if not any(supervised):
-            raise SampleError(sample.id, sample.source, "no answer to learn: it has no assistant turn", "encode")
+            raise SampleError(
+                sample.id, sample.source, "no answer to learn: none of its tokens is the answer's", "encode"
+            )
         if "labels" in encoded:
             # PaliGemma's processor leaves labels to its caller: tokens of type 0 see each other in both directions,
             # and an answer among them would be read before it is said.
@@ -67,30 +103,33 @@ class Encoder:
         encoded["labels"] = torch.tensor([labels])
         return encoded
 
+    def _shorter(self, sample: Sample, encoded: Encoded) -> Sample | None:
+        """The sample with fewer turns; None where its one answer is to be cut. Raises SampleError."""
+        labels, limit = encoded["labels"][0], self.max_length or 0
+        if self.overlong == "skip":
+            reason = f"{len(labels)} tokens, over data.max_length {limit}; data.overlong=truncate shortens such samples"
+            raise SampleError(sample.id, sample.source, reason, "encode")
+        shorter = without_last_answer(sample, learnt_turns(sample))
+        if shorter is None:
+            check_cut(sample, int((labels != IGNORED).nonzero()[0]), len(labels), limit)
+        return shorter
+
     def encode_prompt(self, sample: Sample) -> Encoded:
         """A conversation up to the assistant's next turn, for generation. Raises SampleError."""
-        encoded, _ = self._run(sample, add_generation_prompt=True)
+        text = self.render(sample, add_generation_prompt=True)
+        encoded = self._run(sample, text, self._plain(text))
         encoded.pop("labels", None)
         return encoded
 
     def render(self, sample: Sample, add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, with one placeholder for each picture or video."""
-        messages = [{"role": m.role, "content": [_content(p) for p in m.parts]} for m in sample.messages]
-        try:
-            return self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            reason = f"the chat template refuses it ({error})"
-            raise SampleError(sample.id, sample.source, reason, "encode") from error
+        return render(self.processor, sample, add_generation_prompt)
 
     def check_stop(self, stop: Collection[int]) -> None:
         """Raise UserError unless the chat template ends an assistant's turn with a token that stops generation; a model
         that never sees one there would not learn to stop."""
-        turns = (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),)))
-        sample = Sample("a greeting", turns, "the chat template")
-        text = self.render(sample)
-        ((low, high),) = self._assistant_spans(sample, text)
+        text, marked = render_marked(self.processor, GREETING)
+        ((low, high),) = answer_spans(self.processor, GREETING, text, marked)
         said = self.processor.tokenizer(text[low:high], add_special_tokens=False)["input_ids"]
         if not set(said) & set(stop):
             names = ", ".join(self.processor.tokenizer.convert_ids_to_tokens(sorted(stop))) or "none is known"
@@ -105,14 +144,34 @@ class Encoder:
         Under data parallelism every rank must run the vision encoder equally often, or collective operations hang; a
         micro-batch that lacks a kind of media gets this row, which adds nothing to the loss.
         """
-        blank = Path("blank")
-        message = Message("user", (kind(blank), Text(".")))
-        encoded, _ = self._run(Sample("filler", (message,), "filler"), add_generation_prompt=True)
+        message = Message("user", (kind(Path("blank")), Text(".")))
+        encoded = self.encode_prompt(Sample("filler", (message,), "filler"))
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         return encoded
 
-    def _run(self, sample: Sample, add_generation_prompt: bool) -> tuple[Encoded, str]:
-        text = self.render(sample, add_generation_prompt)
+    def _plain(self, text: str) -> Plain:
+        bos = self.processor.tokenizer.bos_token
+        adds_bos = bos is None or not text.startswith(bos)
+        output = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds_bos)
+        return Plain(output["input_ids"], output["offset_mapping"])
+
+    @cached_property
+    def _text_keys(self) -> tuple[str, ...] | None:
+        """What the processor gives for text alone besides the plain tokens, all zeros (`token_type_ids`, say): then it
+        need not be asked. None where it does more with a text, or takes none without media."""
+        try:
+            text = self.render(GREETING)
+            plain = self._plain(text)
+            output = self._ask(GREETING, text, {})
+        except SampleError:
+            return None
+        known = {"input_ids": torch.tensor([plain.ids]), "attention_mask": torch.ones(1, len(plain.ids))}
+        same = all(key in output and torch.equal(output[key], value.long()) for key, value in known.items())
+        others = tuple(key for key in output if key not in known)
+        zeros = all(output[key].shape == output["input_ids"].shape and not output[key].any() for key in others)
+        return others if same and zeros else None
+
+    def _run(self, sample: Sample, text: str, plain: Plain) -> Encoded:
         images: list[PILImage.Image] = []
         clips: list[VideoClip] = []
         for part in sample.media():
@@ -131,14 +190,22 @@ class Encoder:
             arguments["videos"] = [[clip.frames for clip in clips]]
             arguments["video_metadata"] = [[_metadata(clip) for clip in clips]]
             arguments["do_sample_frames"] = False
+        if arguments or self._text_keys is None:
+            return self._ask(sample, text, arguments)
+        ids = torch.tensor([plain.ids])
+        encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return encoded | {key: torch.zeros_like(ids) for key in self._text_keys}
+
+    def _ask(self, sample: Sample, text: str, media: dict[str, Any]) -> Encoded:
+        """The processor's own answer."""
         bos = self.processor.tokenizer.bos_token
         adds_bos = bos is None or not text.startswith(bos)
         try:
-            output = self.processor(text=[text], return_tensors="pt", add_special_tokens=adds_bos, **arguments)
+            output = self.processor(text=[text], return_tensors="pt", add_special_tokens=adds_bos, **media)
         except (ValueError, IndexError, StopIteration) as error:
             reason = f"the processor refuses it ({error}); does its text hold a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
-        return {k: v for k, v in output.items() if isinstance(v, Tensor)}, text
+        return {k: v for k, v in output.items() if isinstance(v, Tensor)}
 
     def _load(self, path: Path) -> VideoClip:
         return load_video(path, self.video.num_frames, resolve_reader(self.video.reader))
@@ -147,40 +214,32 @@ class Encoder:
         frames = np.zeros((self.video.num_frames, 32, 32, 3), np.uint8)
         return VideoClip(frames, tuple(range(self.video.num_frames)), 1.0, self.video.num_frames)
 
-    def _supervised(self, sample: Sample, text: str, ids: list[int]) -> list[bool]:
-        """For each token of the encoded sample, whether the assistant says it."""
-        spans = self._assistant_spans(sample, text)
-        bos = self.processor.tokenizer.bos_token
-        written = "|".join(map(re.escape, self._placeholders()))
+    def _turns(self, sample: Sample, text: str, marked: list[Span] | None, plain: Plain, ids: list[int]) -> list[int]:
+        """For each token of the encoded sample, which of the assistant's turns it belongs to, from 1; 0: to none."""
+        spans = answer_spans(self.processor, sample, text, marked)
+        turns = turns_of(plain.offsets, spans)
+        if plain.ids == ids:
+            return turns
+        written = "|".join(map(re.escape, placeholders(self.processor)))
         media = [match.span() for match in re.finditer(written, text)] if written else []
-        plain = self.processor.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=bos is None or not text.startswith(bos)
-        )
-        offsets = plain["offset_mapping"]
-        said = [any(start < end and low <= start and end <= high for low, high in spans) for start, end in offsets]
-        cut = [any(start < high and low < end for low, high in media) for start, end in offsets]
-        supervised = align(plain["input_ids"], said, cut, ids)
-        if supervised is None:
+        aligned = align(plain.ids, turns, touching(plain.offsets, media), ids)
+        if aligned is None:
             reason = "its media placeholders cannot be told from its text"
             raise SampleError(sample.id, sample.source, reason, "encode")
-        return supervised
-
-    def _placeholders(self) -> list[str]:
-        """What the chat template writes for a picture or a video, and the processor then expands."""
-        tokens = (getattr(self.processor, name, None) for name in ("image_token", "video_token"))
-        return [token for token in tokens if token]
+        return aligned
 
     def _check_media(self, sample: Sample, text: str, images: int, clips: int) -> None:
         """Processors pass over media that they do not know or that have no placeholder: here these are errors."""
         reason = None
-        written = sum(map(text.count, self._placeholders()))
+        known = placeholders(self.processor)
+        written = sum(map(text.count, known))
         videos: Any = getattr(self.processor, "video_processor", None)
         if clips and videos is None:
             reason = "it has a video, and the model's processor takes pictures alone"
         elif images and clips and "pixel_values" in videos.model_input_names:
             # SmolVLM's: the frames would take the pictures' place.
             reason = "it has pictures and videos, and the model's processor takes only one of the kinds at a time"
-        elif self._placeholders() and written != images + clips:
+        elif known and written != images + clips:
             reason = (
                 f"the chat template writes {written} media placeholders for {images + clips} pictures and videos; "
                 "does its text hold a literal one, or does the template (model.chat_template) leave one out?"
@@ -188,75 +247,8 @@ class Encoder:
         if reason is not None:
             raise SampleError(sample.id, sample.source, reason, "encode")
 
-    def _assistant_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant's turns: what each adds to the rendering of everything before it."""
-        spans = []
-        for index, message in enumerate(sample.messages):
-            if message.role != "assistant":
-                continue
-            before = self.render(replace(sample, messages=sample.messages[:index]), add_generation_prompt=True)
-            after = self.render(replace(sample, messages=sample.messages[: index + 1]))
-            if not text.startswith(before) or not text.startswith(after.rstrip()):
-                raise UserError(
-                    "the chat template rewrites earlier turns when later ones follow, so that the assistant's words "
-                    "cannot be found in it; give another with model.chat_template"
-                )
-            spans.append((len(before), len(after.rstrip())))
-        return spans
-
-
-def align(
-    plain: Sequence[int], said: Sequence[bool], cut: Sequence[bool], expanded: Sequence[int]
-) -> list[bool] | None:
-    """For each token of `expanded`, whether the assistant says it, given that for each token of `plain`.
-
-    `expanded` is `plain` with every media placeholder (`cut`) replaced by a run, which may hold text, as the times of
-    frames, and whose ends may melt into one token with the text beside it. None where an answer is not found.
-    """
-    supervised = [False] * len(expanded)
-    at = 0
-    for is_media, group in groupby(zip(plain, said, cut, strict=True), key=lambda token: token[2]):
-        segment = list(group)
-        answers = [place for place, token in enumerate(segment) if token[1]]
-        if is_media or not answers:
-            continue
-        start = _place([token[0] for token in segment], answers, expanded, at)
-        if start is None:
-            return None
-        for place in answers:
-            supervised[start + place] = True
-        at = start + answers[-1] + 1
-    return supervised
-
-
-MELTED = 2  # tokens at each end of a text between media that may be others once these are expanded
-
-
-def _place(tokens: list[int], answers: list[int], expanded: Sequence[int], at: int) -> int | None:
-    """Where the text begins in `expanded`, with as few melted ends as can be."""
-    for low, high in sorted(product(range(MELTED + 1), repeat=2), key=sum):
-        if low <= answers[0] and answers[-1] < len(tokens) - high:
-            start = _find(tokens[low : len(tokens) - high], expanded, at)
-            if start is not None:
-                return start - low
-    return None
-
-
-def _find(wanted: list[int], within: Sequence[int], at: int) -> int | None:
-    """The first place from `at` on where `wanted` stands in a row."""
-    for start in range(at, len(within) - len(wanted) + 1):
-        if within[start] == wanted[0] and list(within[start : start + len(wanted)]) == wanted:
-            return start
-    return None
-
 
 _BLANK = PILImage.new("RGB", (32, 32))
-
-
-def _content(part: Part) -> dict[str, str]:
-    if isinstance(part, Text):
-        return {"type": "text", "text": part.text}
-    return {"type": "image" if isinstance(part, Image) else "video"}
 
 
 def _metadata(clip: VideoClip) -> dict[str, Any]:

@@ -105,7 +105,13 @@ class VideoConfig(Section):
 class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1)
     video: VideoConfig = VideoConfig()
-    max_length: Positive | None = None  # tokens; a longer sample goes to the ledger
+    max_length: Positive | None = None  # tokens, media included; null: as long as they come
+    overlong: Literal["skip", "truncate"] = "skip"  # over max_length: to the ledger, or shortened and told there
+    group_by: Literal["length", "modality"] | None = None  # which samples of a step share a micro-batch; null: any
+    max_tokens: Positive | None = (
+        None  # that a micro-batch holds, about and with padding; long samples share with fewer
+    )
+    packing: bool = False  # samples of a micro-batch behind one another, in rows of max_length, and not padded
     max_skipped: Share = 0.01  # a larger share of unusable samples stops the run
     num_workers: Annotated[int, Field(ge=0)] = 0  # processes that load and encode samples
 
@@ -117,6 +123,20 @@ class DataConfig(Section):
             entries = [{"path": e} if isinstance(e, str) else e for e in data["train"]]
             return {**data, "train": entries}
         return data
+
+    @model_validator(mode="after")
+    def _lengths(self) -> DataConfig:
+        if self.max_length is None and self.overlong == "truncate":
+            raise ValueError("'overlong: truncate' needs 'max_length', the tokens that a sample is shortened to")
+        if self.max_length is None and self.packing:
+            raise ValueError("'packing' needs 'max_length', the tokens of a row")
+        if self.packing and self.group_by == "length":
+            raise ValueError("'group_by: length' saves padding, of which 'packing' leaves none; leave one of them out")
+        if self.max_tokens is not None and self.max_tokens < (self.max_length or 0):
+            raise ValueError(
+                f"'max_tokens' {self.max_tokens} has no room for a sample of 'max_length' {self.max_length}"
+            )
+        return self
 
 
 class TrainingConfig(Section):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_pipelines.collator import Collator
-from data_pipelines.encoding import IGNORED, Encoder, align
+from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.labels import align
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora.commands.chat import reply
 from mmdora.config import VideoConfig
@@ -182,3 +183,27 @@ def test_a_template_that_never_stops_is_an_error(encoder):
     encoder.processor.chat_template = encoder.processor.chat_template.replace("eos_token", "bos_token[:0]")
     with pytest.raises(UserError, match=r"without a token that stops generation \(</s>\).*model.chat_template"):
         encoder.check_stop(stop)
+
+
+def test_a_turn_that_is_only_read_has_no_labels(encoder, tmp_path):
+    picture = Image(write_image(tmp_path / "a.png"))
+    read = Message("assistant", (Text("one"),), train=False)
+    # The same words stand in front of both pictures' answers; only the second is learnt.
+    messages = (user(picture, "Q?"), read, user(picture, "Q?"), assistant("one"), user("And?"), read)
+    row = encoder.encode(Sample("s", messages, "test"))
+    taught = (row["labels"][0] != IGNORED).nonzero().flatten()
+    assert encoder.processor.tokenizer.decode(row["input_ids"][0][taught]) == " one</s>"
+    image = encoder.processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert taught[0] > (row["input_ids"][0] == image).nonzero().max()
+    with pytest.raises(SampleError, match=r"'s'.*no assistant turn of it is to be learnt"):
+        encoder.encode(Sample("s", messages[:2], "test"))
+
+
+def test_an_empty_answer_is_not_learnt(encoder):
+    told: list[str] = []
+    sample = Sample("s", (user("One?"), assistant("  "), user("Two?"), assistant("c")), "test")
+    labels = encoder.encode(sample, told.append)["labels"][0]
+    assert encoder.processor.tokenizer.decode(labels[labels != IGNORED]) == " c</s>"
+    assert told == ["1 empty answers are read, not learnt"]
+    with pytest.raises(SampleError, match=r"'s'.*its answer is empty"):
+        encoder.encode(Sample("s", (user("One?"), assistant("\n")), "test"))

@@ -32,6 +32,7 @@ from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
+from mmdora.training.packing import check_packing, row_length
 from mmdora.training.trainer import AdapterTrainer, optimizer_groups
 from mmdora.zero import numel
 
@@ -56,7 +57,9 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
 
     model, processor = load_model(config.model)
     resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
-    encoder = Encoder(processor, config.data.video, config.data.max_length)
+    if config.data.packing:
+        check_packing(model)
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
     encoder.check_stop(stop_tokens(model, processor))
     if is_main():
         processor.save_pretrained(run_dir.processor)
@@ -177,7 +180,7 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(pad, fillers=fillers),
+        data_collator=Collator(pad, fillers=fillers, pack=row_length(model, config.data)),
     )
     log.trainer = trainer
     trainer.add_callback(log)

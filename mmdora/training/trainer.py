@@ -4,11 +4,14 @@ steps."""
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from mmdora.adapters import adapter_layers
@@ -18,6 +21,8 @@ from mmdora.blocks import rate_factors
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import PartConfig, RunConfig
 from mmdora.tokens import NEW_TOKENS, VALUES
+from mmdora.training.batches import Batching, MicroBatches
+from mmdora.training.packing import packed_inputs
 from mmdora.zero import local_shard, read_in_forward, true_shape
 
 log = logging.getLogger(__name__)
@@ -35,6 +40,16 @@ class NormsOnceAStep(TrainerCallback):
         fix_weights(False)
 
 
+class EpochOrder(TrainerCallback):
+    """Tells the batches which epoch it is: also in the middle of one, where a run goes on from a checkpoint."""
+
+    def __init__(self, batches: MicroBatches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches.set_epoch(int(state.epoch or 0))
+
+
 class AdapterTrainer(Trainer):
     """Trains what `inject_adapters` left trainable."""
 
@@ -45,6 +60,7 @@ class AdapterTrainer(Trainer):
         self.run_config = config
         self.tokens_seen = 0  # by this process, media tokens included
         self._start: dict[str, torch.Tensor] | None = None
+        self._start_step = 0
         self.add_callback(NormsOnceAStep)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,6 +68,28 @@ class AdapterTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             fix_weights(False)  # an error may have come in the middle of a step
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's own micro-batches. Raises UserError where `data.max_tokens` cannot be held."""
+        args, dataset = self.args, self.train_dataset
+        batches = MicroBatches(batching(self.run_config, args, dataset), args.process_index, epochs=self._epochs())
+        self.add_callback(EpochOrder(batches))
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _epochs(self) -> int:
+        """How many epochs the run begins."""
+        if self.args.max_steps < 1:
+            return math.ceil(self.args.num_train_epochs)
+        return math.ceil(self.args.max_steps * self.run_config.training.batch_size / len(self.train_dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""
@@ -65,7 +103,10 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        # A packed batch has no attention mask.
+        self.tokens_seen += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        if "attention_mask" not in inputs:
+            inputs = packed_inputs(self.model, inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -82,7 +123,8 @@ class AdapterTrainer(Trainer):
             # DeepSpeed puts flat copies into the optimizer's groups: then all are watched.
             some = any(id(p) in watched for _, p in named)
             self._start = {n: local_shard(p).clone() for n, p in named if id(p) in watched or not some}
-        elif self._start and self.state.global_step >= AUDITED_STEPS:
+            self._start_step = self.state.global_step  # not 0 where a run goes on from a checkpoint
+        elif self._start and self.state.global_step >= self._start_step + AUDITED_STEPS:
             parameters = dict(self.model.named_parameters())
             moved = torch.tensor(
                 [not torch.equal(local_shard(parameters[n]), start) for n, start in self._start.items()],
@@ -128,6 +170,27 @@ class AdapterTrainer(Trainer):
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
+
+
+def batching(config: RunConfig, args: Any, dataset: Any) -> Batching:
+    """How the run's batches are made of the dataset, whose `lengths` (about, in tokens) and `kinds` (bits: 1 pictures,
+    2 videos) it needs for grouping and budgets alone."""
+    data = config.data
+    described = {}
+    if data.group_by is not None or data.max_tokens is not None:
+        most = data.max_length or np.iinfo(np.int64).max
+        described = {"lengths": np.minimum(np.asarray(dataset.lengths), most), "kinds": np.asarray(dataset.kinds)}
+    return Batching(
+        samples=len(dataset),
+        batch_size=config.training.batch_size,
+        micro_batch_size=args.per_device_train_batch_size,
+        world=args.world_size,
+        seed=config.training.seed,
+        group_by=data.group_by,
+        max_tokens=data.max_tokens,
+        packed=data.packing,
+        **described,
+    )
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

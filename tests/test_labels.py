@@ -1,0 +1,212 @@
+"""Labels found through a template's own markers and through prefix differences are the same, whatever is said."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.rendering import answer_spans, render_marked
+from data_pipelines.samples import Image, Message, Sample, SampleError, Text
+from mmdora.config import ModelConfig, find_path
+from mmdora.errors import UserError
+from mmdora.loading import load_model
+from tests.families import FAMILIES
+from tests.media import write_image
+from tests.test_encoding import assistant, user
+from tests.tiny_models import CHAT_TEMPLATE
+from tests.tiny_parts import template
+
+MARKER = re.compile(r"\{%-? (end)?generation -?%\}")
+TINY = find_path("assets/tiny-llava/chat_template.jinja").read_text(encoding="utf-8")
+VICUNA = find_path("assets/vicuna_v1.jinja").read_text(encoding="utf-8")
+# As the families' own, and as the test models', with markers.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "<|im_end|>{% endgeneration %}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHORT_MARKER = CHATML.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>").replace(
+    "<|im_end|>", "{{ eos_token }}"
+)
+TRIMMED = CHATML.replace("{{ part.text }}", "{{ part.text | trim }}")
+PLAIN = CHAT_TEMPLATE.replace("+ message.content[0].text + eos_token", "").replace(
+    "{{- ' ASSISTANT: '  -}}",
+    "{{- ' ASSISTANT:' -}}{%- generation -%}{{- ' ' + message.content[0].text + eos_token -}}{%- endgeneration -%}",
+)
+TEMPLATES = {
+    "tiny base": TINY,
+    "vicuna": VICUNA,
+    "chatml": CHATML,
+    "end behind the marker": SHORT_MARKER,
+    "trimmed": TRIMMED,
+    "test models": PLAIN,
+}
+
+LOOKS_LIKE_A_ROLE = [
+    "USER: ",
+    " ASSISTANT:",
+    "<|im_start|>user\n",
+    "assistant\n",
+    "</s>",
+    "{% generation %}",
+    "{{ x }}",
+]
+letters = st.characters(exclude_categories=("Cs",))
+words = st.lists(
+    st.one_of(st.text(letters, max_size=8), st.sampled_from([*LOOKS_LIKE_A_ROLE, " ", "\n", "\u00a0", "é", "図"])),
+    min_size=1,
+    max_size=5,
+).map("".join)
+said = words.filter(lambda text: text.strip() != "")
+
+
+@st.composite
+def conversations(draw, picture: Image) -> Sample:
+    messages = []
+    if draw(st.booleans()):
+        messages.append(Message("system", (Text(draw(said)),)))
+    for _ in range(draw(st.integers(1, 3))):
+        media = (picture,) if draw(st.integers(0, 3)) == 0 else ()
+        messages.append(Message("user", (*media, Text(draw(said)))))
+        messages.append(Message("assistant", (Text(draw(said)),), train=draw(st.booleans())))
+    if draw(st.booleans()):
+        messages.append(Message("user", (Text(draw(said)),)))
+    return Sample("s", tuple(messages), "test")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))[1]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Image:
+    return Image(write_image(tmp_path_factory.mktemp("labels") / "a.png", size=(16, 16)))
+
+
+def encoders(processor, chat_template: str) -> tuple[Encoder, Encoder]:
+    """With the template, and with the same one without markers."""
+    pair = []
+    for text in (chat_template, MARKER.sub("", chat_template)):
+        own = copy.copy(processor)
+        own.chat_template = text
+        pair.append(Encoder(own))
+    return pair[0], pair[1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_markers_and_prefix_differences_give_equal_labels(name, processor, picture):
+    marked, plain = encoders(processor, TEMPLATES[name])
+    assert MARKER.search(marked.processor.chat_template)
+    assert not MARKER.search(plain.processor.chat_template)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(conversations(picture))
+    def check(sample: Sample) -> None:
+        text, spans = render_marked(marked.processor, sample)
+        assert spans is not None
+        assert render_marked(plain.processor, sample) == (text, None)
+        ours = answer_spans(marked.processor, sample, text, spans)
+        assert ours == answer_spans(plain.processor, sample, text, None)
+        answers = [m.text for m in sample.messages if m.role == "assistant"]
+        for (low, high), answer in zip(ours, answers, strict=True):
+            assert answer.strip() in text[low:high]
+        results = []
+        for encoder in (marked, plain):
+            try:
+                row = encoder.encode(sample)
+                results.append((row["input_ids"].tolist(), row["labels"].tolist()))
+            except SampleError as error:
+                results.append((error.reason, None))
+        assert results[0] == results[1]
+
+    check()
+
+
+def test_the_markers_are_what_is_used(processor, picture):
+    """A template that rewrites earlier turns has no prefix differences; its markers still tell."""
+    thinking = CHATML.replace(
+        "{{ part.text }}{% endfor %}<|im_end|>{% endgeneration %}",
+        "{{ part.text if message is sameas messages[-1] else part.text.split('|')[-1] }}{% endfor %}"
+        "{{ eos_token }}{% endgeneration %}",
+    )
+    marked, plain = encoders(processor, thinking)
+    sample = Sample("s", (user("One?"), assistant("a"), user("Two?"), assistant("hm|b")), "test")
+    labels = marked.encode(sample)["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != IGNORED]) == "a</s>hm|b</s>"
+    assert plain.encode(sample)["labels"].tolist() == [labels.tolist()]
+    rewritten = Sample("s", (user("One?"), assistant("hm|a"), user("Two?"), assistant("b")), "test")
+    for encoder in (marked, plain):
+        with pytest.raises(SampleError, match="'s' of test: the chat template leaves out or changes"):
+            encoder.encode(rewritten)
+    text, _ = render_marked(plain.processor, rewritten)
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template"):
+        answer_spans(plain.processor, rewritten, text, None)
+
+
+def test_markers_that_tell_the_wrong_place_are_not_believed(processor):
+    """Inside a `set` block the marker counts from where the block's own text is not yet written."""
+    block = CHATML.replace("{% generation %}", "{% set turn %}{% generation %}").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ turn }}"
+    )
+    broken, _ = encoders(processor, block)
+    none, _ = encoders(
+        processor, CHATML.replace("{% generation %}", "{# {% generation %} #}").replace("{% endgeneration %}", "")
+    )
+    sample = Sample("s", (user("One?"), assistant("a b"), user("Two?"), assistant("c")), "test")
+    wanted = encoders(processor, CHATML)[0].encode(sample)["labels"].tolist()
+    assert broken.encode(sample)["labels"].tolist() == wanted
+    assert none.encode(sample)["labels"].tolist() == wanted  # a marker in a comment marks nothing
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_alone_is_encoded_as_the_processor_does(name):
+    if name == "smolvlm":
+        pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
+    _, processor = FAMILIES[name].build()
+    encoder = Encoder(processor)
+    if "text" not in FAMILIES[name].media:
+        assert encoder._text_keys is None
+        return
+    assert encoder._text_keys is not None
+    for words in ("Hi", "é図 two\n\nlines", "<|im_start|>user\n assistant <s> <pad>", "a " * 50):
+        sample = Sample("s", (user(words), assistant(words)), "t")
+        row = encoder.encode(sample)
+        text = encoder.render(sample)
+        theirs = processor(text=[text], return_tensors="pt")
+        assert set(row) == {*theirs, "labels"}
+        for key, value in theirs.items():
+            assert row[key].dtype == value.dtype
+            assert row[key].tolist() == value.tolist()
+
+
+def test_a_processor_that_adds_to_a_text_is_always_asked(processor, monkeypatch):
+    encoder = Encoder(processor)
+    sample = Sample("s", (user("One?"), assistant("a")), "test")
+    before = encoder.encode(sample)["input_ids"]
+    call = type(processor).__call__
+    monkeypatch.setattr(
+        type(processor), "__call__", lambda self, text, **rest: call(self, text=[t + "</s>" for t in text], **rest)
+    )
+    other = Encoder(processor)
+    assert other._text_keys is None
+    assert other.encode(sample)["input_ids"].tolist() == [[*before[0].tolist(), processor.tokenizer.eos_token_id]]
+
+
+def test_the_families_template_is_covered():
+    """CHATML writes what the families' template writes."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [
+        {"role": role, "content": [{"type": "image"}, {"type": "text", "text": "x"}][role == "assistant" :]}
+        for role in ("system", "user", "assistant")
+    ]
+    ours, theirs = (render_jinja_template([messages], chat_template=t)[0] for t in (CHATML, template("<image>\n")))
+    assert ours == theirs

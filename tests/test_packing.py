@@ -1,0 +1,189 @@
+"""Samples packed into rows train as they do apart: equal losses and gradients, and none of them lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from data_pipelines.collator import Collator
+from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.samples import Image, Message, Sample, Text, Video
+from mmdora.config import DataConfig, SourceConfig, VideoConfig
+from mmdora.errors import UserError
+from mmdora.training.packing import BOTH_WAYS, EXACT, check_packing, packed_inputs, row_length
+from tests.families import CROPPED, FAMILIES, LLAVA_PROCESSOR, _llava_settings, _llava_words
+from tests.media import write_image, write_video
+from tests.test_families import build, samples  # noqa: F401
+from tests.test_runs import command, small
+from tests.tiny_parts import text
+
+Rows = list[dict[str, torch.Tensor]]
+
+
+def loss_of_each(model, rows: Rows) -> torch.Tensor:
+    """The mean over all tokens, each sample by itself."""
+    counts = [int((row["labels"][:, 1:] != IGNORED).sum()) for row in rows]
+    losses = [model(**row).loss * count for row, count in zip(rows, counts, strict=True)]
+    return sum(losses) / sum(counts)
+
+
+def check_equal(model, rows: Rows, limit: int, pad: int) -> None:
+    packed = Collator(pad, pack=limit)(rows)
+    assert packed["input_ids"].shape[0] < len(rows)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for loss in (loss_of_each(model, rows), model(**packed_inputs(model, packed)).loss):
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        results.append((loss, [g for g in gradients if g is not None]))
+    (apart, theirs), (together, ours) = results
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_tiny_base_with_pictures_videos_and_text(tiny, tmp_path, attention):
+    model, processor = tiny
+    model.set_attn_implementation(attention)
+    encoder = Encoder(processor, VideoConfig(num_frames=2))
+    wide = Image(write_image(tmp_path / "wide.png", size=(200, 50)))
+    square = Image(write_image(tmp_path / "square.png", seed=1))
+    clip = Video(write_video(tmp_path / "clip.mp4", frames=4))
+    answer = Message("assistant", (Text("red and blue"),))
+    parts = [(wide, "What?"), ("Text alone?",), (clip, "Which way does it go?"), (square, "And this?"), ("No?",)]
+    questions = [tuple(Text(p) if isinstance(p, str) else p for p in part) for part in parts]
+    rows = [encoder.encode(Sample("s", (Message("user", q), answer), "t")) for q in questions]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    check_equal(model, rows, longest + 40, processor.tokenizer.pad_token_id)
+    check_equal(model, rows, 10 * longest, processor.tokenizer.pad_token_id)
+    check_packing(model)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in EXACT])
+def test_every_family_that_is_not_refused(name, samples):  # noqa: F811
+    model, processor = build(name)
+    check_packing(model)
+    encoder = Encoder(processor, VideoConfig(num_frames=4))
+    kinds = FAMILIES[name].media
+    rows = [encoder.encode(samples[kind]) for kind in (*kinds, kinds[-1], kinds[0])]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    check_equal(model, rows, 2 * longest, processor.tokenizer.pad_token_id)
+
+
+LANGUAGE = {
+    "mistral": {"sliding_window": 16},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language_models_also_with_sliding_windows(name, samples):  # noqa: F811
+    torch.manual_seed(0)
+    words = _llava_words()
+    settings = _llava_settings(words, text_config=text(words, name, **LANGUAGE[name]))
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**settings)).eval()
+    nn.init.normal_(model.get_output_embeddings().weight)
+    encoder = Encoder(hf.LlavaProcessor(hf.CLIPImageProcessor(**CROPPED), words, **LLAVA_PROCESSOR))
+    check_packing(model)
+    rows = [encoder.encode(samples[kind]) for kind in ("image", "text", "two images", "text")]
+    check_equal(model, rows, 400, words.pad_token_id)
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_families_that_attend_in_both_directions_are_refused(name):
+    model, _ = build(name)
+    with pytest.raises(UserError, match=rf"data\.packing: {name} attends in both directions.*data\.packing=false"):
+        check_packing(model)
+
+
+def test_what_has_not_been_shown_is_refused(tiny, monkeypatch):
+    model, _ = tiny
+    monkeypatch.setattr(model.config.get_text_config(), "model_type", "opt")
+    with pytest.raises(UserError, match=r"data\.packing: opt has not been shown"):
+        check_packing(model)
+    monkeypatch.setattr(model.config, "model_type", "unheard_of")
+    with pytest.raises(UserError, match=r"data\.packing: unheard_of has not been shown"):
+        check_packing(model)
+
+
+def test_a_sample_sees_nothing_of_its_neighbour(tiny):
+    """And would, were the batch not told apart: the test can fail."""
+    model, processor = tiny
+    encoder = Encoder(processor)
+    rows = [
+        encoder.encode(Sample("s", (Message("user", (Text(q),)), Message("assistant", (Text("yes"),))), "t"))
+        for q in ("What is it now?", "Is it red?")
+    ]
+    batch = Collator(processor.tokenizer.pad_token_id, pack=400)(rows)
+    assert "attention_mask" not in batch
+    second = slice(rows[0]["input_ids"].shape[1], None)
+    logits = []
+    for change in (0, 1):
+        changed = batch | {"input_ids": batch["input_ids"].clone()}
+        changed["input_ids"][0, 5] += change
+        with torch.no_grad():
+            inputs = packed_inputs(model, changed)
+            logits.append([model(**x).logits[0, second] for x in (inputs, inputs | {"use_cache": True})])
+    assert torch.equal(logits[0][0], logits[1][0])
+    assert not torch.equal(logits[0][1], logits[1][1])
+
+
+def test_rows_are_padded_and_media_stand_in_the_order_of_their_samples(tiny, tmp_path):
+    encoder = Encoder(tiny[1])
+    pictures = [Image(write_image(tmp_path / f"{seed}.png", seed, size=(16, 16))) for seed in range(3)]
+    words = ("One?", "Two? " * 20, "Three, is it?")
+    answer = Message("assistant", (Text("yes"),))
+    said = zip(pictures, words, strict=True)
+    rows = [encoder.encode(Sample("s", (Message("user", (p, Text(w))), answer), "t")) for p, w in said]
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    batch = Collator(7, pack=max(lengths))(rows)
+    assert batch["input_ids"].shape == (2, max(lengths))  # the longest, and the others in the order of their lengths
+    assert torch.equal(batch["pixel_values"], torch.cat([rows[place]["pixel_values"] for place in (1, 2, 0)]))
+    used = lengths[0] + lengths[2]
+    assert batch["position_ids"][1].tolist() == [
+        *range(lengths[2]),
+        *range(lengths[0]),
+        *range(max(lengths) - used),  # padding stands alone too
+    ]
+    assert (batch["input_ids"][1, used:] == 7).all()
+    assert (batch["labels"][1, used:] == IGNORED).all()
+
+
+def test_the_first_token_of_a_sample_is_never_a_label(tiny):
+    """In a packed row the sample before it would be asked for it."""
+    processor = tiny[1]
+    processor.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content[0].text }}{{ eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"
+    )
+    row = Encoder(processor).encode(Sample("s", (Message("assistant", (Text("yes it is"),)),), "t"))
+    said = row["labels"][0] != IGNORED
+    assert row["input_ids"][0, 0] != processor.tokenizer.bos_token_id
+    assert said.tolist() == [False] + [True] * (len(said) - 1)
+
+
+def test_flash_attention_gets_one_row(tiny):
+    model, _ = tiny
+    data = DataConfig(train=[SourceConfig(path="x")], max_length=100, packing=True)
+    assert row_length(model, data) == 100
+    assert row_length(model, data.model_copy(update={"packing": False})) is None
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    assert row_length(model, data) > 10**9
+
+
+def test_a_run_learns_the_same_packed(world, tmp_path):
+    losses = []
+    for name, packing in (("apart", "false"), ("packed", "true")):
+        overrides = ["evaluation=[]", "training.save_every=null", "data.max_length=900", f"data.packing={packing}"]
+        assert command("train", *small(world, tmp_path / name, steps=3), *overrides) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-4, rtol=1e-4)
