@@ -18,7 +18,7 @@ from typing import Any
 from data_pipelines.samples import MediaError
 from data_pipelines.video.decoding import decode
 
-GRACE = 10.0  # seconds after which a request ends the process, whether or not its parent still lives to do so
+GRACE = 5.0  # seconds after which a request ends the process, whether or not its parent still lives to do so
 
 
 def main(socket: int, memory: int) -> None:
