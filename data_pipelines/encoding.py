@@ -120,7 +120,8 @@ class Encoder:
                 if isinstance(part, Image):
                     images.append(_BLANK if part.path.name == "blank" else load_image(part.path, part.data))
                 else:
-                    clips.append(self._blank_clip() if part.path.name == "blank" else load_video(part.path, self.video, part.data))
+                    blank = part.path.name == "blank"
+                    clips.append(self._blank_clip() if blank else load_video(part.path, self.video, part.data))
             except MediaError as error:
                 raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
         self._check_media(sample, text, len(images), len(clips))

@@ -43,7 +43,7 @@ def load_image(path: Path, data: bytes | None = None) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as image:
                 image.load()  # all of it: `verify()` passes truncated JPEGs
-                turn = UPRIGHT.get(_orientation(image))
+                turn = _orientation(image)
                 picture = _rgb(image)
                 return picture if turn is None else picture.transpose(turn)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -59,10 +59,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in UNSAFE)
 
 
-def _orientation(image: Image.Image) -> object:
-    """The EXIF orientation. Damaged tags say nothing of the pixels: the picture is then taken as it is stored."""
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns the picture upright, by its EXIF tags. Damaged tags say nothing of the pixels: the picture is then
+    taken as it is stored."""
     try:
-        return image.getexif().get(ORIENTATION)
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:
         return None
 

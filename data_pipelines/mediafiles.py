@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -13,7 +12,7 @@ def check_regular(path: Path) -> None:
     """Raises MediaError for a path that is missing, empty, or a directory, device or pipe, which could block for
     ever."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise MediaError(path, "no such file") from None
     except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long or with a zero byte
@@ -24,3 +23,11 @@ def check_regular(path: Path) -> None:
         raise MediaError(path, "is no regular file")
     if found.st_size == 0:
         raise MediaError(path, "the file is empty")
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory is at `path`. A path that cannot be looked at is none; `check_regular` says why."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

@@ -194,6 +194,7 @@ def test_each_worker_has_a_child_of_its_own(clip, start):
 
 
 def test_the_child_starts_without_torch():
-    code = "import sys; import data_pipelines.video.child; print(*{'torch', 'transformers', 'pydantic'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "pydantic"}
+    code = f"import sys; import data_pipelines.video.child; print(*{heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == ""

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.mediafiles import check_regular
+from data_pipelines.mediafiles import check_regular, is_directory
 from data_pipelines.samples import MediaError
 from data_pipelines.video import decord_reader, frames_reader, pyav_reader, torchcodec_reader
 from data_pipelines.video.decoding import decode
@@ -79,7 +79,7 @@ def _load(path: Path, readers: tuple[str, ...], config: VideoConfig) -> VideoCli
 
 def _readers(path: Path, name: str) -> tuple[str, ...]:
     """The readers to try on what lies at `path`. Raises MediaError where that is nothing to read."""
-    if path.is_dir():
+    if is_directory(path):
         if name not in ("auto", "frames"):
             raise MediaError(path, f"is a directory, which data.video.reader {name} does not read; auto or frames do")
         return ("frames",)

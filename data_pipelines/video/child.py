@@ -53,7 +53,7 @@ def _answer(memory: int, modules: tuple[str, ...], arguments: tuple[Any, ...]) -
         for module in modules:  # readers of plugins register themselves
             importlib.import_module(module)
         clip = decode(*arguments)
-        write_all(memory, memoryview(clip.frames).cast("B") if clip.frames.flags.c_contiguous else clip.frames.tobytes())
+        write_all(memory, clip.frames.reshape(-1).data)
     except MediaError as error:
         return "refused", error.path, error.reason
     except Exception as error:
@@ -61,7 +61,7 @@ def _answer(memory: int, modules: tuple[str, ...], arguments: tuple[Any, ...]) -
     return "clip", clip.frames.shape, clip.indices, clip.fps, clip.total_frames, clip.reader
 
 
-def write_all(memory: int, data: memoryview | bytes) -> None:
+def write_all(memory: int, data: memoryview) -> None:
     """All of `data` from the start of the file `memory`; the kernel takes at most 2 GiB at once."""
     done = 0
     while done < len(data):

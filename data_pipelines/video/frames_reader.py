@@ -39,7 +39,9 @@ class FramesFile:
         for index, picture in pictures.items():
             if picture.size != self.timeline.size:
                 width, height = self.timeline.size
-                reason = f"{picture.width}×{picture.height} pixels, where the first of its directory has {width}×{height}"
+                reason = (
+                    f"{picture.width}×{picture.height} pixels, where the first of its directory has {width}×{height}"
+                )
                 raise MediaError(self._pictures[index], reason)
         return np.stack([np.asarray(pictures[index]) for index in indices])
 

@@ -37,7 +37,7 @@ class Decoder:
         self._memory = _shared_memory()
         fds = (theirs.fileno(), self._memory)
         # The child finds what its parent finds, plugins included; numpy needs no threads there.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
         environment["OPENBLAS_NUM_THREADS"] = "1"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "data_pipelines.video.child", *map(str, fds)],
@@ -51,7 +51,9 @@ class Decoder:
         self._close = Finalize(self, _close, (self._process, self._connection, self._memory), exitpriority=0)
         if not self._connection.poll(START_LIMIT) or self._receive() != "ready":
             self._close()
-            raise RuntimeError("the decoding process does not start; see its message above, or set data.video.timeout=null")
+            raise RuntimeError(
+                "the decoding process does not start; what it says is above. data.video.timeout=null does without"
+            )
 
     def decode(self, path: Path, readers: tuple[str, ...], wanted: Sampling, timeout: float) -> VideoClip | None:
         """The clip. Raises MediaError for a video that cannot be decoded in `timeout` seconds. None where the child
@@ -74,7 +76,7 @@ class Decoder:
         if answer[0] == "refused":
             raise MediaError(*answer[1:])
         frames = np.empty(answer[1], np.uint8)
-        _read_all(self._memory, memoryview(frames).cast("B"))
+        _read_all(self._memory, frames.reshape(-1).data)
         if frames.nbytes > KEPT_BYTES:
             os.ftruncate(self._memory, 0)
         return VideoClip(frames, *answer[2:])

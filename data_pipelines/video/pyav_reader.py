@@ -14,6 +14,8 @@ from data_pipelines.samples import MediaError
 from data_pipelines.video.packets import Packets, rate_of, read_packets
 from data_pipelines.video.registry import VIDEO_READERS, Timeline
 
+BEGINNING = -(2**63)  # a time before every other
+
 
 @VIDEO_READERS.register("pyav")
 def open_pyav(path: Path) -> PyAVFile:
@@ -28,6 +30,8 @@ class PyAVFile:
     start, too, where a seek is not exact (MPEG streams, WMV).
     """
 
+    _frames: Iterator[Any]
+
     def __init__(self, path: Path):
         self.path = path
         self._open()
@@ -37,7 +41,7 @@ class PyAVFile:
             self._rewind()
             self.timeline = self._count()
         else:
-            self._place = {pts: index for index, pts in enumerate(self._packets.pts)}
+            self._place: dict[int | None, int] = {pts: index for index, pts in enumerate(self._packets.pts)}
             self.timeline = self._packets.timeline
         self._rewind()
 
@@ -55,11 +59,10 @@ class PyAVFile:
 
     def _frame(self, index: int) -> Any:
         for start in self._starts(index):
-            if start == "beginning":
+            if start == BEGINNING:
                 self._rewind()
             elif start is not None:
-                assert self._packets is not None
-                self._container.seek(self._packets.pts[start], stream=self._stream)
+                self._container.seek(start, stream=self._stream)
                 self._frames = iter(self._container.decode(self._stream))
             for frame in self._frames:
                 place = self._at + 1 if self._packets is None else self._place.get(frame.pts, -1)
@@ -71,19 +74,19 @@ class PyAVFile:
             self._at = len(self.timeline.times)  # nothing further is to be had from here
         raise MediaError(self.path, f"frame {index} of {len(self.timeline.times)} cannot be decoded")
 
-    def _starts(self, index: int) -> Iterator[int | str | None]:
-        """Where to decode from, the cheapest first: here (None), at a keyframe, at the one before, where a seek lands
-        late or the first is damaged, at the beginning."""
+    def _starts(self, index: int) -> Iterator[int | None]:
+        """Where to decode from, the cheapest first: here (None), at the time of a keyframe, at the one before, where a
+        seek lands late or the first is damaged, at the BEGINNING."""
         if self._packets is None or not self._packets.seekable:
             if self._at < index:
                 yield None
-            yield "beginning"
+            yield BEGINNING
             return
         nearest = bisect_right(self._packets.keys, index) - 1
         if self._at < index and (nearest < 0 or self._packets.keys[nearest] <= self._at + 1):
             yield None
-        yield from (self._packets.keys[k] for k in (nearest, nearest - 1) if k >= 0)
-        yield "beginning"
+        yield from (self._packets.pts[self._packets.keys[k]] for k in (nearest, nearest - 1) if k >= 0)
+        yield BEGINNING
 
     def _open(self) -> None:
         import av
@@ -95,7 +98,6 @@ class PyAVFile:
         self._stream = self._container.streams.video[0]
         # One thread: as many processes load samples as there are cores.
         self._stream.codec_context.thread_count = 1
-        self._frames: Iterator[Any] = iter(())
 
     def _rewind(self) -> None:
         """Back to the very first packet: opened anew, since not every format can seek there."""
