@@ -15,7 +15,6 @@ import argparse
 import copy
 import datetime
 import json
-import platform
 import random
 import statistics
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from machine import processor_name
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -200,13 +200,6 @@ def main() -> None:
     for name, row in figures.items():
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f} {peak:>10}")
-
-
-def processor_name() -> str:
-    """What Linux calls the CPU; elsewhere the architecture alone."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import threading
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from data_pipelines.video.sampling import Sampling
 
 AVAILABLE = os.name == "posix"
 START_LIMIT = 120.0  # seconds; a child that takes longer to start says nothing of the video
-KEPT_BYTES = 2**26  # of shared memory between clips; a larger clip's is given back at once
+KEPT_BYTES = 2**27  # of shared memory between clips; a larger clip's is given back at once
 
 
 class Decoder:
@@ -49,30 +48,25 @@ class Decoder:
         theirs.close()
         # Runs at the end of a process that multiprocessing started, where atexit does not.
         self._close = Finalize(self, _close, (self._process, self._connection, self._memory), exitpriority=0)
-        if not self._connection.poll(START_LIMIT) or self._receive() != "ready":
+        if not self._started():
             self._close()
             raise RuntimeError(
                 "the decoding process does not start; what it says is above. data.video.timeout=null does without"
             )
 
     def decode(self, path: Path, readers: tuple[str, ...], wanted: Sampling, timeout: float) -> VideoClip | None:
-        """The clip. Raises MediaError for a video that cannot be decoded in `timeout` seconds. None where the child
-        was gone before it could take the request."""
+        """The clip, or None where the child crashed. Raises MediaError for a video that cannot be decoded in `timeout`
+        seconds."""
         modules = tuple(VIDEO_READERS[name].__module__ for name in readers)
         try:
             self._connection.send((timeout, modules, (path, readers, wanted)))
-        except OSError:
+            if not self._connection.poll(timeout):
+                self._close()
+                raise MediaError(path, f"decoding took over {timeout:g} s (data.video.timeout)")
+            answer = self._connection.recv()
+        except (EOFError, OSError):
             self._close()
             return None
-        if not self._connection.poll(timeout):
-            self._close()
-            raise MediaError(path, f"decoding took over {timeout:g} s (data.video.timeout)")
-        answer = self._receive()
-        if answer is None:
-            self._close()
-            code = self._process.returncode
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise MediaError(path, f"the decoder crashed ({how})")
         if answer[0] == "refused":
             raise MediaError(*answer[1:])
         frames = np.empty(answer[1], np.uint8)
@@ -84,6 +78,12 @@ class Decoder:
     @property
     def alive(self) -> bool:
         return self._close.still_active()
+
+    @property
+    def ending(self) -> str:
+        """How a child that is gone ended."""
+        code = self._process.returncode
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     @property
     def pid(self) -> int:
@@ -100,11 +100,11 @@ class Decoder:
         os.close(self._memory)
         self._process.returncode = 0  # nothing to wait for
 
-    def _receive(self) -> Any:
+    def _started(self) -> bool:
         try:
-            return self._connection.recv()
-        except (EOFError, OSError):  # the child is gone
-            return None
+            return self._connection.poll(START_LIMIT) and self._connection.recv() == "ready"
+        except (EOFError, OSError):
+            return False
 
 
 def _close(process: subprocess.Popen[bytes], connection: Connection, memory: int) -> None:
@@ -140,16 +140,16 @@ _lock = threading.Lock()  # threads take turns
 
 
 def decode_apart(path: Path, readers: tuple[str, ...], wanted: Sampling, timeout: float) -> VideoClip:
-    """As `decoding.decode`, in this process's child, which is started anew after it was killed. Raises MediaError."""
+    """As `decoding.decode`, in this process's child, which is started anew after it ended. Raises MediaError."""
     global _decoder
     with _lock:
-        for _ in range(2):
-            if _decoder is None or not _decoder.alive:
-                _decoder = Decoder()
-            clip = _decoder.decode(path, readers, wanted, timeout)
+        for _ in range(2):  # the first may have been killed by what has nothing to do with the file
+            decoder = _decoder if _decoder is not None and _decoder.alive else Decoder()
+            _decoder = decoder
+            clip = decoder.decode(path, readers, wanted, timeout)
             if clip is not None:
                 return clip
-        raise RuntimeError("the decoding process ends as soon as it has started; is the machine out of memory?")
+        raise MediaError(path, f"the decoder crashed ({decoder.ending})")
 
 
 def stop() -> None:
