@@ -113,10 +113,15 @@ def test_torchcodec_gives_the_same_frames(clips):
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError):
         pytest.skip("torchcodec is not installed, or finds no FFmpeg")
-    for name, (_, exact) in CLIPS.items():
-        if exact:
-            ours = load_video(clips / name, config(reader="torchcodec"))
-            assert np.array_equal(ours.frames, load_video(clips / name, config(reader="pyav")).frames)
+    refused = []
+    for name in CLIPS:
+        try:
+            found = load_video(clips / name, config(reader="torchcodec")).frames
+        except MediaError:
+            refused.append(name)
+        else:
+            assert np.array_equal(found, load_video(clips / name, config(reader="pyav")).frames), name
+    assert set(refused) <= {name for name, (_, exact) in CLIPS.items() if not exact}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ WITHOUT_TIMES = {"avi", "h264", "hevc", "m4v", "mpegvideo"}
 # Containers in which a seek lands on the keyframe it asks for. In others (MPEG streams, WMV) it may land anywhere, and
 # what is decoded from there be another picture.
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
-# What both FFmpeg 4, which decord carries, and PyAV's turn into the very same RGB.
+# What FFmpeg 4, which decord carries, TorchCodec and PyAV turn into the very same RGB, if its sides are even.
 SAME_COLOURS = {"yuv420p", "yuvj420p"}
 
 
@@ -38,6 +38,11 @@ class Packets:
         """Whether a seek to a keyframe lands on it."""
         return self.container in SEEKABLE
 
+    @property
+    def same_colours(self) -> bool:
+        """Whether every reader turns the pixels into the same RGB."""
+        return self.pixels in SAME_COLOURS and self.size[0] % 2 == self.size[1] % 2 == 0
+
     @cached_property
     def timeline(self) -> Timeline:
         times = tuple((pts - self.pts[0]) * self.unit for pts in self.pts)
@@ -52,7 +57,7 @@ class Packets:
             return f"seeks in {self.container} are not exact"
         if self.stored != self.keys:
             return "its keyframes are shown later than stored"
-        if self.pixels not in SAME_COLOURS or self.size[0] % 2 or self.size[1] % 2:
+        if not self.same_colours:
             return f"its pixels, {self.pixels} of {self.size[0]}×{self.size[1]}, are not turned into RGB exactly"
         return None
 

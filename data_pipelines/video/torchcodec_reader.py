@@ -16,7 +16,7 @@ from data_pipelines.video.registry import VIDEO_READERS
 
 @VIDEO_READERS.register("torchcodec")
 def open_torchcodec(path: Path) -> TorchCodecFile:
-    """What FFmpeg's shared libraries on this machine read."""
+    """What FFmpeg's shared libraries on this machine read; refuses what TorchCodec does not read exactly."""
     return TorchCodecFile(path)
 
 
@@ -30,8 +30,9 @@ class TorchCodecFile:
 
         with av.open(str(path)) as container:
             packets = read_packets(container, container.streams.video[0]) if container.streams.video else None
-        if packets is None:
-            raise MediaError(path, "its packets do not tell when they are shown; data.video.reader: pyav reads it")
+        # Found against a walk from the start: it loses frames in MPEG streams, and turns odd or deep pixels otherwise.
+        if packets is None or not packets.seekable or not packets.same_colours:
+            raise MediaError(path, "torchcodec cannot read it exactly; data.video.reader: pyav can")
         self.timeline = packets.timeline
         self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
 
