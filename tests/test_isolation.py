@@ -101,6 +101,25 @@ def test_a_child_that_was_killed_is_replaced(clip):
     assert load_video(clip, TROUBLED).total_frames == 12
 
 
+def test_an_interrupted_request_is_not_answered_later(tmp_path, clip):
+    """As by Ctrl-C in a notebook: the next video gets its own frames."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    load_video(clip, TROUBLED)
+    other = write_video(tmp_path / "other.mp4", frames=30)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            load_video(broken(tmp_path, "hang"), TROUBLED)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert load_video(other, TROUBLED).total_frames == 30
+    assert load_video(clip, TROUBLED).total_frames == 12
+
+
 def test_nothing_is_left_open(tmp_path, clip):
     load_video(clip, TROUBLED)
     load_video(clip, VideoConfig(num_frames=3))

@@ -61,12 +61,14 @@ class Decoder:
         try:
             self._connection.send((timeout, modules, (path, readers, wanted)))
             if not self._connection.poll(timeout):
-                self._close()
                 raise MediaError(path, f"decoding took over {timeout:g} s (data.video.timeout)")
             answer = self._connection.recv()
         except (EOFError, OSError):
             self._close()
             return None
+        except BaseException:  # Ctrl-C: else the next request would get the answer to this one
+            self._close()
+            raise
         if answer[0] == "refused":
             raise MediaError(*answer[1:])
         frames = np.empty(answer[1], np.uint8)
