@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import random
 import statistics
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
-import transformers
+from machine import about_machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -197,23 +194,6 @@ def main() -> None:
     for name, row in figures.items():
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f} {peak:>10}")
-
-
-def about_machine() -> dict[str, Any]:
-    """What a result must say to be worth something: when, on what, with which versions."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, mmdora)},
-    }
-
-
-def processor_name() -> str:
-    """What Linux calls the CPU; elsewhere the architecture alone."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from data_pipelines.labels import align, learnt_turns, touching, turns_of
 from data_pipelines.rendering import Span, answer_spans, placeholders, render, render_marked
 from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
 from data_pipelines.truncation import check_cut, without_last_answer
-from data_pipelines.video import VideoClip, load_video, resolve_reader
+from data_pipelines.video import VideoClip, load_video
 from mmdora.config import VideoConfig
 from mmdora.errors import UserError
 
@@ -177,9 +177,10 @@ class Encoder:
         for part in sample.media():
             try:
                 if isinstance(part, Image):
-                    images.append(_BLANK if part.path.name == "blank" else load_image(part.path))
+                    images.append(_BLANK if part.path.name == "blank" else load_image(part.path, part.data))
                 else:
-                    clips.append(self._blank_clip() if part.path.name == "blank" else self._load(part.path))
+                    blank = part.path.name == "blank"
+                    clips.append(self._blank_clip() if blank else load_video(part.path, self.video, part.data))
             except MediaError as error:
                 raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
         self._check_media(sample, text, len(images), len(clips))
@@ -206,9 +207,6 @@ class Encoder:
             reason = f"the processor refuses it ({error}); does its text hold a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
         return {k: v for k, v in output.items() if isinstance(v, Tensor)}
-
-    def _load(self, path: Path) -> VideoClip:
-        return load_video(path, self.video.num_frames, resolve_reader(self.video.reader))
 
     def _blank_clip(self) -> VideoClip:
         frames = np.zeros((self.video.num_frames, 32, 32, 3), np.uint8)
@@ -256,5 +254,5 @@ def _metadata(clip: VideoClip) -> dict[str, Any]:
         "total_num_frames": clip.total_frames,
         "fps": clip.fps,
         "frames_indices": list(clip.indices),
-        "duration": clip.total_frames / clip.fps if clip.fps else None,
+        "duration": clip.duration,
     }

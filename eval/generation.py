@@ -107,7 +107,7 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
     parts += [processor_digest(encoder.processor)]
     parts += [file_digest(part.path) for part in media]
     if any(isinstance(part, Video) for part in media):
-        parts += [str(encoder.video.num_frames), resolve_reader(encoder.video.reader)]
+        parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -87,7 +87,7 @@ def _thumbnails(path: Path, video: VideoConfig) -> list[str]:
         pictures = [load_image(path)]
     except MediaError:
         try:
-            frames = load_video(path, video.num_frames, video.reader).frames
+            frames = load_video(path, video).frames
         except MediaError:
             return []
         pictures = [PILImage.fromarray(frame) for frame in frames]

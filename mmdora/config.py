@@ -98,8 +98,26 @@ class SourceConfig(Section):
 
 
 class VideoConfig(Section):
-    reader: str = "auto"  # a name in VIDEO_READERS, or auto: decord where it is installed, else PyAV
-    num_frames: Positive = 8
+    """Which frames of a video the model sees, and how they are read."""
+
+    reader: str = "auto"  # a name in VIDEO_READERS; auto: decord where it is installed and exact, else PyAV
+    num_frames: Positive = 8  # of each video; with sampling fps or keyframe the most of them
+    sampling: Literal["uniform", "fps", "keyframe"] = "uniform"  # equal steps, or so many a second, or whole pictures
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of sampling fps: frames a second
+    start: Rate | None = None  # seconds: only the frames from here on
+    end: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # seconds: only the frames before this
+    frames_fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of a directory of pictures; null: 1
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = 60.0  # seconds for each; null: no limit, same process
+
+    @model_validator(mode="after")
+    def _keys_go_together(self) -> VideoConfig:
+        if (self.fps is not None) != (self.sampling == "fps"):
+            raise ValueError("'fps' and 'sampling: fps' go together: give both, or neither")
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ValueError(f"'start' {self.start:g} must be before 'end' {self.end:g}")
+        if self.frames_fps is not None and self.reader in ("decord", "pyav", "torchcodec"):
+            raise ValueError(f"'frames_fps' is of directories of pictures, which reader {self.reader!r} does not read")
+        return self
 
 
 class DataConfig(Section):

@@ -156,7 +156,7 @@ def test_frames_are_sampled_once(encoder, tmp_path):
     from data_pipelines.video import load_video
 
     path = write_video(tmp_path / "a.mp4", frames=12)
-    clip = load_video(path, 4)
+    clip = load_video(path, VideoConfig(num_frames=4))
     encoded = encoder.encode_prompt(Sample("s", (user(Video(path), "What?"),), "t"))
     expected = encoder.processor.video_processor([clip.frames], return_tensors="pt")["pixel_values_videos"]
     assert torch.equal(encoded["pixel_values_videos"], expected)

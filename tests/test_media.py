@@ -1,6 +1,9 @@
-"""Pictures and videos: read rightly, or refused by name."""
+"""Pictures: read rightly, or refused by name."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,7 @@ from PIL import Image
 
 from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
-from data_pipelines.video import VIDEO_READERS, load_video, resolve_reader
-from data_pipelines.video.sampling import uniform_indices
-from tests.media import picture, write_image, write_video
+from tests.media import picture, write_image
 
 
 def test_alpha_lies_over_white(tmp_path):
@@ -62,49 +63,73 @@ def test_missing_and_bombs_are_refused_by_name(tmp_path, monkeypatch):
         load_image(path)
 
 
+def test_bytes_of_a_shard_are_read_and_named(tmp_path):
+    data = write_image(tmp_path / "a.png").read_bytes()
+    named = Path("shard.tar/a.png")
+    assert np.array_equal(load_image(named, data), load_image(tmp_path / "a.png"))
+    for broken in (b"", data[:40]):
+        with pytest.raises(MediaError, match=r"^shard\.tar/a\.png: "):
+            load_image(named, broken)
+
+
+RED = (255, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("total", "wanted", "indices"),
-    [(8, 4, [0, 2, 5, 7]), (1, 3, [0, 0, 0]), (10, 1, [4]), (3, 3, [0, 1, 2]), (2, 4, [0, 0, 1, 1])],
+    ("mode", "suffix", "color", "expected"),
+    [
+        ("1", "png", 1, (255, 255, 255)),
+        ("L", "png", 7, (7, 7, 7)),
+        ("LA", "png", (0, 0), (255, 255, 255)),
+        ("P", "png", RED, RED),
+        ("RGB", "png", RED, RED),
+        ("RGBA", "png", (0, 0, 0, 0), (255, 255, 255)),
+        ("CMYK", "tif", (0, 255, 255, 0), RED),
+        ("YCbCr", "tif", (76, 85, 255), RED),
+        ("LAB", "tif", (255, 128, 128), (255, 255, 255)),
+        ("I", "tif", 65535, (255, 255, 255)),
+        ("I;16", "tif", 257 * 9, (9, 9, 9)),
+        ("F", "tif", 1.0, (255, 255, 255)),
+        ("F", "tif", 100.0, (100, 100, 100)),
+    ],
 )
-def test_uniform_indices(total, wanted, indices):
-    assert uniform_indices(total, wanted) == indices
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix, color, expected):
+    path = tmp_path / f"a.{suffix}"
+    Image.new(mode, (4, 4), color).save(path)
+    found = load_image(path)
+    assert found.mode == "RGB"
+    assert np.abs(np.subtract(found.getpixel((0, 0)), expected)).max() <= 3
 
 
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_readers_agree_frame_by_frame(tmp_path, codec):
-    path = write_video(tmp_path / "a.mp4", codec=codec)
-    clips = [load_video(path, 5, reader) for reader in VIDEO_READERS if _installed(reader)]
-    assert len(clips) == len(list(VIDEO_READERS))
-    for clip in clips:
-        assert clip.indices == clips[0].indices
-        assert clip.total_frames == 12
-        assert np.array_equal(clip.frames, clips[0].frames)
-    # the right frames, too: frame i looks more like picture(i) than like any other
-    pictures = [np.asarray(picture(i)).astype(int) for i in range(12)]
-    for frame, index in zip(clips[0].frames, clips[0].indices, strict=True):
-        assert np.argmin([np.abs(frame - p).mean() for p in pictures]) == index
+def test_float_pixels_that_are_no_numbers_are_black(tmp_path):
+    Image.fromarray(np.array([[np.nan, 1.0]], np.float32)).save(tmp_path / "a.tif")
+    assert [load_image(tmp_path / "a.tif").getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
-@pytest.mark.parametrize("kind", ["empty", "noise", "truncated", "missing"])
-def test_broken_videos_are_refused_by_name(tmp_path, reader, kind):
-    if not _installed(reader):
-        pytest.skip(f"{reader} has no wheel for this machine")
-    path = tmp_path / "bad.mp4"
-    if kind == "truncated":
-        data = write_video(path, frames=60).read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    elif kind != "missing":
-        path.write_bytes(b"" if kind == "empty" else bytes(range(256)) * 40)
-    with pytest.raises(MediaError, match=r"bad\.mp4"):
-        load_video(path, 4, reader)
+def test_broken_exif_leaves_the_picture(tmp_path):
+    path = tmp_path / "a.jpg"
+    picture().save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(60)))
+    expected = load_image(write_image(tmp_path / "plain.jpg"))
+    assert np.array_equal(load_image(path), expected)
 
 
-def test_auto_takes_what_is_installed():
-    assert resolve_reader("auto") == ("decord" if _installed("decord") else "pyav")
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "empty.jpg").touch()
+    for path, reason in (
+        (tmp_path / "pipe.jpg", "no regular file"),
+        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "folder.jpg", "directory"),
+        (tmp_path / "empty.jpg", "empty"),
+        (tmp_path / ("x" * 300), "cannot be opened"),
+        (tmp_path / "zero\0byte", "cannot be opened"),
+    ):
+        with pytest.raises(MediaError, match=reason):
+            load_image(path)
 
 
-def _installed(reader: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec({"decord": "decord", "pyav": "av"}[reader]) is not None
+def test_postscript_is_not_run(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    with pytest.raises(MediaError, match=r"a\.eps: .*cannot identify"):
+        load_image(tmp_path / "a.eps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -48,6 +49,25 @@ def test_the_benchmark_measures_every_candidate(tmp_path):
     assert (frozen["step_over_frozen"], frozen["saved_over_frozen_mib"]) == (1.0, 0.0)
     saved = {name: row["saved_over_frozen_mib"] for name, row in result["figures"].items()}
     assert saved["mmdora DoRA"] < saved["PEFT DoRA"]
+
+
+def test_the_soak_counts_what_it_reads(tmp_path):
+    out = tmp_path / "result.json"
+    script("benchmarks/media_soak.py", "--videos=6", "--images=24", "--workers=2", f"--out={out}")
+    for figures in json.loads(out.read_text())["figures"].values():
+        assert (figures["pictures"], figures["videos"], figures["refused"]) == (24, 5, 1)
+        assert figures["processes_left"] == figures["descriptors_left"] == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord has no wheel for this machine")
+def test_the_data_benchmark_measures_every_way(tmp_path):
+    out = tmp_path / "result.json"
+    script("benchmarks/data.py", "--rounds=1", f"--out={out}", "--clips", "320p, 8 of 300")
+    figures = json.loads(out.read_text())["figures"]
+    assert set(figures["images"]) == {"limit", "mmdora", "LLaVA's way"}
+    assert set(figures["conversations"]) == {"mmdora", "LLaVA's way"}
+    ways = {"decord, apart", "decord, here", "pyav, apart", "pyav, here", "bare decord"}
+    assert set(figures["frames, 320p, 8 of 300"]) == ways
 
 
 def test_the_recipe_builds_a_base_with_its_card(world, tmp_path):

@@ -15,6 +15,7 @@ from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
 from data_pipelines.images import load_image
 from data_pipelines.samples import Sample
 from data_pipelines.video import load_video
+from mmdora.config import VideoConfig
 
 ENGLISH = """
 the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were
@@ -78,7 +79,7 @@ def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int)
     for sample, row in zip(samples, rows, strict=True):
         (media,) = sample.media()
         if row["scene"][0]["to"] is not None:
-            clip = load_video(media.path, num_frames)
+            clip = load_video(media.path, VideoConfig(num_frames=num_frames))
             pixels = processor.video_processor(list(clip.frames[None]), return_tensors="pt")["pixel_values_videos"][0]
             token, count = "<video>", num_frames * math.ceil(grid / 2) ** 2 + 1
         else:

@@ -1,39 +1,58 @@
-"""decord: random access by frame index, the fastest reader where it has wheels (x86-64 Linux and Windows)."""
+"""decord: random access by frame index, where it has wheels (x86-64 Linux and Windows)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.samples import MediaError
-from data_pipelines.video.registry import VIDEO_READERS, VideoClip
-from data_pipelines.video.sampling import uniform_indices
+import numpy as np
+from numpy.typing import NDArray
 
-# decord reads this once, at import: without it a truncated file is retried 10,240 times, which takes minutes.
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "256")
+from data_pipelines.samples import MediaError
+from data_pipelines.video.packets import read_packets
+from data_pipelines.video.registry import VIDEO_READERS
+
+# decord reads this once, at import. Its own 10,240 retries at the end of a file take minutes on a truncated one; 256
+# are too few for the last frames of a good one on a busy machine.
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
 
 
 @VIDEO_READERS.register("decord")
-def read_decord(path: Path, num_frames: int) -> VideoClip:
-    """`num_frames` frames at equal steps. Raises MediaError that names the file.
+def open_decord(path: Path) -> DecordFile:
+    """The common formats; refuses a file of which decord would give other frames than those asked for."""
+    return DecordFile(path)
 
-    One reader a call, closed at once: an idle decord reader goes on filling its buffers. Frames leave as numpy
-    arrays, since decord's tensor bridges are global state and not thread-safe.
+
+class DecordFile:
+    """One decord reader a file, emptied when closed: an idle one goes on filling its buffers.
+
+    Frames leave as numpy arrays, since decord's tensor bridges are global state and not thread-safe.
     """
-    from decord import DECORDError, VideoReader, cpu
 
-    reader = None
-    try:
-        # One thread: several buffer more of the file and, on short clips, only cost time.
-        reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
-        total = len(reader)
-        if total < 1:
-            raise MediaError(path, "the video has no frames")
-        indices = uniform_indices(total, num_frames)
-        frames = reader.get_batch(indices).asnumpy()
-        return VideoClip(frames, tuple(indices), float(reader.get_avg_fps()), total)
-    except (DECORDError, RuntimeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise MediaError(path, f"decord cannot decode it ({reason})") from error
-    finally:
-        del reader
+    def __init__(self, path: Path):
+        import av
+        from decord import VideoReader, cpu
+
+        self.path = path
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(path, "the file has no video stream")
+            stream = container.streams.video[0]
+            packets = read_packets(container, stream)
+        trouble = "its packets do not tell when they are shown" if packets is None else packets.decord_trouble()
+        if packets is None or trouble is not None:
+            raise MediaError(path, f"decord cannot read it exactly ({trouble}); data.video.reader: pyav can")
+        self.timeline = packets.timeline
+        # One thread: as many processes load samples as there are cores.
+        self._reader = VideoReader(str(path), ctx=cpu(0), num_threads=1)
+        if len(self._reader) != len(packets.pts):
+            self.close()
+            raise MediaError(path, f"decord counts {len(self._reader)} frames where there are {len(packets.pts)}")
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """uint8 [len(indices), height, width, 3]."""
+        return self._reader.get_batch(list(indices)).asnumpy()
+
+    def close(self) -> None:
+        self._reader.seek(0)

@@ -1,44 +1,132 @@
-"""PyAV: FFmpeg's own decoders, on every platform; reads AV1 and GIF, which decord does not."""
+"""PyAV: FFmpeg's own decoders, on every platform; finds each frame by its time, and seeks where that is nearer."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.samples import MediaError
-from data_pipelines.video.registry import VIDEO_READERS, VideoClip
-from data_pipelines.video.sampling import uniform_indices
+from data_pipelines.video.packets import Packets, rate_of, read_packets
+from data_pipelines.video.registry import VIDEO_READERS, Timeline
+
+BEGINNING = -(2**63)  # a time before every other
 
 
 @VIDEO_READERS.register("pyav")
-def read_pyav(path: Path, num_frames: int) -> VideoClip:
-    """`num_frames` frames at equal steps, by decoding the file from its start. Raises MediaError that names the
-    file."""
-    import av
+def open_pyav(path: Path) -> PyAVFile:
+    """Any format that FFmpeg reads, AV1 and GIF among them."""
+    return PyAVFile(path)
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(path, "the file has no video stream")
-            stream = container.streams.video[0]
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-            if total < 1:
-                raise MediaError(path, "the video has no frames")
-            container.seek(0)
-            wanted = uniform_indices(total, num_frames)
-            pictures = {}
-            for index, frame in enumerate(container.decode(stream)):
-                if index in wanted:
-                    pictures[index] = frame.to_ndarray(format="rgb24")
-                if index >= wanted[-1]:
+
+class PyAVFile:
+    """A video whose packets were read once, so that the n-th frame is known by its time.
+
+    Where packets tell no times (raw streams, B-frames in AVI) it decodes from the start and counts; it decodes from the
+    start, too, where a seek is not exact (MPEG streams, WMV).
+    """
+
+    _frames: Iterator[Any]
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._open()
+        self._packets: Packets | None = read_packets(self._container, self._stream)
+        self._at = -1  # the frame that the decoder gave last
+        if self._packets is None:
+            self._rewind()
+            self.timeline = self._count()
+        else:
+            self._place: dict[int | None, int] = {pts: index for index, pts in enumerate(self._packets.pts)}
+            self.timeline = self._packets.timeline
+        self._rewind()
+
+    def close(self) -> None:
+        self._container.close()
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """uint8 [len(indices), height, width, 3]. Raises MediaError where one of the frames is damaged."""
+        pictures: dict[int, NDArray[np.uint8]] = {}
+        shape = None
+        for index in sorted(set(indices)):
+            pictures[index] = _upright(self._frame(index), shape)
+            shape = pictures[index].shape
+        return np.stack([pictures[index] for index in indices])
+
+    def _frame(self, index: int) -> Any:
+        for start in self._starts(index):
+            if start == BEGINNING:
+                self._rewind()
+            elif start is not None:
+                self._container.seek(start, stream=self._stream)
+                self._frames = iter(self._container.decode(self._stream))
+            for frame in self._frames:
+                place = self._at + 1 if self._packets is None else self._place.get(frame.pts, -1)
+                self._at = max(place, 0)
+                if place == index and not frame.is_corrupt:
+                    return frame
+                if place >= index:
                     break
-            missing = sorted(set(wanted) - set(pictures))
-            if missing:
-                raise MediaError(path, f"frame {missing[0]} of {total} cannot be decoded")
-            rate = float(stream.average_rate or 0)
-            return VideoClip(np.stack([pictures[i] for i in wanted]), tuple(wanted), rate, total)
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(path, f"FFmpeg cannot decode it ({error})") from error
+            self._at = len(self.timeline.times)  # nothing further is to be had from here
+        raise MediaError(self.path, f"frame {index} of {len(self.timeline.times)} cannot be decoded")
+
+    def _starts(self, index: int) -> Iterator[int | None]:
+        """Where to decode from, the cheapest first: here (None), at the time of a keyframe, at the one before, where a
+        seek lands late or the first is damaged, at the BEGINNING."""
+        if self._packets is None or not self._packets.seekable:
+            if self._at < index:
+                yield None
+            yield BEGINNING
+            return
+        nearest = bisect_right(self._packets.keys, index) - 1
+        if self._at < index and (nearest < 0 or self._packets.keys[nearest] <= self._at + 1):
+            yield None
+        yield from (self._packets.pts[self._packets.keys[k]] for k in (nearest, nearest - 1) if k >= 0)
+        yield BEGINNING
+
+    def _open(self) -> None:
+        import av
+
+        self._container = av.open(str(self.path))
+        if not self._container.streams.video:
+            self._container.close()
+            raise MediaError(self.path, "the file has no video stream")
+        self._stream = self._container.streams.video[0]
+        # One thread: as many processes load samples as there are cores.
+        self._stream.codec_context.thread_count = 1
+
+    def _rewind(self) -> None:
+        """Back to the very first packet: opened anew, since not every format can seek there."""
+        self._container.close()
+        self._open()
+        self._frames = iter(self._container.decode(self._stream))
+        self._at = -1
+
+    def _count(self) -> Timeline:
+        """The frames by decoding all of them."""
+        seen = [(f.time, f.key_frame, (f.width, f.height)) for f in self._frames]
+        if not seen:
+            raise MediaError(self.path, "the video has no frames")
+        fps = float(self._stream.average_rate or 0)
+        known = [time for time, _, _ in seen if time is not None]
+        if len(known) == len(seen) and known == sorted(set(known)):
+            times = tuple(time - known[0] for time in known)
+        else:
+            times = tuple(index / (fps or 1.0) for index in range(len(seen)))
+        keys = tuple(index for index, (_, key, _) in enumerate(seen) if key)
+        return Timeline(times, fps or rate_of(times), keys, seen[0][2])
+
+
+def _upright(frame: Any, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
+    """RGB [height, width, 3], turned as the file says; of `shape` where the size changes in mid-stream."""
+    turns = round(frame.rotation / 90) % 4
+    size = {}
+    if shape is not None:
+        height, width = (shape[1], shape[0]) if turns % 2 else shape[:2]
+        if (height, width) != (frame.height, frame.width):
+            size = {"height": height, "width": width}
+    return np.rot90(frame.to_ndarray(format="rgb24", **size), turns)
