@@ -118,7 +118,7 @@ class Encoder:
         for part in sample.media():
             try:
                 if isinstance(part, Image):
-                    images.append(_BLANK if part.path.name == "blank" else load_image(part.path))
+                    images.append(_BLANK if part.path.name == "blank" else load_image(part.path, part.data))
                 else:
                     clips.append(self._blank_clip() if part.path.name == "blank" else self._load(part.path))
             except MediaError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 from data_pipelines.samples import MediaError
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, data: bytes | None = None) -> Image.Image:
     """The picture at `path` as RGB; alpha lies over white, EXIF orientation is applied, an animation gives its first
     frame.
 
@@ -20,7 +21,7 @@ def load_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path if data is None else io.BytesIO(data)) as image:
                 image.load()  # all of it: `verify()` passes truncated JPEGs
                 return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

@@ -4,8 +4,8 @@
     How many cats are there?,2,cats.jpg
 
 Several answers (a list of strings, or of VQAv2's `{"answer": …}`) are several annotators' to one question: the
-commonest is learnt (`multiple_choice_answer`, where the row has it), and the benchmark `vqa` is scored against all. Source:
-https://visualqa.org/download.html
+commonest is learnt (`multiple_choice_answer`, where the row has it), and the benchmark `vqa` is scored against all.
+Source: https://visualqa.org/download.html
 """
 
 from __future__ import annotations
