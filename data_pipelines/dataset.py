@@ -104,6 +104,10 @@ class TrainDataset(Dataset[Encoded]):
         self.sources, self.encoder, self.ledger, self.seed = sources, encoder, ledger, seed
         sizes = [len(source) for source in sources]
         amounts = shares(sizes, [source.weight for source in sources], temperature)
+        if not sum(amounts):
+            raise UserError(
+                "the epoch holds no sample: every source's share rounds to nothing; raise data.train.*.weight"
+            )
         self.ends = np.cumsum(sizes)
         self.order = epoch(sizes, amounts, seed, [source.path.name for source in sources])
         self.lengths = np.concatenate([source.lengths for source in sources])[self.order]

@@ -117,7 +117,7 @@ def row_id(row: Any, number: int) -> str:
     """The name that a row gives itself, or its number. Raises RowError."""
     if isinstance(row, dict):
         for key in ID_KEYS:
-            if (value := row.get(key)) is not None:
+            if (value := row.get(key)) is not None and value != "":
                 if not isinstance(value, str | int | float):
                     raise RowError(f"{key!r} must be a string or a number, found {type(value).__name__}")
                 return printable(str(value))

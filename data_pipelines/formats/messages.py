@@ -75,7 +75,7 @@ class Messages(Format):
         if not isinstance(kind, str) or kind not in MEDIA:
             raise RowError(f"{name}: 'type' is {shown(kind)}; known: {', '.join((*TEXTS, *MEDIA))}")
         cls = MEDIA[kind]
-        keys = (kind, cls.__name__.lower(), "path", "url")
+        keys = (kind, "image" if cls is Image else "video", "image_url" if cls is Image else "video_url", "path", "url")
         value = next((part[key] for key in keys if part.get(key) is not None), None)
         value = value.get("url") if isinstance(value, dict) else value
         if value is not None:

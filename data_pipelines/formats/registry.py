@@ -35,7 +35,7 @@ class Place:
     def file(self, value: Any) -> Path:
         """The file that a row names, inside the root. Raises RowError for addresses and for paths that leave the root;
         symbolic links are followed when the file is wanted (`check_links`), since a look at the disk a row is slow."""
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or not value or "\0" in value or printable(value) != value:
             raise RowError(f"a media path must be a non-empty string, found {shown(value)}")
         if "://" in value:
             raise RowError(f"{shown(value)} is an address; download it and give the file's path", value)
@@ -95,7 +95,7 @@ def check_links(sample: Sample, root: str) -> None:
 def _inside(path: Path, root: str) -> bool:
     if not _folder_inside(str(path.parent), root):
         return False
-    return not path.is_symlink() or os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep)
+    return not os.path.islink(path) or os.path.realpath(path).startswith(root.rstrip(os.sep) + os.sep)
 
 
 @lru_cache(4096)

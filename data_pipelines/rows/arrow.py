@@ -31,18 +31,20 @@ class ArrowRows(Rows):
         starts, files, places = array("q"), array("q"), array("q")
         number = 0
         for f, file in enumerate(self.files):
-            batches = self._convert(f) if file.suffix == ".parquet" else read_batches(file)
-            for place, batch in enumerate(batches):
+            parquet, place = file.suffix == ".parquet", 0
+            for batch in self._convert(f) if parquet else read_batches(file):
                 if isinstance(batch, RowError):
                     yield batch
                     number += 1
+                    place += not parquet  # what is damaged in Parquet is not written out
                     continue
                 starts.append(number)
                 files.append(f)
                 places.append(place)
+                place += 1
                 number += len(batch)
                 for begin in range(0, len(batch), SLICE):
-                    yield from self._rows(f, batch.slice(begin, SLICE), number - len(batch) + begin)
+                    yield from self._tried(f, batch.slice(begin, SLICE), number - len(batch) + begin)
             self.done += file.stat().st_size
         self.arrays = {
             name: np.array(a, np.int64) for name, a in (("start", starts), ("file", files), ("place", places))
@@ -56,6 +58,15 @@ class ArrowRows(Rows):
         batch = self._batches[f][place]
         (row,) = self._rows(f, batch.slice(number - int(self.arrays["start"][at]), 1), number)
         return row
+
+    def _tried(self, f: int, batch: Any, number: int) -> list[Any]:
+        """The batch's rows, with a RowError for what Python has no value for: a date out of range, a name not UTF-8."""
+        try:
+            return list(self._rows(f, batch, number))
+        except (ValueError, OverflowError, KeyError) as error:
+            if len(batch) == 1:
+                return [RowError(f"cannot be read ({first_line(error)})", id=f"{self.files[f].name}/{number}")]
+            return [row for i in range(len(batch)) for row in self._tried(f, batch.slice(i, 1), number + i)]
 
     def _rows(self, f: int, batch: Any, number: int) -> Iterator[dict[str, Any]]:
         for i, row in enumerate(batch.to_pylist()):
@@ -75,12 +86,22 @@ class ArrowRows(Rows):
                 pa.OSFile(str(self._mapped(f)), "wb") as out,
                 pa.ipc.new_stream(out, table.schema_arrow) as writer,
             ):
-                for batch in table.iter_batches(PARQUET_ROWS, use_threads=False):
-                    batch.validate(full=True)
-                    writer.write_batch(batch)
-                    yield batch
+                for group in range(table.num_row_groups):
+                    yield from self._group(f, table, group, writer)
         except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             yield RowError(f"the file is damaged ({first_line(error)})", str(self.files[f]), self.files[f].name)
+
+    def _group(self, f: int, table: Any, group: int, writer: Any) -> Iterator[Any]:
+        import pyarrow as pa
+
+        try:
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
+                batch.validate(full=True)
+                writer.write_batch(batch)
+                yield batch
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            file = self.files[f]
+            yield RowError(f"row group {group} is damaged ({first_line(error)})", str(file), f"{file.name}/{group}")
 
 
 def read_batches(file: Path) -> Iterator[Any]:
