@@ -50,7 +50,6 @@ def answers(source: Source) -> list[str]:
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
 def test_rows_are_found_wherever_a_piece_of_the_file_ends(tmp_path, monkeypatch, name, chunk):
     monkeypatch.setattr(text, "CHUNK", chunk)
-    monkeypatch.setattr(text, "NEAR_END", 16)
     rng = random.Random(chunk)
     said = ["".join(rng.choices('ab"\\/é鳥🐦\n\t {}[],:', k=rng.randint(1, 30))) + "." for _ in range(40)]
     rows = [row(i, answer, score=rng.choice([1, -2.5e10, True, None, 10**20])) for i, answer in enumerate(said)]
