@@ -1,100 +1,139 @@
-"""Sources read into samples, mixed by weight, and encoded on demand."""
+"""Sources of samples, mixed into an epoch, and encoded on demand."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from data_pipelines.encoding import Encoded, Encoder
 from data_pipelines.formats import DATASET_FORMATS
-from data_pipelines.formats.rows import read_rows
-from data_pipelines.ledger import Ledger, from_error
+from data_pipelines.formats.registry import recognise
+from data_pipelines.index import IMAGES, REJECTED, VIDEOS, Index, open_index
+from data_pipelines.ledger import Ledger, from_change, from_error
+from data_pipelines.mixture import epoch, shares, take
+from data_pipelines.rows import data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
 from mmdora.config import SourceConfig, find_path
 from mmdora.errors import UserError
 
+LOOKED_AT = 20  # rows at most, to tell a file's format
 
-@dataclass(frozen=True)
-class Source:
-    """One entry of `data.train` or of a benchmark's data, read."""
 
-    path: Path
-    samples: list[Sample]
-    rejected: list[Rejected]
-    weight: float = 1.0
+class Source(Sequence[Sample]):
+    """One entry of `data.train` or of a benchmark's data: its samples, parsed when they are asked for.
+
+    `lengths` (estimated tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the samples; `rejected` are the rows
+    that are none.
+    """
+
+    def __init__(self, index: Index, taken: np.ndarray, weight: float = 1.0):
+        usable = (index.flags[taken] & REJECTED) == 0
+        self._index, self.weight, self.path = index, weight, index.path
+        self.places = taken[usable]  # of the samples, in the index
+        lost = set(taken[~usable].tolist())
+        self.rejected: list[Rejected] = [row for at, row in index.rejected() if at in lost] if lost else []
+        self.lengths, self.kinds = index.length[self.places], index.kinds[self.places]
 
     def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, at: int) -> Sample:
-        return self.samples[at]
+        return len(self.places)
 
     @property
     def total(self) -> int:
-        return len(self.samples) + len(self.rejected)
+        """Rows: samples and rejected ones."""
+        return len(self) + len(self.rejected)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+        """The sample. Raises SampleError where its row cannot be read any more, or its media leave their root."""
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        return self._index.sample(int(self.places[at]))
 
 
-def read_source(config: SourceConfig) -> Source:
-    """Read one source. Raises UserError that names the file, where it is missing, unreadable or empty."""
+def read_source(config: SourceConfig, seed: int = 0) -> Source:
+    """Open one source; `seed` draws what its `take` leaves to chance. Raises UserError that names the file, where it is
+    missing, unreadable or empty."""
     path = find_path(config.path)
-    # The shapes world makes its files; every other format must find them.
-    if config.format != "shapes" and not path.is_file():
-        raise UserError(f"{config.path}: no such data file")
-    reader = DATASET_FORMATS[config.format or guess_format(path)]
-    media = find_path(config.media) if config.media else path.parent
+    media = find_path(config.media) if config.media else path if path.is_dir() else path.parent
     if config.media and not media.is_dir():
         raise UserError(f"{config.media}: no such media folder (of {config.path})")
-    rows = list(reader(path, media, config.where))
-    samples = [row for row in rows if isinstance(row, Sample)]
-    rejected = [row for row in rows if isinstance(row, Rejected)]
-    if not samples:
+    form = DATASET_FORMATS[config.format or guess_format(path)]()
+    index = open_index(form, path, media, config.where)
+    source = Source(index, take(len(index), config.take, seed, path.name), config.weight)
+    if not source:
         why = " that `where` keeps" if config.where else ""
-        why += f"; the first of {len(rejected)} rejected: {rejected[0].reason}" if rejected else ""
+        first = source.rejected[0] if source.rejected else None
+        why += f"; the first of {len(source.rejected)} rejected, {first.id!r}: {first.reason}" if first else ""
         raise UserError(f"{path}: holds no usable sample{why}")
-    return Source(path, samples, rejected, config.weight)
+    return source
 
 
 def guess_format(path: Path) -> str:
     """The format of a file by what is in it. Raises UserError where that says nothing."""
-    rows = read_rows(path) if path.suffix in (".json", ".jsonl") else []
-    if rows and isinstance(rows[0], dict) and "conversations" in rows[0]:
-        return "llava"
+    files = data_files(path)
+    suffix = files[0].suffix
+    if suffix in (".tar", ".parquet", ".arrow"):
+        return "webdataset" if suffix == ".tar" else "huggingface"
+    rows: list[Any] = list(itertools.islice(rows_class(files)(files, Path()).scan(), LOOKED_AT))
+    names = [name for row in rows if (name := recognise(row))]
+    if names:
+        return names[0]
+    keys = f" (its first row has {', '.join(map(repr, rows[0]))[:200]})" if rows and isinstance(rows[0], dict) else ""
     known = ", ".join(DATASET_FORMATS)
-    raise UserError(f"{path}: cannot tell the format from the file; say format: one of {known}")
+    raise UserError(f"{path}: cannot tell the format from the file{keys}; say format: one of {known}")
 
 
 class TrainDataset(Dataset[Encoded]):
-    """Encoded samples of all sources; a source of weight 2 counts each of its samples twice an epoch.
+    """Encoded samples of all sources, mixed by weight and temperature (data_pipelines/mixture.py).
 
-    A sample that cannot be encoded goes to the ledger, and another, drawn from a seed, takes its place: the same one
-    in every run, and not the neighbour, which would be seen twice.
+    `lengths` (estimated tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the items, for samplers. A sample
+    that cannot be used goes to the ledger, and another, drawn from a seed, takes its place: the same one in every run,
+    and not the neighbour, which would be seen twice.
     """
 
-    def __init__(self, sources: list[Source], encoder: Encoder, ledger: Ledger, seed: int):
-        self.encoder, self.ledger, self.seed = encoder, ledger, seed
-        self.samples: list[Sample] = []
-        for source in sources:
-            whole, rest = divmod(source.weight * len(source.samples), len(source.samples))
-            shuffled = random.Random(f"{seed} {source.path}").sample(source.samples, len(source.samples))
-            self.samples += source.samples * int(whole) + shuffled[: round(rest)]
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, ledger: Ledger, seed: int, temperature: float = 1):
+        self.sources, self.encoder, self.ledger, self.seed = sources, encoder, ledger, seed
+        sizes = [len(source) for source in sources]
+        amounts = shares(sizes, [source.weight for source in sources], temperature)
+        if not sum(amounts):
+            raise UserError(
+                "the epoch holds no sample: every source's share rounds to nothing; raise data.train.*.weight"
+            )
+        self.ends = np.cumsum(sizes)
+        self.order = epoch(sizes, amounts, seed, [source.path.name for source in sources])
+        self.lengths = np.concatenate([source.lengths for source in sources])[self.order]
+        self.kinds = np.concatenate([source.kinds for source in sources])[self.order]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> Encoded:
         chosen = index
         for attempt in range(100):
             try:
-                return self.encoder.encode(self.samples[chosen])
+                sample = self.sample(chosen)
+                return self.encoder.encode(sample, lambda why: self.ledger.record(from_change(sample, why)))  # noqa: B023
             except SampleError as error:
                 self.ledger.record(from_error(error))
-                chosen = random.Random(f"{self.seed} {index} {attempt}").randrange(len(self.samples))
+                chosen = random.Random(f"{self.seed} {index} {attempt}").randrange(len(self))
         raise UserError(f"100 samples in a row cannot be used; see {self.ledger.path}")
+
+    def sample(self, index: int) -> Sample:
+        """The sample at a place of the epoch. Raises SampleError."""
+        number = int(self.order[index])
+        i = int(np.searchsorted(self.ends, number, "right"))
+        return self.sources[i][number - int(self.ends[i]) + len(self.sources[i])]
 
     def media_kinds(self) -> list[type[Image] | type[Video]]:
         """The kinds of media that occur in the samples: pictures, videos, both or none."""
-        kinds = {type(part) for sample in self.samples for part in sample.media()}
-        return [kind for kind in (Image, Video) if kind in kinds]
+        kinds = np.bitwise_or.reduce(self.kinds, initial=0)
+        return [kind for kind, bit in ((Image, IMAGES), (Video, VIDEOS)) if kinds & bit]

@@ -42,7 +42,7 @@ def look(samples: Sequence[Sample], encoder: Encoder, most: int, advance: Callab
         advance(1)
         try:
             sample = samples[place]
-            encoded = encoder.encode(sample)
+            encoded = encoder.encode(sample, lambda why: found.entries.append(from_change(sample, why)))  # noqa: B023
         except SampleError as error:
             found.entries.append(from_error(error))
             continue

@@ -50,12 +50,13 @@ class Message:
 @dataclass(frozen=True)
 class Sample:
     """One conversation. `id` is unique inside its source, the file it was read from; `category` is the dataset's own
-    label."""
+    label; `answers` are all that annotators gave, where they are several and the conversation can hold only one."""
 
     id: str
     messages: tuple[Message, ...]
     source: str
     category: str | None = None
+    answers: tuple[str, ...] = ()
 
     def media(self) -> Iterator[Image | Video]:
         """Images and videos in the order in which the conversation shows them."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoded, Encoder
-from data_pipelines.samples import Video
+from data_pipelines.samples import Image, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from mmdora.errors import UserError
@@ -105,10 +105,14 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
     media = list(question.sample.media())
     parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
     parts += [processor_digest(encoder.processor)]
-    parts += [file_digest(part.path) for part in media]
+    parts += [media_digest(part) for part in media]
     if any(isinstance(part, Video) for part in media):
         parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def media_digest(part: Image | Video) -> str:
+    return file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
 
 
 @cache

@@ -6,6 +6,7 @@ The classes are the reference for every key: `mmdora train CONFIG section.key=va
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,11 +91,20 @@ class PartConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str
+    path: str  # a file, a folder, or a pattern of shards (docs/data.md)
     format: str | None = None  # a name in DATASET_FORMATS; null: guessed from the file
     media: str | None = None  # folder that media paths start from; null: the file's own folder
     where: dict[str, list[str | int]] = {}  # keep only rows whose field has one of these values
+    take: str | None = None  # only some rows: first:N, random:N or random:P%, drawn by training.seed; null: all
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # 2.0 shows every sample twice an epoch
+
+    @field_validator("take")
+    @classmethod
+    def _rule(cls, value: str | None) -> str | None:
+        match = re.fullmatch(r"(?:first|random):([1-9]\d{0,17})|random:(\d{1,3}(?:\.\d+)?)%", value or "first:1")
+        if match is None or not 0 < float(match[2] or 1) <= 100:
+            raise ValueError("'take' must be first:N, random:N or random:P%, as first:1000 or random:10%")
+        return value
 
 
 class VideoConfig(Section):
@@ -122,6 +132,7 @@ class VideoConfig(Section):
 
 class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1)
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # above 1: small sources are shown more often
     video: VideoConfig = VideoConfig()
     max_length: Positive | None = None  # tokens, media included; null: as long as they come
     overlong: Literal["skip", "truncate"] = "skip"  # over max_length: to the ledger, or shortened and told there

@@ -34,7 +34,7 @@ def test_llava_media_stand_where_their_placeholders_are(tmp_path):
         {"id": "d", "image": "a.png", "conversations": turns("No placeholder", "x")},
         {"id": "e", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Text", "x")]},
     ]
-    a, b, c, d, e = read(tmp_path, rows).samples
+    a, b, c, d, e = read(tmp_path, rows)
     png = (tmp_path / "a.png").resolve()
     assert a.messages[0].parts == (Image(png), Text("What?"))
     assert [type(p) for p in b.messages[0].parts] == [Text, Image, Text, Image, Text]
@@ -62,9 +62,9 @@ def test_llava_media_stand_where_their_placeholders_are(tmp_path):
 def test_llava_rows_that_are_no_samples_are_rejected_with_a_reason(tmp_path, row, reason):
     good = {"id": "good", "conversations": turns("a", "b")}
     source = read(tmp_path, [row, good])
-    assert [s.id for s in source.samples] == ["good"]
+    assert [s.id for s in source] == ["good"]
     assert reason in source.rejected[0].reason
-    assert len(source) == 2
+    assert source.total == 2
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_where_keeps_rows_by_their_fields(tmp_path):
     rows = [{"id": str(i), "split": i % 2, "conversations": turns("a", "b")} for i in range(6)]
-    assert [s.id for s in read(tmp_path, rows, where={"split": [1]}).samples] == ["1", "3", "5"]
+    assert [s.id for s in read(tmp_path, rows, where={"split": [1]})] == ["1", "3", "5"]
 
 
 def test_the_format_is_told_from_the_file(tmp_path):
@@ -115,8 +115,8 @@ def test_nlvr_reads_the_official_layout(tmp_path):
     ]
     (tmp_path / "dev.json").write_text("\n".join(json.dumps(line) for line in lines))
     source = read_source(SourceConfig(path=str(tmp_path / "dev.json"), format="nlvr"))
-    assert [s.id for s in source.samples] == ["dev-12-1-0.png", "dev-12-1-4.png"]
-    assert source.samples[0].messages[1].text == "true"
+    assert [s.id for s in source] == ["dev-12-1-0.png", "dev-12-1-4.png"]
+    assert source[0].messages[1].text == "true"
     reasons = [r.reason for r in source.rejected]
     assert [
         word in reason for word, reason in zip(("none of its", "'label'", "numbers", "object"), reasons, strict=True)
@@ -128,7 +128,7 @@ def test_shapes_worlds_are_the_same_from_the_same_seed_and_share_no_scene(world,
     for stem in ("counting_held_out", "motion_held_out"):
         first = read_source(SourceConfig(path=str(world / f"{stem}.json"), format="shapes"))
         again = read_source(SourceConfig(path=str(tmp_path / f"{stem}.json"), format="shapes"))
-        assert [s.messages[1] for s in first.samples] == [s.messages[1] for s in again.samples]
+        assert [s.messages[1] for s in first] == [s.messages[1] for s in again]
         rows = json.loads((world / f"{stem}.json").read_text())
         scenes[stem] = [json.dumps(row["scene"]) for row in rows]
         assert len(set(scenes[stem])) == len(rows)
@@ -142,7 +142,7 @@ def test_shapes_worlds_are_the_same_from_the_same_seed_and_share_no_scene(world,
 
 def test_counting_answers_are_balanced(world):
     source = read_source(SourceConfig(path=str(world / "counting_held_out.json"), format="shapes"))
-    answers = [s.messages[1].text for s in source.samples]
+    answers = [s.messages[1].text for s in source]
     assert {a: answers.count(a) for a in set(answers)} == {"1": 96, "2": 96, "3": 96, "4": 96}
 
 
@@ -154,7 +154,7 @@ def test_a_broken_sample_goes_to_the_ledger_and_is_replaced_the_same_way_each_ti
     encoder = Encoder(tiny[1])
 
     def tenth(name: str):
-        ledger = Ledger(tmp_path / name, len(source), max_skipped=0.5)
+        ledger = Ledger(tmp_path / name, source.total, max_skipped=0.5)
         return ledger, TrainDataset([source], encoder, ledger, seed=0)[9]["input_ids"].tolist()
 
     ledger, first = tenth("one.jsonl")
@@ -187,7 +187,7 @@ def test_repeated_ids_stay_apart(tmp_path):
         {"id": "same", "conversations": turns("a", "b")},
         {"id": "same", "conversations": turns("c", "d")},
     ]
-    samples = read(tmp_path, rows).samples
+    samples = read(tmp_path, rows)
     assert len({s.id for s in samples}) == 2
     assert not any(isinstance(s, Rejected) for s in samples)
     assert all(isinstance(s, Sample) for s in samples)

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from data_pipelines.dataset import read_source
 from data_pipelines.encoding import Encoder
-from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.formats.shapes import COLORS, SHAPES
 from data_pipelines.samples import Sample
 from eval.run import evaluate, read_questions
-from mmdora.config import ModelConfig, RunConfig, load_config
+from mmdora.config import ModelConfig, RunConfig, SourceConfig, load_config
 from mmdora.loading import load_model, save_model
 
 log = logging.getLogger("tiny-base")
@@ -239,7 +239,7 @@ def main() -> None:
     (source,) = config.data.train
     path = Path(source.path)
     started = time.time()
-    samples = [s for s in DATASET_FORMATS["shapes"](path, path.parent, {}) if isinstance(s, Sample)]
+    samples = list(read_source(SourceConfig(path=str(path), format="shapes")))
     rows = json.loads(path.read_text(encoding="utf-8"))
     write_language_model(Path(config.model.language_model.path), samples, config.training.seed)
     torch.manual_seed(config.training.seed)

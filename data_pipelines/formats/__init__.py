@@ -1,6 +1,31 @@
 """Dataset formats, one file each; importing the package registers them all."""
 
-from data_pipelines.formats import llava, nlvr, shapes
-from data_pipelines.formats.registry import DATASET_FORMATS
+from data_pipelines.formats import (
+    alpaca,
+    caption,
+    huggingface,
+    llava,
+    messages,
+    nlvr,
+    shapes,
+    sharegpt,
+    vqa,
+    webdataset,
+)
+from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place
 
-__all__ = ["DATASET_FORMATS", "llava", "nlvr", "shapes"]
+__all__ = [
+    "DATASET_FORMATS",
+    "Format",
+    "Place",
+    "alpaca",
+    "caption",
+    "huggingface",
+    "llava",
+    "messages",
+    "nlvr",
+    "shapes",
+    "sharegpt",
+    "vqa",
+    "webdataset",
+]

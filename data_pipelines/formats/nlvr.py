@@ -6,41 +6,86 @@ subset fewer. Source: https://github.com/lil-lab/nlvr/tree/master/nlvr
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.formats.registry import DATASET_FORMATS, Where
-from data_pipelines.formats.rows import kept, read_lines
-from data_pipelines.samples import Image, Message, Rejected, Sample, Text
+import numpy as np
+
+from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place
+from data_pipelines.formats.turns import text_of
+from data_pipelines.rows import JsonLines, RowError
+from data_pipelines.samples import Image, Message, Sample, Text
 
 PERMUTATIONS = 6
 PROMPT = "{sentence}\nIs this true or false?"
+KEYS = ("sentence", "label", "identifier", "directory")
 
 
 @DATASET_FORMATS.register("nlvr")
-def read_nlvr(path: Path, media: Path, where: Where) -> Iterator[Sample | Rejected]:
-    for number, row in enumerate(read_lines(path)):
-        if where and not kept(row, where):
-            continue
+class NLVR(Format):
+    """NLVR 1.0 in its official layout: a sentence and the pictures of boxes that it may be true of."""
+
+    def watched(self, files: list[Path], media: Path) -> list[Path]:
+        return [*files, *sorted((media / "images").glob("*"))]  # a folder changes when a picture comes or goes
+
+    def rows(self, files: list[Path], media: Path, folder: Path) -> JsonLines:
+        return Permutations(files, folder, media)
+
+    @classmethod
+    def fits(cls, row: dict[str, Any]) -> bool:
+        return row.keys() >= {*KEYS}
+
+    def parse(self, row: Any, place: Place) -> Sample:
+        if not isinstance(row, dict):
+            raise RowError(f"expected an object, found {type(row).__name__}")
         if reason := _fault(row):
-            yield Rejected(f"row-{number}", str(path), reason)
-            continue
-        label = row["label"].lower()
-        pictures = [_picture(path, media, row, k) for k in range(PERMUTATIONS)]
-        found = [p for p in pictures if p.is_file()]
-        if not found:
-            yield Rejected(row["identifier"], str(path), f"none of its pictures is there: {pictures[0]} …")
-        for picture in found:
-            question = Message("user", (Image(picture), Text(PROMPT.format(sentence=row["sentence"].strip()))))
-            answer = Message("assistant", (Text(label),))
-            yield Sample(picture.name, (question, answer), str(path), f"directory {row['directory']}")
+            raise RowError(reason)
+        picture = _picture(Path(place.source), Path(place.root), row, row["permutation"])
+        if row["permutation"] < 0:
+            raise RowError(f"none of its pictures is there: {picture} …")
+        question = Message("user", (Image(picture), Text(PROMPT.format(sentence=text_of(row, "sentence").strip()))))
+        answer = Message("assistant", (Text(row["label"].lower()),))
+        return place.sample((question, answer), f"directory {row['directory']}")
 
 
-def _fault(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return f"expected an object, found {type(row).__name__}"
-    for key in ("sentence", "label", "identifier", "directory"):
+class Permutations(JsonLines):
+    """A row for each picture that is there, or one with permutation -1 where none is."""
+
+    def __init__(self, files: list[Path], folder: Path, media: Path):
+        super().__init__(files, folder)
+        self.media = media
+
+    def scan(self) -> Iterator[Any]:
+        permutations = array("b")
+        for row in super().scan():
+            permutations.append(row["permutation"] if isinstance(row, dict) else -1)
+            yield row
+        self.arrays["permutation"] = np.array(permutations, np.int8)
+
+    def read(self, number: int) -> Any:
+        return self._with(super().read(number), int(self.arrays["permutation"][number]))
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        for begin, end, row in super()._walk():
+            if not isinstance(row, dict):
+                yield begin, end, row
+                continue
+            numbers = range(0 if _fault(row) else PERMUTATIONS)
+            found = [k for k in numbers if _picture(self.files[0], self.media, row, k).is_file()]
+            for k in found or [-1]:
+                yield begin, end, self._with(row, k)
+
+    def _with(self, row: dict[str, Any], permutation: int) -> dict[str, Any]:
+        name = row.get("identifier")
+        if permutation >= 0:
+            name = _picture(self.files[0], self.media, row, permutation).name
+        return row | {"permutation": permutation, "id": name}
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    for key in KEYS:
         if not isinstance(row.get(key), str):
             return f"{key!r} must be a string, found {row.get(key)!r}"
     if row["label"].lower() not in ("true", "false"):
@@ -50,5 +95,5 @@ def _fault(row: Any) -> str | None:
     return None
 
 
-def _picture(path: Path, media: Path, row: dict[str, str], permutation: int) -> Path:
-    return media / "images" / row["directory"] / f"{path.stem}-{row['identifier']}-{permutation}.png"
+def _picture(path: Path, media: Path, row: dict[str, Any], permutation: int) -> Path:
+    return media / "images" / row["directory"] / f"{path.stem}-{row['identifier']}-{max(permutation, 0)}.png"

@@ -13,17 +13,17 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from data_pipelines.formats.llava import read_llava
-from data_pipelines.formats.registry import DATASET_FORMATS, Where
-from data_pipelines.samples import Rejected, Sample
+from data_pipelines.formats.llava import LLaVA
+from data_pipelines.formats.registry import DATASET_FORMATS
 from mmdora.errors import UserError
 
 CANVAS = 96  # pixels, both ways
@@ -217,11 +217,18 @@ TASKS = {
 
 
 @DATASET_FORMATS.register("shapes")
-def read_shapes(path: Path, media: Path, where: Where) -> Iterable[Sample | Rejected]:
-    """Read `path`, made first where it does not exist. Raises UserError where its name is no task and split."""
-    if not path.exists():
-        make(path)
-    return read_llava(path, media, where)
+class Shapes(LLaVA):
+    """A small world of coloured shapes, made from a seed as ordinary files in LLaVA's format."""
+
+    @classmethod
+    def fits(cls, row: dict[str, Any]) -> bool:
+        return False  # its rows are LLaVA's
+
+    def files(self, path: Path, media: Path) -> list[Path]:
+        """The file, made first where it does not exist. Raises UserError where its name is no task and split."""
+        if not path.exists():
+            make(path)
+        return super().files(path, media)
 
 
 def make(path: Path) -> None:

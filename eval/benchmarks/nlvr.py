@@ -28,7 +28,7 @@ class NLVR(Benchmark):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         source = SourceConfig(path=str(split_file(config.data)), format="nlvr", media=config.media, where=config.where)
         questions = []
-        for sample in read_source(source).samples:
+        for sample in read_source(source):
             reference = sample.messages[1].text
             context = type(sample)(sample.id, sample.messages[:1], sample.source, sample.category)
             # "dev-1085-3-0.png": the four examples of presentation 1085 share their sentence

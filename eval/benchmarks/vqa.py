@@ -87,14 +87,14 @@ def conversation_questions(config: EvaluationConfig) -> list[Question]:
         why = f"row {first.id!r} cannot be asked ({first.reason})"
         raise UserError(f"{config.data}: {why}; mend it, or leave it out by `where`")
     questions = []
-    for sample in source.samples:
+    for sample in source:
         turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
         for number, turn in enumerate(turns):
             question_id = sample.id if len(turns) == 1 else f"{sample.id}/{number}"
             context: Sample = replace(sample, id=question_id, messages=sample.messages[:turn])
             cluster = " ".join(str(part.path) for part in context.media()) or sample.id
-            reference = sample.messages[turn].text
-            questions.append(Question(question_id, context, (reference,), cluster, sample.category))
+            references = sample.answers or (sample.messages[turn].text,)
+            questions.append(Question(question_id, context, references, cluster, sample.category))
     return questions
 
 

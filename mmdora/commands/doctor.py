@@ -45,10 +45,10 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     check_names(config)
     console = make_console()
     console.record = html is not None
-    sources = [read_source(source) for source in config.data.train]
+    sources = [read_source(source, config.training.seed) for source in config.data.train]
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     processor = load_processor(config.model)
-    encoder = Encoder(processor, config.data.video, config.data.max_length)
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
     problems = check_stop(config, encoder)
     looks = []
     for source in sources:

@@ -50,7 +50,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     with arguments.main_process_first(local=False):
         if is_main():
             run_dir.begin(config, resume, overwrite)
-        sources = [read_source(source) for source in config.data.train]
+        sources = [read_source(source, config.training.seed) for source in config.data.train]
         # Read now: what evaluation will want is missed before training, not after.
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     checkpoint = run_dir.checkpoint() if resume else None
@@ -93,7 +93,7 @@ def check_names(config: RunConfig) -> None:
         check(f"parts.{part}.method", ADAPTERS, options.method)
     for i, source in enumerate(config.data.train):
         check(f"data.train.{i}.format", DATASET_FORMATS, source.format)
-        if source.format != "shapes" and not find_path(source.path).exists():
+        if source.format != "shapes" and not is_there(source.path):
             problems.append(f"data.train.{i}.path: no such file {source.path!r}")
         if source.media is not None and not find_path(source.media).is_dir():
             problems.append(f"data.train.{i}.media: no such folder {source.media!r}")
@@ -102,12 +102,17 @@ def check_names(config: RunConfig) -> None:
     for i, entry in enumerate(config.evaluation):
         check(f"evaluation.{i}.benchmark", BENCHMARKS, entry.benchmark)
         check(f"evaluation.{i}.format", DATASET_FORMATS, entry.format)
-        if entry.format != "shapes" and not find_path(entry.data).exists():
+        if entry.format != "shapes" and not is_there(entry.data):
             problems.append(f"evaluation.{i}.data: no such file or folder {entry.data!r}")
         if entry.media is not None and not find_path(entry.media).is_dir():
             problems.append(f"evaluation.{i}.media: no such folder {entry.media!r}")
     if problems:
         raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def is_there(path: str) -> bool:
+    """Whether a path names something; a pattern of shards is looked into when it is read."""
+    return find_path(path).exists() or not {"*", "{"}.isdisjoint(path)
 
 
 def stop_tokens(model: Any, processor: Any) -> set[int]:
@@ -160,11 +165,11 @@ def make_trainer(
     run_dir: RunDir,
     console: Console,
 ) -> tuple[Ledger, AdapterTrainer]:
-    ledger = Ledger(run_dir.skipped, sum(len(s) for s in sources), config.data.max_skipped)
+    ledger = Ledger(run_dir.skipped, sum(s.total for s in sources), config.data.max_skipped)
     if is_main():
         mend(run_dir.skipped)
         ledger.record(*(from_rejected(row) for source in sources for row in source.rejected))
-    dataset = TrainDataset(sources, encoder, ledger, config.training.seed)
+    dataset = TrainDataset(sources, encoder, ledger, config.training.seed, config.data.temperature)
     tokenizer = encoder.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     fillers = {}

@@ -1,0 +1,253 @@
+"""An index of a dataset's rows: where each is, how long, with which media, and which are rejected and why.
+
+A file is parsed from end to end once; its index lies in the user's cache (MMDORA_CACHE, else XDG_CACHE_HOME/mmdora) as
+numpy arrays that every process maps. So opening a file of any size takes as long as mapping a few arrays, processes
+share them, and a sample is parsed from its row when it is wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import time
+import uuid
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.formats.registry import Format, Place, Where, check_links, kept, printable
+from data_pipelines.rows import RowError
+from data_pipelines.samples import Image, Rejected, Sample, SampleError, Text
+from mmdora.errors import UserError
+
+VERSION = 1  # of what an index holds; another version is built anew
+IMAGES, VIDEOS = 1, 2  # bits of `kinds`
+REJECTED, REPEATED = 1, 2  # bits of `flags`
+FRESH = 2.0  # seconds: a file that changed so shortly before it was read may change again at the same time stamp
+CHARACTERS = 4  # bytes of text for an estimated token
+MEDIA_TOKENS = 576  # estimated for a picture or a video: LLaVA-1.5's
+LARGE = 2**26  # bytes: from here on a progress bar is shown
+ID_KEYS = ("id", "question_id", "__key__")
+
+
+class Index:
+    """The rows that `where` keeps: arrays over them in the file's order, and each as a sample.
+
+    `number` is a row's place in the file, `length` an estimate of its tokens, `kinds` has the bits IMAGES and VIDEOS,
+    `flags` REJECTED (it is no sample) and REPEATED (its id was met before).
+    """
+
+    number: np.ndarray
+    length: np.ndarray
+    kinds: np.ndarray
+    flags: np.ndarray
+
+    def __init__(self, form: Format, path: Path, files: list[Path], media: Path, folder: Path):
+        self.form, self.path, self.files, self.media, self.folder = form, path, files, media, folder
+        self.root = str(media.resolve())
+        self.rows = form.rows(files, media, folder)
+        arrays = {p.stem: np.load(p, mmap_mode="r" if p.stat().st_size > 128 else None) for p in folder.glob("*.npy")}
+        self.number, self.length = arrays.pop("number"), arrays.pop("length")
+        self.kinds, self.flags = arrays.pop("kinds"), arrays.pop("flags")
+        self.rows.arrays = arrays
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned maps the same files
+        return Index, (self.form, self.path, self.files, self.media, self.folder)
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def sample(self, at: int) -> Sample:
+        """The row at a place of the index. Raises SampleError where it is none any more."""
+        number = int(self.number[at])
+        name = f"row-{number}"
+        try:
+            row = self.rows.read(number)
+            name = row_id(row, number)
+            name += f"#{number}" if self.flags[at] & REPEATED else ""
+            sample = self.form.parse(row, Place(name, str(self.path), self.root))
+            check_links(sample, self.root)
+            return sample
+        except RowError as error:
+            raise SampleError(name, str(self.path), str(error), "parse", error.media) from error
+        except (OSError, ValueError, LookupError, RecursionError, StopIteration) as error:
+            reason = f"its row cannot be read any more ({error}); was the file changed meanwhile?"
+            raise SampleError(name, str(self.path), reason, "parse") from error
+
+    def rejected(self) -> Iterator[tuple[int, Rejected]]:
+        """The rows that are no samples, with their places in the index."""
+        with (self.folder / "rejected.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                at, name, reason, media = json.loads(line)
+                yield at, Rejected(name, str(self.path), reason, media)
+
+
+def open_index(form: Format, path: Path, media: Path, where: Where) -> Index:
+    """The index of a file, from the cache or built now. Raises UserError for one that is missing or cannot be read."""
+    files = form.files(path, media)
+    key = [str(path.resolve()), str(media.resolve()), f"{type(form).__module__}.{type(form).__qualname__}", dict(where)]
+    name = f"{path.stem[:40]}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
+    try:
+        folder = cache_folder() / name
+        signature = _signature(form, form.watched(files, media))
+        if not _is_whole(folder, signature):
+            _build(form, path, files, media, where, folder, signature)
+        return Index(form, path, files, media, folder)
+    except OSError as error:
+        where_at = error.filename or cache_folder()
+        reason = f"{where_at}: {error.strerror or error}"
+        raise UserError(f"{reason} (while {path} was indexed; MMDORA_CACHE names a folder to cache in)") from error
+
+
+def cache_folder() -> Path:
+    own = os.environ.get("MMDORA_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(own) if own else Path(base) / "mmdora").expanduser() / "index"
+
+
+def row_id(row: Any, number: int) -> str:
+    """The name that a row gives itself, or its number. Raises RowError."""
+    if isinstance(row, dict):
+        for key in ID_KEYS:
+            if (value := row.get(key)) is not None and value != "":
+                if not isinstance(value, str | int | float):
+                    raise RowError(f"{key!r} must be a string or a number, found {type(value).__name__}")
+                return printable(str(value))
+    return f"row-{number}"
+
+
+def _signature(form: Format, watched: list[Path]) -> dict[str, Any]:
+    """What an index was made from: the files as they are, and the code that reads them."""
+    stats = [(str(file), s.st_size, s.st_mtime_ns) for file in watched for s in [file.stat()]]
+    with suppress(TypeError, OSError):
+        stats.append(("code", zlib.crc32(Path(inspect.getfile(type(form))).read_bytes()), 0))
+    return {"version": VERSION, "files": zlib.crc32(json.dumps(stats).encode()), "bytes": sum(s[1] for s in stats)}
+
+
+def _is_whole(folder: Path, signature: dict[str, Any]) -> bool:
+    """Whether an index is there, of this very state of the files, and undamaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return (
+            meta["signature"] == signature
+            and not meta["fresh"]
+            and all(_digest(folder / name) == digest for name, digest in meta["digests"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _digest(file: Path) -> list[int]:
+    """Size and checksum; of a table that was written out, which may be many GB, the size alone."""
+    return [file.stat().st_size, 0 if file.suffix == ".arrow" else zlib.crc32(file.read_bytes())]
+
+
+def _build(
+    form: Format, path: Path, files: list[Path], media: Path, where: Where, folder: Path, signature: dict[str, Any]
+) -> None:
+    """Write the index aside, then move it into its place: several processes may do so at once."""
+    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    aside.mkdir(parents=True)
+    try:
+        # A row of which `where` cannot know whether it is wanted, since it cannot be read, is told like any other.
+        newest = max(file.stat().st_mtime for file in form.watched(files, media))
+        meta: dict[str, Any] = {"signature": signature, "fresh": abs(time.time() - newest) < FRESH}
+        with _progress(path, sum(file.stat().st_size for file in files)) as show:
+            _scan(form, path, files, media, where, aside, show)
+        written = [file for file in aside.iterdir() if file.suffix in (".npy", ".jsonl", ".arrow")]
+        meta["digests"] = {file.name: _digest(file) for file in written}
+        (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        for _ in range(10):
+            if folder.exists():
+                with suppress(OSError):  # another process was first to move it
+                    old = aside.with_suffix(".old")
+                    folder.rename(old)
+                    shutil.rmtree(old)
+            try:
+                aside.rename(folder)
+                return
+            except OSError:
+                if _is_whole(folder, signature):  # another process built the same
+                    return
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _scan(
+    form: Format, path: Path, files: list[Path], media: Path, where: Where, folder: Path, show: Callable[[int], None]
+) -> None:
+    """Parse every row once, and write what is to be known of it."""
+    rows, root, source = form.rows(files, media, folder), str(media.resolve()), str(path)
+    numbers, lengths, kinds, flags = array("q"), array("L"), array("B"), array("B")
+    seen: set[int] = set()
+    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as ledger:
+        for number, row in enumerate(rows.scan()):
+            if number % 1024 == 0:
+                show(rows.done)
+            name, flag, length, kind = f"row-{number}", 0, 0, 0
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                if where and not kept(row, where):
+                    continue
+                name = row_id(row, number)
+                # Ids repeat in LLaVA's own mixes: one image, several conversations. Hashes take less than the ids.
+                if hash(name) in seen:
+                    name, flag = f"{name}#{number}", REPEATED
+                seen.add(hash(name))
+                length, kind = measure(form.parse(row, Place(name, source, root)))
+            except (RowError, RecursionError) as error:
+                flag |= REJECTED
+                reason, at_fault = str(error), error.media if isinstance(error, RowError) else None
+                name = error.id or name if isinstance(error, RowError) else name
+                entry = [len(numbers), printable(name), printable(reason), at_fault and printable(at_fault)]
+                ledger.write(json.dumps(entry) + "\n")
+            numbers.append(number)
+            lengths.append(length)
+            kinds.append(kind)
+            flags.append(flag)
+    arrays: dict[str, np.ndarray] = {
+        "number": np.array(numbers, np.int64),
+        "length": np.array(lengths, np.uint32),
+        "kinds": np.array(kinds, np.uint8),
+        "flags": np.array(flags, np.uint8),
+    }
+    for key, values in (arrays | rows.arrays).items():
+        np.save(folder / f"{key}.npy", values)
+
+
+def measure(sample: Sample) -> tuple[int, int]:
+    """An estimate of the sample's tokens, and the kinds of its media as bits."""
+    text, tokens, kinds = 0, 0, 0
+    for message in sample.messages:
+        for part in message.parts:
+            if isinstance(part, Text):
+                text += len(part.text) if part.text.isascii() else len(part.text.encode())
+            else:
+                tokens += MEDIA_TOKENS
+                kinds |= IMAGES if isinstance(part, Image) else VIDEOS
+    return tokens + -(-text // CHARACTERS), kinds
+
+
+@contextmanager
+def _progress(path: Path, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal of the first process, for large files; yields what moves it to so many bytes."""
+    if total < LARGE or os.environ.get("RANK", "0") != "0":
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("indexing {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(path.name, total=total)
+        yield lambda done: progress.update(task, completed=done)

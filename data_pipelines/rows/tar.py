@@ -1,0 +1,196 @@
+"""Rows of WebDataset shards: neighbouring members of a tar that share their name up to the first dot are one row.
+
+Nothing is unpacked: a scan reads the headers and the texts, and a row's files are then read where they lie. So a
+shard is read at random, and order, resuming and the split over processes are those of every other format. Source:
+https://github.com/webdataset/webdataset#the-webdataset-format
+"""
+
+from __future__ import annotations
+
+import tarfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_pipelines.rows.base import Blob, RowDecoder, RowError, Rows
+from mmdora.errors import UserError
+
+BLOCK = 512  # bytes; a header is one, and data are padded to whole ones
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
+TEXTS = ("json", "txt", "cls")
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    offset: int  # bytes, of its data in the shard
+    size: int
+    fault: str | None = None
+
+    @property
+    def key(self) -> str:
+        folder, _, base = self.name.rpartition("/")
+        stem = base.partition(".")[0]
+        return f"{folder}/{stem}" if folder else stem
+
+    @property
+    def suffix(self) -> str:
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+class TarRows(Rows):
+    def __init__(self, files: list[Path], folder: Path):
+        super().__init__(files, folder)
+        self._decoder = RowDecoder()
+
+    def scan(self) -> Iterator[Any]:
+        columns = {name: array("q") for name in ("shard", "offset", "size", "first", "name_end")}
+        names = bytearray()
+        for number, path in enumerate(self.files):
+            with path.open("rb") as file:
+                if file.read(2) == b"\x1f\x8b":
+                    raise UserError(f"{path}: is compressed, so that it cannot be read at random; gunzip it")
+                for group in groups(file, path.stat().st_size):
+                    columns["first"].append(len(columns["shard"]))
+                    for member in group:
+                        columns["shard"].append(number)
+                        columns["offset"].append(member.offset)
+                        columns["size"].append(member.size)
+                        names += member.name.encode("utf-8", "surrogateescape")
+                        columns["name_end"].append(len(names))
+                    try:
+                        yield self._row(file, path.name, group, scanning=True)
+                    except RowError as error:
+                        yield error
+                    self.done = sum(f.stat().st_size for f in self.files[:number]) + group[-1].offset
+        columns["first"].append(len(columns["shard"]))
+        self.arrays = {name: np.array(column, np.int64) for name, column in columns.items()}
+        self.arrays["names"] = np.frombuffer(bytes(names), np.uint8)
+
+    def read(self, number: int) -> Any:
+        a = self.arrays
+        group = []
+        for i in range(int(a["first"][number]), int(a["first"][number + 1])):
+            begin = int(a["name_end"][i - 1]) if i else 0
+            name = a["names"][begin : int(a["name_end"][i])].tobytes().decode("utf-8", "surrogateescape")
+            group.append(Member(name, int(a["offset"][i]), int(a["size"][i])))
+        path = self.files[int(a["shard"][int(a["first"][number])])]
+        with path.open("rb", buffering=0) as file:
+            return self._row(file, path.name, group, scanning=False)
+
+    def _row(self, file: BinaryIO, shard: str, group: list[Member], scanning: bool) -> dict[str, Any]:
+        """The row's fields: those of its JSON, its text and class, and its pictures and videos as Blobs."""
+        key = f"{shard}/{group[0].key}"
+        for member in group:
+            if member.fault:
+                raise RowError(member.fault, f"{shard}/{member.name}", key)
+        suffixes = [member.suffix for member in group]
+        if doubled := [s for s in suffixes if suffixes.count(s) > 1]:
+            raise RowError(f"holds two files .{doubled[0]}", id=key)
+        row: dict[str, Any] = {}
+        media: dict[str, list[Blob]] = {"image": [], "video": []}
+        for member in sorted(group, key=lambda m: m.name):
+            kind = member.suffix.rpartition(".")[2]
+            if kind in PICTURES or kind in VIDEOS:
+                data = b"" if scanning else read_member(file, member)
+                media["image" if kind in PICTURES else "video"].append(Blob(Path(shard, member.name), data))
+            elif member.suffix in TEXTS:
+                row |= self._text(member, read_member(file, member), key)
+        if media["image"] or media["video"]:  # they are what a JSON's own names stand for
+            row = {k: v for k, v in row.items() if k not in ("image", "images", "video", "videos")}
+            row |= {name: blobs for name, blobs in media.items() if blobs}
+        return {"__key__": key} | row
+
+    def _text(self, member: Member, data: bytes, key: str) -> dict[str, Any]:
+        try:
+            if member.suffix != "json":
+                return {"caption" if member.suffix == "txt" else "category": data.decode().strip()}
+            value = self._decoder.whole(data)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f".{member.suffix} cannot be read ({error})", id=key) from error
+        if isinstance(value, RowError):
+            raise RowError(f".json: {value}", id=key)
+        if not isinstance(value, dict):
+            return {"messages": value}
+        return value
+
+
+def read_member(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise RowError(f"{member.name} is cut off", member.name)
+    return data
+
+
+def groups(file: BinaryIO, size: int) -> Iterator[list[Member]]:
+    """Neighbours that share their key. A damaged stretch is a group of its own."""
+    group: list[Member] = []
+    for member in members(file, size):
+        if group and (member.key != group[0].key or member.fault or group[0].fault):
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
+
+
+def members(file: BinaryIO, size: int) -> Iterator[Member]:
+    """The files in a shard of `size` bytes, and what stands in the way of reading one; after damage, on from the next
+    header that is whole."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        reached = at
+        try:
+            with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+                    reached = max(reached, info.offset)
+                    if info.size < 0 or tar.offset <= info.offset:
+                        raise tarfile.ReadError("a size that cannot be")
+                    if not info.isdir():
+                        yield _member(info, size)
+                    reached = tar.offset
+        except (tarfile.TarError, ValueError, OverflowError, OSError):
+            pass  # `reached` is where; told below, once the damage's end is known
+        if reached >= size or _blank(file, reached):
+            return
+        at = _next_header(file, max(reached, at) + BLOCK, size)
+        name = f"bytes {reached} to {at}"
+        yield Member(name, reached, 0, "the shard is damaged there")
+
+
+def _member(info: tarfile.TarInfo, size: int) -> Member:
+    fault = None
+    if not info.isreg() or info.sparse is not None:
+        fault = "is no regular file"
+    elif info.offset_data + info.size > size:
+        fault = "is cut off by the shard's end"
+    return Member(info.name, info.offset_data, info.size, fault)
+
+
+def _blank(file: BinaryIO, at: int) -> bool:
+    """Whether the archive ends there, as it should: with a block of zeros."""
+    file.seek(at)
+    return not file.read(BLOCK).strip(b"\0")
+
+
+def _next_header(file: BinaryIO, at: int, size: int) -> int:
+    """Where the next header with a right checksum begins, or `size`."""
+    while at < size:
+        file.seek(at)
+        block = file.read(BLOCK)
+        if block[257:262] == b"ustar":
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return at
+            except (tarfile.TarError, ValueError):
+                pass
+        at += BLOCK
+    return size

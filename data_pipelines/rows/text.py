@@ -1,0 +1,234 @@
+"""Rows that stand one after another in a text file, found by the bytes where they begin and end."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_pipelines.rows.base import MAX_ROW, RowDecoder, RowError, Rows
+from mmdora.errors import UserError
+
+SPACE = re.compile(r"[ \t\n\r]*")
+NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # how "surrogateescape" marks bytes that are no text
+CHUNK = 2**22  # bytes
+NEAR_END = 16  # characters: a value that is cut off is wrong no farther than this from the cut
+
+
+class TextRows(Rows):
+    def scan(self) -> Iterator[Any]:
+        begins, ends = array("q"), array("q")
+        for begin, end, row in self._walk():
+            begins.append(begin)
+            ends.append(end)
+            self.done = end
+            yield row
+        self.arrays = {"begin": np.array(begins, np.int64), "end": np.array(ends, np.int64)}
+
+    def read(self, number: int) -> Any:
+        # Opened anew each time: some 10 µs, and processes that fork share no place in the file.
+        with self.files[0].open("rb", buffering=0) as file:
+            file.seek(int(self.arrays["begin"][number]))
+            row = self._parse(file.read(int(self.arrays["end"][number] - self.arrays["begin"][number])))
+        if isinstance(row, RowError):
+            raise row
+        return row
+
+    @abstractmethod
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        """Where each row begins and ends, and the row or a RowError."""
+
+    @abstractmethod
+    def _parse(self, data: bytes) -> Any: ...
+
+
+class JsonLines(TextRows):
+    """One JSON value a line."""
+
+    def __init__(self, files: list[Path], folder: Path):
+        super().__init__(files, folder)
+        self._decoder = RowDecoder()
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        with self.files[0].open("rb") as file:
+            end = skip_mark(file)
+            number = 0
+            while line := file.readline(MAX_ROW):
+                number += 1
+                begin, end = end, end + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    yield begin, end, self._parse(line)
+                except (ValueError, RecursionError) as error:
+                    reason = f"line {number} is not valid JSON ({error})"
+                    yield begin, end, RowError(reason, id=f"line-{number}")
+
+    def _parse(self, data: bytes) -> Any:
+        return self._decoder.whole(data)
+
+
+class JsonList(TextRows):
+    """A JSON list, read in pieces: a file of any size takes the memory of one piece."""
+
+    def __init__(self, files: list[Path], folder: Path):
+        super().__init__(files, folder)
+        self._decoder = RowDecoder()
+
+    def _parse(self, data: bytes) -> Any:
+        return self._decoder.whole(data)
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        with self.files[0].open("rb") as file:
+            window = Window(self.files[0], file)
+            if window.next() != "[":
+                found = type(window.value(self._decoder)).__name__
+                reason = f"expected a JSON list of samples, found {found}; a file with a row a line ends in .jsonl"
+                raise UserError(f"{self.files[0]}: {reason}")
+            window.advance(window.at + 1)
+            closing = window.next() == "]"
+            while not closing:
+                window.next()
+                begin = window.byte
+                row = window.value(self._decoder)
+                yield begin, window.byte, row
+                mark = window.next()
+                if mark not in (",", "]"):
+                    raise window.error("expected ',' or ']'" if mark else "the list is cut off")
+                closing = mark == "]"
+                if not closing:
+                    window.advance(window.at + 1)
+            window.advance(window.at + 1)
+            if window.next():
+                raise window.error("text after the list's end")
+
+
+class Window:
+    """A piece of a UTF-8 file as text, with a place in it: `at` in characters of the piece, `byte` in the file."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.byte = self.read_to = skip_mark(file)
+        self.text, self.at, self.ended = "", 0, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def next(self) -> str:
+        """Pass over spaces; the character then, or "" at the file's end."""
+        while True:
+            self.advance(SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]  # matches nothing, too
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def advance(self, to: int) -> None:
+        self.byte += to - self.at if self.text.isascii() else len(self.text[self.at : to].encode())
+        self.at = to
+
+    def more(self) -> None:
+        """Read on; the piece doubles where a single row fills it. Raises UserError for what is not UTF-8."""
+        if self.at == 0 and len(self.text) > MAX_ROW:
+            raise self.error(f"a row of more than {MAX_ROW >> 20} MiB; is a quote or a bracket left open")
+        data = self.file.read(max(CHUNK, len(self.text) - self.at))
+        pending = len(self._decoder.getstate()[0])
+        try:
+            self.text, self.at = self.text[self.at :] + self._decoder.decode(data, final=not data), 0
+        except UnicodeDecodeError as error:
+            place = self.read_to - pending + error.start
+            raise UserError(f"{self.path}: not UTF-8 text ({error.reason} at byte {place})") from error
+        self.read_to += len(data)
+        self.ended = not data
+
+    def value(self, decoder: RowDecoder) -> Any:
+        """The JSON value at the window's place, which moves behind it. Raises UserError with the byte and the line."""
+        while True:
+            try:
+                value, end = decoder.at(self.text, self.at)
+                if end < len(self.text) or self.ended:  # a number that touches the piece's end may go on
+                    self.advance(end)
+                    return value
+            except RecursionError as error:
+                raise self.error("nested too deeply") from error
+            except ValueError as error:
+                message, place = getattr(error, "msg", str(error)), getattr(error, "pos", self.at)
+                cut = message.startswith("Unterminated string") or place >= len(self.text) - NEAR_END
+                if self.ended or not cut:
+                    self.advance(place)
+                    raise self.error(message) from error
+            self.more()
+
+    def error(self, reason: str) -> UserError:
+        lines, left = 1, self.byte
+        with self.path.open("rb") as file:
+            while left > 0 and (data := file.read(min(CHUNK, left))):
+                lines, left = lines + data.count(b"\n"), left - len(data)
+        return UserError(f"{self.path}: not valid JSON ({reason}: line {lines}, byte {self.byte})")
+
+
+class Table(TextRows):
+    """CSV, or TSV by its suffix: the first line names the columns; a quoted field may hold line breaks."""
+
+    def __init__(self, files: list[Path], folder: Path):
+        super().__init__(files, folder)
+        self.delimiter = "\t" if files[0].suffix.lower() == ".tsv" else ","
+        self._columns: list[str] = []
+
+    def _walk(self) -> Iterator[tuple[int, int, Any]]:
+        with self.files[0].open("rb") as file:
+            at = skip_mark(file)
+            taken = [at]
+
+            def lines() -> Iterator[str]:
+                while line := file.readline(MAX_ROW):
+                    taken[0] += len(line)
+                    yield line.decode("utf-8", "surrogateescape")
+
+            reader = csv.reader(lines(), delimiter=self.delimiter, strict=True)
+            while True:
+                begin = taken[0]
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield begin, taken[0], RowError(f"line {reader.line_num} is not valid CSV ({error})")
+                    continue
+                if not self._columns:
+                    self._columns = self._header(fields)
+                elif fields:
+                    yield begin, taken[0], self._row(fields)
+
+    def _parse(self, data: bytes) -> Any:
+        if not self._columns:
+            with self.files[0].open("rb") as file:
+                skip_mark(file)
+                lines = (line.decode("utf-8", "surrogateescape") for line in file)
+                self._columns = self._header(next(csv.reader(lines, delimiter=self.delimiter)))
+        text = data.decode("utf-8", "surrogateescape")
+        return self._row(next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter, strict=True)))
+
+    def _header(self, fields: list[str]) -> list[str]:
+        if doubled := sorted({f for f in fields if fields.count(f) > 1}):
+            raise UserError(f"{self.files[0]}: two columns are named {doubled[0]!r}")
+        return fields
+
+    def _row(self, fields: list[str]) -> Any:
+        if len(fields) != len(self._columns):
+            return RowError(f"has {len(fields)} fields, and the first line names {len(self._columns)}")
+        if any(not field.isascii() and NOT_UTF8.search(field) for field in fields):
+            return RowError("is not UTF-8 text")
+        return dict(zip(self._columns, fields, strict=True))
+
+
+def skip_mark(file: BinaryIO) -> int:
+    """Pass over a byte-order mark; returns where the text begins."""
+    begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    file.seek(begin)
+    return begin

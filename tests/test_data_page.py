@@ -1,0 +1,73 @@
+"""docs/data.md: every example on the page is what it says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from PIL import Image
+
+from data_pipelines.dataset import TrainDataset, read_source
+from data_pipelines.encoding import Encoder
+from data_pipelines.formats import DATASET_FORMATS
+from data_pipelines.ledger import Ledger
+from mmdora.config import DataConfig, SourceConfig
+from tests.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"(?:`([\w.]+)`:\n\n)?```(\w+)\n(.*?)```", re.DOTALL)
+EXAMPLES = {section.split("\n")[0]: BLOCK.findall(section) for section in PAGE.split("\n## ")[1:]}
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with the pictures that the page's examples name; formats that an example adds are taken away again."""
+    for name, color in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
+        Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    known = dict(DATASET_FORMATS._entries)
+    yield tmp_path
+    DATASET_FORMATS._entries.clear()
+    DATASET_FORMATS._entries.update(known)
+
+
+def run(blocks) -> list[SourceConfig]:
+    """Write the files that blocks show, run their code, and gather their entries."""
+    entries = []
+    for name, language, text in blocks:
+        if name:
+            with open(name, "w", encoding="utf-8") as file:  # noqa: PTH123
+                file.write(text)
+        elif language == "python":
+            exec(text, {})
+        elif language == "yaml":
+            tree = yaml.safe_load(text)
+            entries += DataConfig(**tree["data"]).train if "data" in tree else [SourceConfig(**tree)]
+    return entries
+
+
+def test_every_format_has_an_example():
+    assert set(DATASET_FORMATS) - {"nlvr", "shapes"} <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("section", [s for s in EXAMPLES if s != "Mixtures"])
+def test_an_example_is_read_and_encoded(section, desk, tiny):
+    entries = run(EXAMPLES[section])
+    assert entries
+    for entry in entries:
+        source = read_source(entry)
+        assert source.rejected == []
+        dataset = TrainDataset([source], Encoder(tiny[1]), Ledger(desk / "skipped.jsonl", len(source), 0.0), seed=0)
+        for i in range(len(dataset)):
+            encoded = dataset[i]
+            assert (encoded["labels"] != -100).any()
+            shows = any(True for _ in dataset.sample(i).media())
+            assert ("pixel_values" in encoded) == shows
+
+
+def test_the_mixture_is_one(desk):
+    sections = ("llava", "vqa", "Mixtures")
+    *_, doubled, halved = run([block for section in sections for block in EXAMPLES[section]])
+    assert (doubled.weight, halved.take) == (2.0, "random:50%")
+    assert read_source(halved).total == 1

@@ -1,0 +1,243 @@
+"""Rows by number and their index: found wherever they stand, cached, shared by processes, mended when damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.dataset import Source, TrainDataset, read_source
+from data_pipelines.formats import llava
+from data_pipelines.index import IMAGES, VIDEOS, cache_folder
+from data_pipelines.ledger import Ledger
+from data_pipelines.rows import text
+from data_pipelines.samples import Image, SampleError, Video
+from mmdora.config import SourceConfig
+from mmdora.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MMDORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "index"
+
+
+def row(number: int, answer: str = "a", **more) -> dict:
+    turns = [{"from": "human", "value": f"Question {number}?"}, {"from": "gpt", "value": answer}]
+    return {"id": f"{number}", "conversations": turns, **more}
+
+
+def write(path: Path, rows: list, age: float = 60) -> SourceConfig:
+    """A JSON list, or lines; last changed `age` seconds ago."""
+    texts = [json.dumps(r, ensure_ascii=False) for r in rows]
+    path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{', '.join(texts)}]", encoding="utf-8")
+    changed = path.stat().st_mtime - age
+    os.utime(path, (changed, changed))
+    return SourceConfig(path=str(path), format="llava")
+
+
+def answers(source: Source) -> list[str]:
+    return [sample.messages[1].text for sample in source]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
+def test_rows_are_found_wherever_a_piece_of_the_file_ends(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    rng = random.Random(chunk)
+    said = ["".join(rng.choices('ab"\\/é鳥🐦\n\t {}[],:', k=rng.randint(1, 30))) + "." for _ in range(40)]
+    rows = [row(i, answer, score=rng.choice([1, -2.5e10, True, None, 10**20])) for i, answer in enumerate(said)]
+    source = read_source(write(tmp_path / name, rows))
+    assert answers(source) == said
+    assert [s.id for s in source] == [str(i) for i in range(40)]
+
+
+def test_json_may_be_written_in_any_way(tmp_path):
+    path = tmp_path / "x.json"
+    for written in (
+        "\ufeff" + json.dumps([row(0), row(1)]),
+        json.dumps([row(0), row(1)], indent=8),
+        "\r\n [" + json.dumps(row(0)) + "\n,\n" + json.dumps(row(1)) + "] \n",
+        json.dumps(row(0)) + "\r\n\n" + json.dumps(row(1)),  # lines, whatever the name says
+    ):
+        path.write_text(written, encoding="utf-8")
+        assert len(read_source(SourceConfig(path=str(path)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[1", "the list is cut off: line 1, byte 2"),
+        ("[{}\n,{}]\nx", "text after the list's end: line 3, byte 9"),
+        ("[{}\n,{},]", "Expecting value: line 2, byte 8"),
+        ("[{} {}]", "expected ',' or ']': line 1, byte 4"),
+        ('[{"é": "a]', "Unterminated string starting at: line 1, byte 8"),
+        ('["é", {"a" 1}]', "Expecting ':' delimiter: line 1, byte 12"),
+        ("[" * 5000, "nested too deeply: line 1, byte 1"),
+        ('{"a": [1]}', "expected a JSON list of samples, found dict"),
+    ],
+)
+def test_a_damaged_list_is_one_error_with_its_place(tmp_path, written, message):
+    (tmp_path / "x.json").write_text(written, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_source(SourceConfig(path=str(tmp_path / "x.json"), format="llava"))
+    assert f"{tmp_path}/x.json" in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_row_without_end_is_told_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "MAX_ROW", 1000)
+    monkeypatch.setattr(text, "CHUNK", 100)
+    (tmp_path / "x.json").write_text('[{"a": "' + "x" * 5000)
+    with pytest.raises(UserError, match="a row of more than"):
+        read_source(SourceConfig(path=str(tmp_path / "x.json"), format="llava"))
+
+
+def test_damaged_lines_are_rejected_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps(row(i)).encode() for i in range(3)]
+    twice = lines[0].replace(b'"id"', b'"id": "9", "id"')
+    huge = json.dumps(row(9, "a")).replace('"9"', "9" * 5000, 1).encode()
+    path.write_bytes(b"\n".join([lines[0], b"{", lines[1], b'{"id": "\xff"}', twice, huge, b"[" * 5000, lines[2]]))
+    source = read_source(SourceConfig(path=str(path)))
+    assert [s.id for s in source] == ["0", "1", "2"]
+    expected = ["line 2 is not", "line 4 is not", "'id' stands in it twice", "a number of 5000 digits", "line 7 is not"]
+    reasons = [r.reason for r in source.rejected]
+    assert [e in r for e, r in zip(expected, reasons, strict=True)] == [True] * 5
+    assert [r.id for r in source.rejected] == ["line-2", "line-4", "row-4", "row-5", "line-7"]
+    assert source.total == 8
+
+
+def test_lengths_and_kinds_are_known_without_parsing(tmp_path, monkeypatch):
+    long = row(3, "x" * 4000)
+    rows = [row(0), row(1, image="a.png"), row(2, video="a.mp4"), long]
+    source = read_source(write(tmp_path / "x.jsonl", rows))
+    assert source.kinds.tolist() == [0, IMAGES, VIDEOS, 0]
+    assert source.lengths[3] == 1000 + source.lengths[0]
+    assert source.lengths[1] > 500
+    dataset = TrainDataset([source], None, Ledger(tmp_path / "l", 4, 0.0), seed=0)
+    assert dataset.kinds.tolist() == [0, IMAGES, VIDEOS, 0]
+    assert np.array_equal(dataset.lengths, source.lengths)
+    assert dataset.media_kinds() == [Image, Video]
+    no_media = read_source(write(tmp_path / "x.jsonl", rows[:1]))
+    assert TrainDataset([no_media], None, Ledger(tmp_path / "l", 4, 0.0), seed=0).media_kinds() == []
+
+
+def count_parses(monkeypatch) -> list[str]:
+    """The ids of the rows that are parsed from now on."""
+    parsed: list[str] = []
+    parse = llava.LLaVA.parse
+    monkeypatch.setattr(
+        llava.LLaVA, "parse", lambda self, row, place: parsed.append(place.id) or parse(self, row, place)
+    )
+    return parsed
+
+
+def test_a_file_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch, cache):
+    config = write(tmp_path / "x.json", [row(i) for i in range(5)])
+    parsed = count_parses(monkeypatch)
+    assert len(read_source(config)) == 5
+    assert len(parsed) == 5
+    source = read_source(config)
+    assert len(parsed) == 5
+    assert source[3].id == "3"
+    assert parsed[5:] == ["3"]  # parsed when it is wanted
+    read_source(config.model_copy(update={"where": {"id": ["1"]}}))
+    assert len(parsed) == 7  # another `where` is another index, and what it leaves out is not parsed
+    write(tmp_path / "x.json", [row(i, "b") for i in range(5)], age=30)  # same size, another time
+    assert answers(read_source(config)) == ["b"] * 5
+    assert len(list(cache.iterdir())) == 2  # the old one was replaced, and nothing is left aside
+    assert not list(tmp_path.glob("x.*[!n]"))  # nothing beside the user's file
+
+
+def test_a_file_that_changed_a_moment_ago_is_read_anew(tmp_path):
+    """It may change again at the same time stamp and size."""
+    config = write(tmp_path / "x.json", [row(0, "a")], age=0)
+    stamp = (tmp_path / "x.json").stat().st_mtime_ns
+    assert answers(read_source(config)) == ["a"]
+    write(tmp_path / "x.json", [row(0, "b")], age=0)
+    os.utime(tmp_path / "x.json", ns=(stamp, stamp))
+    assert answers(read_source(config)) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["number.npy", "begin.npy", "meta.json", "rejected.jsonl"])
+def test_a_damaged_index_is_built_anew(tmp_path, cache, name):
+    config = write(tmp_path / "x.jsonl", [row(0), "no row", row(1)])
+    read_source(config)
+    (folder,) = cache.iterdir()
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-3], whole[:-3] + b"xyz", b""):
+        (folder / name).write_bytes(damaged)
+        source = read_source(config)
+        assert (answers(source), source.total) == (["a", "a"], 3)
+    (folder / name).unlink()
+    assert answers(read_source(config)) == ["a", "a"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MMDORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="MMDORA_CACHE names a folder to cache in"):
+        read_source(write(tmp_path / "x.jsonl", [row(0)]))
+    monkeypatch.delenv("MMDORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own" / "mmdora" / "index"
+
+
+def test_a_row_that_changed_since_is_an_error_that_names_it(tmp_path):
+    source = read_source(write(tmp_path / "x.jsonl", [row(0), row(1)]))
+    (tmp_path / "x.jsonl").write_text("gone")
+    with pytest.raises(SampleError, match="was the file changed meanwhile"):
+        source[1]
+
+
+def build_and_read(path: str, barrier) -> None:
+    barrier.wait()
+    source = read_source(SourceConfig(path=path, format="llava"))
+    assert answers(source) == ["a"] * 200
+
+
+def test_processes_may_build_one_index_at_once(tmp_path, cache):
+    write(tmp_path / "x.jsonl", [row(i) for i in range(200)])
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=build_and_read, args=(str(tmp_path / "x.jsonl"), barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.arrow", "x.tar"])
+def test_a_spawned_process_maps_the_same_index(tmp_path, name):
+    source, fresh = source_of(tmp_path / name), None
+    sent = pickle.dumps(source)
+    assert len(sent) < 40_000  # 8 bytes a sample for what is taken, and no rows
+    fresh = pickle.loads(sent)
+    assert [s.id for s in fresh] == [s.id for s in source]
+    assert isinstance(fresh._index.number, np.memmap)
+
+
+def source_of(path: Path) -> Source:
+    rows = [row(i, "a" * 100) for i in range(1000)]
+    if path.suffix == ".json":
+        return read_source(write(path, rows))
+    if path.suffix == ".arrow":
+        import pyarrow as pa
+
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table, max_chunksize=64)
+    else:
+        from tests.test_row_formats import write_shard
+
+        write_shard(path, {f"{r['id']}.json": json.dumps(r).encode() for r in rows})
+    return read_source(SourceConfig(path=str(path)))
