@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
-from data_pipelines.ledger import Entry, from_error
+from data_pipelines.ledger import Entry, from_change, from_error
 from data_pipelines.samples import Image, Sample, SampleError, Video
 
 MISSING = -1  # the size of a file that is not there
