@@ -105,7 +105,7 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
     media = list(question.sample.media())
     parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
     parts += [processor_digest(encoder.processor)]
-    parts += [file_digest(part.path) for part in media]
+    parts += [file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest() for part in media]
     if any(isinstance(part, Video) for part in media):
         parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -113,6 +113,11 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
 
 @cache
 def file_digest(path: Path) -> str:
+    """Of a file, or of the files of a directory, as of a video that is one of pictures."""
+    if path.is_dir():
+        inside = sorted(file for file in path.iterdir() if file.is_file())
+        named = [f"{file.name} {file_digest(file)}" for file in inside]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()
     if not path.is_file():
         return "missing"
     with path.open("rb") as file:
