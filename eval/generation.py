@@ -117,6 +117,11 @@ def media_digest(part: Image | Video) -> str:
 
 @cache
 def file_digest(path: Path) -> str:
+    """Of a file, or of the files of a directory, as of a video that is one of pictures."""
+    if path.is_dir():
+        inside = sorted(file for file in path.iterdir() if file.is_file())
+        named = [f"{file.name} {file_digest(file)}" for file in inside]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()
     if not path.is_file():
         return "missing"
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.encoding import Encoder
-from data_pipelines.samples import Image, Message, Sample, Text
+from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import (
     normalize,
@@ -25,7 +25,7 @@ from eval.benchmarks.vqa import (
 from eval.generation import answer_all, file_digest, generate, question_key, read_responses, weights_digest
 from eval.metrics import cluster_bootstrap, majority_share, wilson
 from eval.scoring import make_report, score_all
-from mmdora.config import EvaluationConfig
+from mmdora.config import EvaluationConfig, VideoConfig
 from mmdora.errors import UserError
 from tests.media import write_image
 
@@ -171,3 +171,24 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     assert ask_again(max_new_tokens=7) == 1  # another picture, too
     model.lm_head.weight.data[0] += 1
     assert ask_again(max_new_tokens=7) == len(questions)  # and other weights
+
+
+def test_a_key_changes_with_the_frames(tiny, tmp_path):
+    """Which frames of a video are shown, and what is in them, are part of what an answer depends on."""
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", seed=i)
+
+    def key(config: VideoConfig, video: Video) -> str:
+        sample = Sample("q", (Message("user", (video, Text("What?"))),), "test")
+        return question_key(Question("q", sample, ("yes",), "q"), Encoder(tiny[1], config), 8, "weights")
+
+    video = Video(tmp_path)
+    first = key(VideoConfig(num_frames=2), video)
+    assert key(VideoConfig(num_frames=2, timeout=None), video) == first  # the same frames, however long they take
+    assert key(VideoConfig(num_frames=2, start=1.0), video) != first
+    assert key(VideoConfig(num_frames=2, sampling="keyframe"), video) != first
+    write_image(tmp_path / "3.png", seed=9)
+    file_digest.cache_clear()
+    assert key(VideoConfig(num_frames=2), video) != first
+    shard = Path("shard.tar/a.mp4")
+    assert key(VideoConfig(), Video(shard, b"one")) != key(VideoConfig(), Video(shard, b"two"))
