@@ -217,6 +217,7 @@ def test_a_run_is_the_same_with_workers_and_after_a_restart_in_mid_epoch(tiny, t
     whole = train(tiny, tmp_path / "whole", *PLANS[plan])
     assert len(whole.seen) == 2 * (3 * 3 + 2)  # three full steps and one of four samples, an epoch
     assert whole.state.global_step == 8
+    assert whole.seen[:11] != whole.seen[11:]
     for workers in (2, 4) if plan == "packed" else (2,):
         assert train(tiny, tmp_path / f"{workers}", *PLANS[plan], f"data.num_workers={workers}").seen == whole.seen
     for step, done in ((2, 6), (4, 11), (6, 17)):  # in the first epoch, at its end, in the second

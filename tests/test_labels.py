@@ -152,18 +152,21 @@ def test_the_markers_are_what_is_used(processor, picture):
 
 
 def test_markers_that_tell_the_wrong_place_are_not_believed(processor):
-    """Inside a `set` block the marker counts from where the block's own text is not yet written."""
-    block = CHATML.replace("{% generation %}", "{% set turn %}{% generation %}").replace(
-        "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ turn }}"
+    """A marker counts from what is written before it, and text in the same expression is not written yet."""
+    macro = (
+        "{% macro turn(m) %}{% generation %}{{ m.content[0].text }}<|im_end|>{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' ~ turn(m) ~ '\n' }}"
+        "{% else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content[0].text ~ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    broken, _ = encoders(processor, block)
-    none, _ = encoders(
-        processor, CHATML.replace("{% generation %}", "{# {% generation %} #}").replace("{% endgeneration %}", "")
-    )
+    comment = CHATML.replace("{% generation %}", "{# {% generation %} #}").replace("{% endgeneration %}", "")
     sample = Sample("s", (user("One?"), assistant("a b"), user("Two?"), assistant("c")), "test")
-    wanted = encoders(processor, CHATML)[0].encode(sample)["labels"].tolist()
-    assert broken.encode(sample)["labels"].tolist() == wanted
-    assert none.encode(sample)["labels"].tolist() == wanted  # a marker in a comment marks nothing
+    right = encoders(processor, CHATML)[0]
+    wanted = right.encode(sample)["labels"].tolist()
+    for template_text in (macro, comment):
+        encoder = encoders(processor, template_text)[0]
+        assert encoder.render(sample) == right.render(sample)
+        assert encoder.encode(sample)["labels"].tolist() == wanted
 
 
 @pytest.mark.parametrize("name", FAMILIES)
