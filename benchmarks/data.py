@@ -34,7 +34,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from data_pipelines.video import load_video
-from mmdora.config import VideoConfig, find_path
+from mmdora.config import VideoConfig
+from mmdora.config_files import find_path
 
 Candidates = dict[str, Callable[[], object]]
 

@@ -19,7 +19,8 @@ from data_pipelines.ledger import Ledger, from_change, from_error
 from data_pipelines.mixture import epoch, shares, take
 from data_pipelines.rows import data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
-from mmdora.config import SourceConfig, find_path
+from mmdora.config import SourceConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 LOOKED_AT = 20  # rows at most, to tell a file's format

@@ -144,7 +144,7 @@ class Encoder:
         Under data parallelism every rank must run the vision encoder equally often, or collective operations hang; a
         micro-batch that lacks a kind of media gets this row, which adds nothing to the loss.
         """
-        message = Message("user", (kind(Path("blank")), Text(".")))
+        message = Message("user", (kind(_NOTHING), Text(".")))
         encoded = self.encode_prompt(Sample("filler", (message,), "filler"))
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         return encoded
@@ -177,9 +177,9 @@ class Encoder:
         for part in sample.media():
             try:
                 if isinstance(part, Image):
-                    images.append(_BLANK if part.path.name == "blank" else load_image(part.path, part.data))
+                    images.append(_BLANK if part.path is _NOTHING else load_image(part.path, part.data))
                 else:
-                    blank = part.path.name == "blank"
+                    blank = part.path is _NOTHING
                     clips.append(self._blank_clip() if blank else load_video(part.path, self.video, part.data))
             except MediaError as error:
                 raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
@@ -246,6 +246,7 @@ class Encoder:
             raise SampleError(sample.id, sample.source, reason, "encode")
 
 
+_NOTHING = Path("blank")  # this very object names a filler's picture or clip; a file may be called so
 _BLANK = PILImage.new("RGB", (32, 32))
 
 

@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mmdora.config import ModelConfig, find_path
+from mmdora.config import ModelConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 from mmdora.llava_resampler import (
     LlavaResamplerConfig,

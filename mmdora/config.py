@@ -1,21 +1,16 @@
 """RunConfig: a run is one YAML. Frozen, unknown keys are errors with the nearest known key, all errors are told at
 once.
 
-The classes are the reference for every key: `mmdora train CONFIG section.key=value` sets any of them.
+The classes are the reference for every key: `mmdora train CONFIG section.key=value` sets any of them. config_files.py
+reads and writes the YAML.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from mmdora.errors import UserError
-from mmdora.overrides import apply_override
-from mmdora.registry import nearest
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -230,101 +225,3 @@ class RunConfig(Section):
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two 'evaluation' entries are named {doubled[0]!r}")
         return self
-
-
-def shipped_path(name: str) -> Path | None:
-    """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in
-    neither."""
-    package = Path(__file__).resolve().parent
-    for root in (package / "_shipped", package.parent):
-        if name.startswith(("configs/", "assets/")) and (root / name).exists():
-            return root / name
-    return None
-
-
-def find_path(value: str) -> Path:
-    """A path of a config: relative to the working directory and, where nothing is there, to what is shipped."""
-    path = Path(value).expanduser()
-    if not path.exists() and not path.is_absolute():
-        return shipped_path(path.as_posix()) or path
-    return path
-
-
-def find_config(name: str) -> Path:
-    """A config by path, or by the name of a shipped one (`quickstart`). Raises UserError."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = shipped_path(f"configs/{name}.yaml") or shipped_path(name)
-    if shipped is not None and shipped.is_file():
-        return shipped
-    folder = shipped_path("configs/quickstart.yaml")
-    known = sorted(p.stem for p in folder.parent.glob("*.yaml")) if folder else []
-    raise UserError(
-        f"no config at {name!r}.{nearest(path.name.removesuffix('.yaml'), known)} Shipped configs: {', '.join(known)}"
-    )
-
-
-def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """The config at a path (or a shipped name) with `section.key=value` overrides. Raises UserError with every
-    problem."""
-    path = find_config(name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections (model, parts, data, training), found {type(tree).__name__}")
-    for override in overrides or []:
-        apply_override(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
-    """A tree of plain values as a RunConfig. Raises UserError that lists every problem."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        problems = [_problem(e) for e in error.errors()]
-        raise UserError(f"{source} is not a valid config:\n" + "\n".join(f"  {p}" for p in problems)) from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML: what `load_config` reads back to an equal one."""
-    tree = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
-
-
-def _problem(error: Any) -> str:
-    """One pydantic error as `key: what is wrong`, with the nearest known key for an unknown one."""
-    key = ".".join(str(step) for step in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{key}: required, but missing"
-    message = error["msg"].removeprefix("Value error, ")
-    shown = error["input"]
-    found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) or shown is None else ""
-    return f"{key}: {message}{found}" if key else message
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section at `location` knows, read off the schema."""
-    schema = RunConfig.model_json_schema()
-    node: dict[str, Any] = schema
-    for step in location:
-        node = _resolve(node, schema)
-        if isinstance(step, int):
-            node = node["items"]
-        elif step in node.get("properties", {}):
-            node = node["properties"][step]
-        else:
-            node = node["additionalProperties"]
-    return list(_resolve(node, schema).get("properties", {}))
-
-
-def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    options = [o for o in node.get("anyOf", []) if o.get("type") != "null"]
-    node = options[0] if options else node
-    return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mmdora.composing import check_chat_template, compose
-from mmdora.config import ModelConfig, find_path
+from mmdora.config import ModelConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 from mmdora.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why

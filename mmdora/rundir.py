@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from mmdora.config import ModelConfig, RunConfig, VideoConfig, dump_config, parse_config
+from mmdora.config import ModelConfig, RunConfig, VideoConfig
+from mmdora.config_files import dump_config, parse_config
 from mmdora.errors import UserError
 
 

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 FLOORS = {"train": 4, "mmdora.commands": 3, "eval": 2, "data_pipelines": 1, "mmdora": 0}
 # Of mmdora, the pipelines see the config, the registry and the one error.
-PIPELINES_SEE = ("mmdora.config", "mmdora.registry", "mmdora.errors")
+PIPELINES_SEE = ("mmdora.config", "mmdora.config_files", "mmdora.registry", "mmdora.errors")
 
 
 def floor(module: str) -> int | None:

@@ -13,7 +13,7 @@ import mmdora
 from data_pipelines.collator import Collator, first_fit
 from data_pipelines.encoding import Encoded, Encoder
 from data_pipelines.samples import Sample
-from mmdora.config import load_config
+from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import Batching, MicroBatches, balanced, cost, micro_batches_of, runs, step_samples

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mmdora.config import RunConfig, dump_config, load_config, parse_config
+from mmdora.config import RunConfig
+from mmdora.config_files import dump_config, load_config, parse_config
 from mmdora.errors import UserError
 from tests.conftest import ROOT
 

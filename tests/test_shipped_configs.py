@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 import mmdora
 from mmdora.architectures import ARCHITECTURES, architecture_of
-from mmdora.config import RunConfig, find_path, load_config, shipped_path
+from mmdora.config import RunConfig
+from mmdora.config_files import find_path, load_config, shipped_path
 from mmdora.injection import InjectionReport
 from mmdora.training.arguments import micro_batches
 from tests.conftest import ROOT

@@ -8,7 +8,8 @@ import torch
 import mmdora
 from mmdora.architectures import find_part
 from mmdora.blocks import blocks_of
-from mmdora.config import ModelConfig, PartConfig, load_config
+from mmdora.config import ModelConfig, PartConfig
+from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_model
 from mmdora.training.arguments import micro_batches

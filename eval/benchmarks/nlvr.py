@@ -15,7 +15,8 @@ from typing import Any
 from data_pipelines.dataset import read_source
 from data_pipelines.formats.nlvr import PERMUTATIONS
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
-from mmdora.config import EvaluationConfig, SourceConfig, find_path
+from mmdora.config import EvaluationConfig, SourceConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 

@@ -20,7 +20,8 @@ from eval.benchmarks import Question
 from eval.run import read_questions
 from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
 from mmdora.commands.train import check_names
-from mmdora.config import RunConfig, find_path, load_config
+from mmdora.config import RunConfig
+from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_processor
 

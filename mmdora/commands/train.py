@@ -25,7 +25,8 @@ from mmdora.adapters import ADAPTERS
 from mmdora.analysis.plots import plot_loss
 from mmdora.checkpoint import save_adapter
 from mmdora.commands.console import import_plugins, is_main, make_console, make_table, progress_bar, results_table
-from mmdora.config import RunConfig, find_path, load_config
+from mmdora.config import RunConfig
+from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
 from mmdora.injection import InjectionReport, inject_adapters, resolve_parts
 from mmdora.loading import load_model

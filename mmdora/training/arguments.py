@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mmdora.config import RunConfig, TrainingConfig, find_path, shipped_path
+from mmdora.config import RunConfig, TrainingConfig
+from mmdora.config_files import find_path, shipped_path
 from mmdora.errors import UserError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class AdapterTrainer(Trainer):
         super().__init__(**kwargs)
         self.run_config = config
         self.tokens_seen = 0  # by this process, media tokens included
+        self.waited = 0.0  # seconds that this process had no batch to work on
         self._start: dict[str, torch.Tensor] | None = None
         self._start_step = 0
         self.add_callback(NormsOnceAStep)
@@ -84,6 +86,12 @@ class AdapterTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.perf_counter() - start
+        return batches
 
     def _epochs(self) -> int:
         """How many epochs the run begins."""
