@@ -153,6 +153,15 @@ def test_first_fit_loses_nothing_and_fills_no_row_over_its_length(lengths):
     assert rows == first_fit(lengths, 40)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The steps are tiny, and threads would only wait for the loaders' processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Numbered(Dataset[Encoded]):
     """Short conversations of different lengths, each with a number."""
 
