@@ -83,7 +83,8 @@ class Encoder:
         for message in sample.messages:
             for part in message.parts:
                 if isinstance(part, Text) and part.text.strip() not in text:
-                    reason = f"the chat template (model.chat_template) leaves out or changes what the {message.role} says"
+                    reason = f"the chat template leaves out or changes what the {message.role} says"
+                    reason += "; model.chat_template names another"
                     raise SampleError(sample.id, sample.source, reason, "encode")
         learnt = learnt_turns(sample)
         plain = self._plain(text)

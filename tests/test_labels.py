@@ -145,7 +145,7 @@ def test_the_markers_are_what_is_used(processor, picture):
     assert plain.encode(sample)["labels"].tolist() == [labels.tolist()]
     rewritten = Sample("s", (user("One?"), assistant("hm|a"), user("Two?"), assistant("b")), "test")
     for encoder in (marked, plain):
-        with pytest.raises(SampleError, match="'s' of test: the chat template .* leaves out or changes"):
+        with pytest.raises(SampleError, match="'s' of test: the chat template leaves out or changes"):
             encoder.encode(rewritten)
     text, _ = render_marked(plain.processor, rewritten)
     with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template"):
