@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ FRESH = 2.0  # seconds: a file that changed so shortly before it was read may ch
 CHARACTERS = 4  # bytes of text for an estimated token
 MEDIA_TOKENS = 576  # estimated for a picture or a video: LLaVA-1.5's
 LARGE = 2**26  # bytes: from here on a progress bar is shown
+T = TypeVar("T")
 ID_KEYS = ("id", "question_id", "__key__")
 
 
@@ -54,7 +55,7 @@ class Index:
         self.form, self.path, self.files, self.media, self.folder = form, path, files, media, folder
         self.root = str(media.resolve())
         self.rows = form.rows(files, media, folder)
-        arrays = {p.stem: np.load(p, mmap_mode="r" if p.stat().st_size > 128 else None) for p in folder.glob("*.npy")}
+        arrays = _settled(lambda: {p.stem: _mapped(p) for p in folder.iterdir() if p.suffix == ".npy"})
         self.number, self.length = arrays.pop("number"), arrays.pop("length")
         self.kinds, self.flags = arrays.pop("kinds"), arrays.pop("flags")
         self.rows.arrays = arrays
@@ -84,7 +85,7 @@ class Index:
 
     def rejected(self) -> Iterator[tuple[int, Rejected]]:
         """The rows that are no samples, with their places in the index."""
-        with (self.folder / "rejected.jsonl").open(encoding="utf-8") as file:
+        with _settled(lambda: (self.folder / "rejected.jsonl").open(encoding="utf-8")) as file:
             for line in file:
                 at, name, reason, media = json.loads(line)
                 yield at, Rejected(name, str(self.path), reason, media)
@@ -155,6 +156,7 @@ def _build(
 ) -> None:
     """Write the index aside, then move it into its place: several processes may do so at once."""
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    old = aside.with_suffix(".old")
     aside.mkdir(parents=True)
     try:
         # A row of which `where` cannot know whether it is wanted, since it cannot be read, is told like any other.
@@ -166,20 +168,33 @@ def _build(
         meta["digests"] = {file.name: _digest(file) for file in written}
         (aside / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for _ in range(10):
-            if folder.exists():
-                with suppress(OSError):  # another process was first to move it
-                    old = aside.with_suffix(".old")
-                    folder.rename(old)
-                    shutil.rmtree(old)
+            with suppress(OSError):  # there was none, or another process was first to move it
+                folder.rename(old)
             try:
                 aside.rename(folder)
                 return
             except OSError:
                 if _is_whole(folder, signature):  # another process built the same
                     return
+            shutil.rmtree(old, ignore_errors=True)
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None)
+
+
+def _settled(read: Callable[[], T]) -> T:
+    """What `read` gives, for an index that another process may be putting into its place just now."""
+    for _ in range(50):
+        try:
+            return read()
+        except FileNotFoundError:
+            time.sleep(0.02)
+    return read()
 
 
 def _scan(

@@ -233,7 +233,7 @@ def unused_blocks(model: nn.Module, region: Region) -> list[str]:
         layers = [layer] if isinstance(layer, int) else list(layer)
         used = max(index if index >= 0 else depth + 1 + index for index in layers)
     unused = []
-    blocks: dict[str, str] = {}  # by root: the last list of so many modules, since stages may have as many
+    blocks: dict[str, str] = {}  # by root: the last list of so many equal modules, since stages may have as many
     for path, module in model.named_modules():
         root = next((root for root in region.roots if is_inside(path, root)), None)
         if root is None or not region.holds(path):
@@ -241,5 +241,5 @@ def unused_blocks(model: nn.Module, region: Region) -> list[str]:
         if type(module).__name__.endswith("AttentionPoolingHead"):
             unused.append(path)
         elif isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == depth:
-            blocks[root] = path
+            blocks |= {root: path} if len({type(child) for child in module}) == 1 else {}
     return unused + [f"{path}.{i}" for path in blocks.values() for i in range(used, depth or 0)]
