@@ -16,7 +16,16 @@ from data_pipelines.samples import Sample
 from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.training.arguments import training_arguments
-from mmdora.training.batches import Batching, MicroBatches, balanced, cost, micro_batches_of, runs, step_samples
+from mmdora.training.batches import (
+    Batching,
+    MicroBatches,
+    balanced,
+    check_budgets,
+    cost,
+    micro_batches_of,
+    runs,
+    step_samples,
+)
 from mmdora.training.trainer import AdapterTrainer
 from tests.test_encoding import assistant, user
 
@@ -117,9 +126,9 @@ def test_a_budget_that_cannot_be_held_is_an_error_before_the_first_step():
     lengths = np.full(64, 100)
     settings = {"lengths": lengths, "kinds": np.zeros(64, np.uint8)}
     with pytest.raises(UserError, match=r"max_tokens 300: the 32 samples of a step need 11 .* there are 4; raise it"):
-        MicroBatches(Batching(64, 32, 8, max_tokens=300, **settings))
+        check_budgets(Batching(64, 32, 8, max_tokens=300, **settings), 1)
     with pytest.raises(UserError, match=r"max_tokens 90: one sample alone takes about 100 .*data.max_length"):
-        MicroBatches(Batching(64, 32, 8, max_tokens=90, **settings))
+        check_budgets(Batching(64, 32, 8, max_tokens=90, **settings), 1)
     # Only in the second epoch do the two long ones meet: it is known at the start.
     lengths = np.ones(8, np.int64)
     order = [s.tolist() for s in step_samples(Batching(8, 4, 4), 1)]
@@ -127,9 +136,9 @@ def test_a_budget_that_cannot_be_held_is_an_error_before_the_first_step():
     pair = next([a, b] for a in order[0] for b in order[0] if a in apart[0] and b in apart[1])
     lengths[pair] = 50
     unlucky = Batching(8, 4, 4, max_tokens=60, packed=True, lengths=lengths, kinds=np.zeros(8, np.uint8))
-    MicroBatches(unlucky, epochs=1)
+    check_budgets(unlucky, epochs=1)
     with pytest.raises(UserError, match="max_tokens 60"):
-        MicroBatches(unlucky, epochs=2)
+        check_budgets(unlucky, epochs=2)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

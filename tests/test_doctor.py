@@ -97,6 +97,41 @@ def test_data_without_faults(world, capsys):
     assert "97, ≤ 97" in out
 
 
+def test_batches_that_a_run_would_refuse_are_errors(messy, capsys):
+    budget = ("data.max_skipped=1.0", "data.max_length=200", "data.max_tokens=200", "training.batch_size=16")
+    assert command("doctor", *config(messy, *budget)) == 1
+    told = capsys.readouterr().out
+    assert "error: data.max_tokens 200: the 16 samples of a step need" in told
+    assert command("train", *config(messy, *budget)) == 2
+    assert "data.max_tokens 200: the 16 samples of a step need" in capsys.readouterr().err
+    assert not (messy / "run" / "eval").exists()  # it was told before the base was scored
+
+
+def test_rows_that_are_no_samples_end_a_run_before_the_model_is_loaded(messy, capsys):
+    assert command("train", *config(messy, "data.max_skipped=0.01", "model.path=nobody/nothing")) == 2
+    assert "1 of 21 samples skipped, more than data.max_skipped" in capsys.readouterr().err
+
+
+def test_brackets_in_names_are_no_markup(messy, capsys):
+    rows = [row(str(i), None, f"Question {i}?", "b") for i in range(8)]
+    rows += [row(f"b{i}", "missing[/b].png", "<image> What?", "b") for i in range(2)]
+    (messy / "data[train].json").write_text(json.dumps(rows))
+    overrides = config(messy, "data.max_skipped=1.0", "training.max_steps=2")
+    overrides[1] = f"data.train=[{{path: '{messy}/data[train].json'}}]"
+    assert command("doctor", *overrides) == 0
+    assert "data[train].json" in capsys.readouterr().out
+    assert command("train", *overrides, "evaluation=[]", "training.batch_size=8", "training.micro_batch_size=8") == 0
+    assert "missing[/b].png" in capsys.readouterr().out
+
+
+def test_an_error_in_a_worker_is_one_line(messy, capsys):
+    workers = ("data.max_skipped=0.06", "data.num_workers=1", "evaluation=[]", "training.max_steps=9")
+    assert command("train", *config(messy, *workers)) == 2
+    told = capsys.readouterr().err
+    assert "more than data.max_skipped 6.0% allows" in told
+    assert "Traceback" not in told
+
+
 def test_no_weights_are_read(messy, tmp_path, capsys):
     """The doctor works beside a model of which only the configs and the processor were fetched."""
     base = Path(__file__).parent.parent / "assets" / "tiny-llava"

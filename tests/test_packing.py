@@ -61,13 +61,13 @@ def test_the_tiny_base_with_pictures_videos_and_text(tiny, tmp_path, attention):
     longest = max(row["input_ids"].shape[1] for row in rows)
     check_equal(model, rows, longest + 40, processor.tokenizer.pad_token_id)
     check_equal(model, rows, 10 * longest, processor.tokenizer.pad_token_id)
-    check_packing(model)
+    check_packing(model.config)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name in EXACT])
 def test_every_family_that_is_not_refused(name, samples):  # noqa: F811
     model, processor = build(name)
-    check_packing(model)
+    check_packing(model.config)
     encoder = Encoder(processor, VideoConfig(num_frames=4))
     kinds = FAMILIES[name].media
     rows = [encoder.encode(samples[kind]) for kind in (*kinds, kinds[-1], kinds[0])]
@@ -92,7 +92,7 @@ def test_language_models_also_with_sliding_windows(name, samples):  # noqa: F811
     model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**settings)).eval()
     nn.init.normal_(model.get_output_embeddings().weight)
     encoder = Encoder(hf.LlavaProcessor(hf.CLIPImageProcessor(**CROPPED), words, **LLAVA_PROCESSOR))
-    check_packing(model)
+    check_packing(model.config)
     rows = [encoder.encode(samples[kind]) for kind in ("image", "text", "two images", "text")]
     check_equal(model, rows, 400, words.pad_token_id)
 
@@ -101,17 +101,17 @@ def test_language_models_also_with_sliding_windows(name, samples):  # noqa: F811
 def test_families_that_attend_in_both_directions_are_refused(name):
     model, _ = build(name)
     with pytest.raises(UserError, match=rf"data\.packing: {name} attends in both directions.*data\.packing=false"):
-        check_packing(model)
+        check_packing(model.config)
 
 
 def test_what_has_not_been_shown_is_refused(tiny, monkeypatch):
     model, _ = tiny
     monkeypatch.setattr(model.config.get_text_config(), "model_type", "opt")
     with pytest.raises(UserError, match=r"data\.packing: opt has not been shown"):
-        check_packing(model)
+        check_packing(model.config)
     monkeypatch.setattr(model.config, "model_type", "unheard_of")
     with pytest.raises(UserError, match=r"data\.packing: unheard_of has not been shown"):
-        check_packing(model)
+        check_packing(model.config)
 
 
 def test_a_sample_sees_nothing_of_its_neighbour(tiny):

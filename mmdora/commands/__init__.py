@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # typer's rich mode alone costs half a second
     pretty_exceptions_enable=False,
 )
+
+SHARED_ERROR = 3.0  # seconds within which rank 0 tells an error that all processes meet
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config such as quickstart.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings to change.")]
@@ -163,6 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:  # every process meets the same error; one tells it
-        sys.stderr.write(f"error: {message}\n")
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # most errors meet every process, and the launcher ends the others when the first has told it
+        time.sleep(SHARED_ERROR)
+    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {message}\n")
     sys.exit(2)

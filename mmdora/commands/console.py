@@ -33,7 +33,7 @@ def make_console() -> Console:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch|deepspeed|transformers|accelerate")
-    return Console(quiet=not is_main(), highlight=False)
+    return Console(quiet=not is_main(), highlight=False, markup=False)  # file names may hold brackets
 
 
 def import_plugins(names: list[str]) -> None:
@@ -48,7 +48,7 @@ def import_plugins(names: list[str]) -> None:
 @contextmanager
 def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
     """A bar that yields its `advance(n)`."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)

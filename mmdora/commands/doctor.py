@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from statistics import median
 
 from rich.console import Console
 from rich.text import Text
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from data_pipelines.dataset import Source, read_source
+from data_pipelines.dataset import Source, TrainDataset, read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.inspection import Look, look, repeated, shared_media, spelled
-from data_pipelines.ledger import by_reason, from_rejected
+from data_pipelines.ledger import Ledger, by_reason, from_rejected
 from data_pipelines.samples import Image, Sample, Video
 from eval.benchmarks import Question
 from eval.run import read_questions
@@ -24,6 +25,9 @@ from mmdora.config import RunConfig
 from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_processor
+from mmdora.training.arguments import micro_batches
+from mmdora.training.packing import check_packing
+from mmdora.training.trainer import check_batches
 
 FEW_LEARNT = 0.02  # a smaller share of supervised tokens than this is worth a look
 GRAVITY = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -50,7 +54,7 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     processor = load_processor(config.model)
     encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    problems = check_stop(config, encoder)
+    problems = check_stop(config, encoder) + plan_problems(config, sources, encoder)
     looks = []
     for source in sources:
         with progress_bar(console, f"looking at {source.path.name}", min(samples, len(source))) as advance:
@@ -82,6 +86,23 @@ def check_stop(config: RunConfig, encoder: Encoder) -> list[Problem]:
     except UserError as error:
         return [Problem("error", str(error), "model.chat_template")]
     return []
+
+
+def plan_problems(config: RunConfig, sources: list[Source], encoder: Encoder) -> list[Problem]:
+    """What a run would refuse of the batches that the config asks for, in one process."""
+    problems = []
+    try:
+        micro, _ = micro_batches(config.training, 1)
+        ledger = Ledger(Path(os.devnull), 0, 1.0)
+        check_batches(config, micro, 1, TrainDataset(sources, encoder, ledger, 0, config.data.temperature))
+    except UserError as error:
+        problems.append(Problem("error", str(error), "data.max_tokens"))
+    if config.data.packing and config.model.path is not None:
+        try:
+            check_packing(AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision))
+        except UserError as error:
+            problems.append(Problem("error", str(error), "data.packing"))
+    return problems
 
 
 def show_example(console: Console, encoder: Encoder, source: Source, found: Look) -> None:

@@ -34,7 +34,7 @@ from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
 from mmdora.training.packing import check_packing, row_length
-from mmdora.training.trainer import AdapterTrainer, optimizer_groups
+from mmdora.training.trainer import AdapterTrainer, check_batches, optimizer_groups
 from mmdora.zero import numel
 
 Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
@@ -55,13 +55,16 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
         # Read now: what evaluation will want is missed before training, not after.
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     checkpoint = run_dir.checkpoint() if resume else None
+    ledger = open_ledger(config, sources, run_dir)
 
     model, processor = load_model(config.model)
     resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
     if config.data.packing:
-        check_packing(model)
+        check_packing(model.config)
     encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
     encoder.check_stop(stop_tokens(model, processor))
+    dataset = TrainDataset(sources, encoder, ledger, config.training.seed, config.data.temperature)
+    check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
     if is_main():
         processor.save_pretrained(run_dir.processor)
     evaluate_base(config, questions, on_device(model), encoder, run_dir, console)
@@ -69,7 +72,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     report = inject_adapters(model, config.parts)
     show_adapters(console, report)
     check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
-    ledger, trainer = make_trainer(config, arguments, model, encoder, sources, run_dir, console)
+    trainer = make_trainer(config, arguments, model, dataset, run_dir, console)
     show_groups(console, optimizer_groups(trainer.model, config))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(trainer.model, run_dir.adapter)
@@ -157,20 +160,24 @@ def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def open_ledger(config: RunConfig, sources: list[Source], run_dir: RunDir) -> Ledger:
+    """The ledger with the rows that are no samples. Raises UserError where these alone are too many."""
+    ledger = Ledger(run_dir.skipped, sum(source.total for source in sources), config.data.max_skipped)
+    if is_main():
+        mend(run_dir.skipped)
+        ledger.record(*(from_rejected(row) for source in sources for row in source.rejected))
+    return ledger
+
+
 def make_trainer(
     config: RunConfig,
     arguments: Any,
     model: Any,
-    encoder: Encoder,
-    sources: list[Source],
+    dataset: TrainDataset,
     run_dir: RunDir,
     console: Console,
-) -> tuple[Ledger, AdapterTrainer]:
-    ledger = Ledger(run_dir.skipped, sum(s.total for s in sources), config.data.max_skipped)
-    if is_main():
-        mend(run_dir.skipped)
-        ledger.record(*(from_rejected(row) for source in sources for row in source.rejected))
-    dataset = TrainDataset(sources, encoder, ledger, config.training.seed, config.data.temperature)
+) -> AdapterTrainer:
+    encoder = dataset.encoder
     tokenizer = encoder.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     fillers = {}
@@ -191,7 +198,7 @@ def make_trainer(
     log.trainer = trainer
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
-    return ledger, trainer
+    return trainer
 
 
 def prepare_wandb(run_dir: RunDir) -> None:

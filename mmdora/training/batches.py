@@ -133,18 +133,19 @@ def check_budget(batching: Batching, lengths: list[int], groups: int) -> None:
         )
 
 
+def check_budgets(batching: Batching, epochs: int) -> None:
+    """Raise UserError unless `max_tokens` holds in all steps of so many epochs: better known before the first."""
+    if batching.max_tokens is not None:
+        for epoch in range(epochs):
+            for step in step_samples(batching, epoch):
+                micro_batches_of(batching, step)
+
+
 class MicroBatches(Sampler[list[int]]):
-    """One process's micro-batches of an epoch, as lists of indices: a batch sampler for a DataLoader.
+    """One process's micro-batches of an epoch, as lists of indices: a batch sampler for a DataLoader."""
 
-    `epochs` is how many will be asked for: that the budget holds in all of them is known before the first.
-    """
-
-    def __init__(self, batching: Batching, rank: int = 0, epochs: int = 1):
+    def __init__(self, batching: Batching, rank: int = 0):
         self.batching, self.rank, self.epoch = batching, rank, 0
-        if batching.max_tokens is not None:
-            for epoch in range(epochs):
-                for step in step_samples(batching, epoch):
-                    micro_batches_of(batching, step)
 
     def __len__(self) -> int:
         batching = self.batching

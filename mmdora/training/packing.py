@@ -48,10 +48,10 @@ LANGUAGE_MODELS = (
 BOTH_WAYS = ("paligemma", "gemma3")
 
 
-def check_packing(model: Any) -> None:
-    """Raise UserError for a model whose packed rows are not known to be exact."""
-    family = model.config.model_type
-    text = model.config.get_text_config()
+def check_packing(config: Any) -> None:
+    """Raise UserError for a model, given its config, whose packed rows are not known to be exact."""
+    family = config.model_type
+    text = config.get_text_config()
     if family in BOTH_WAYS:
         reason = f"{family} attends in both directions over its pictures or its prompt, and packed rows would mix them"
     elif family not in EXACT or text.model_type not in LANGUAGE_MODELS:

@@ -21,14 +21,14 @@ from mmdora.architectures import find_parts
 from mmdora.blocks import rate_factors
 from mmdora.checkpoint import load_weights, save_adapter
 from mmdora.config import PartConfig, RunConfig
+from mmdora.errors import UserError
 from mmdora.tokens import NEW_TOKENS, VALUES
-from mmdora.training.batches import Batching, MicroBatches
+from mmdora.training.audit import AUDITED_STEPS, Audit
+from mmdora.training.batches import Batching, MicroBatches, check_budgets
 from mmdora.training.packing import packed_inputs
-from mmdora.zero import local_shard, read_in_forward, true_shape
+from mmdora.zero import read_in_forward, true_shape
 
 log = logging.getLogger(__name__)
-
-AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient at the second step; the warm-up may begin at rate 0
 
 
 class NormsOnceAStep(TrainerCallback):
@@ -61,20 +61,24 @@ class AdapterTrainer(Trainer):
         self.run_config = config
         self.tokens_seen = 0  # by this process, media tokens included
         self.waited = 0.0  # seconds that this process had no batch to work on
-        self._start: dict[str, torch.Tensor] | None = None
-        self._start_step = 0
+        self.audit: Audit | None = None
         self.add_callback(NormsOnceAStep)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:
             fix_weights(False)  # an error may have come in the middle of a step
+        if self.audit is not None and self.state.global_step >= AUDITED_STEPS:
+            for part in self.audit.idle:
+                log.warning("parts.%s learnt nothing: no sample that the run saw reached it", part)
+        return result
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's own micro-batches. Raises UserError where `data.max_tokens` cannot be held."""
         args, dataset = self.args, self.train_dataset
-        batches = MicroBatches(batching(self.run_config, args, dataset), args.process_index, epochs=self._epochs())
+        plan = batching(self.run_config, args.per_device_train_batch_size, args.world_size, dataset)
+        batches = MicroBatches(plan, args.process_index)
         self.add_callback(EpochOrder(batches))
         return DataLoader(
             dataset,
@@ -88,16 +92,15 @@ class AdapterTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError as a worker process did, without the traceback that torch puts around it."""
         start = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches = super().get_batch_samples(*args, **kwargs)
+        except UserError as error:
+            _, wrapped, message = str(error).rpartition("mmdora.errors.UserError: ")
+            raise UserError(message.strip()) from error if wrapped else None
         self.waited += time.perf_counter() - start
         return batches
-
-    def _epochs(self) -> int:
-        """How many epochs the run begins."""
-        if self.args.max_steps < 1:
-            return math.ceil(self.args.num_train_epochs)
-        return math.ceil(self.args.max_steps * self.run_config.training.batch_size / len(self.train_dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""
@@ -122,33 +125,13 @@ class AdapterTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def _audit(self) -> None:
-        """Every trainable parameter must have moved after the first steps; one that has not is wired to nothing."""
-        if self._start is None:
-            watched = {id(p) for g in self.optimizer.param_groups for p in g["params"] if g["initial_lr"] > 0}
+        if self.audit is None:
+            groups = optimizer_groups(self.model, self.run_config)
             # A new token's row waits for the first sample that has the token.
-            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            named = [(n, p) for n, p in trained if not n.endswith(VALUES)]
-            # DeepSpeed puts flat copies into the optimizer's groups: then all are watched.
-            some = any(id(p) in watched for _, p in named)
-            self._start = {n: local_shard(p).clone() for n, p in named if id(p) in watched or not some}
-            self._start_step = self.state.global_step  # not 0 where a run goes on from a checkpoint
-        elif self._start and self.state.global_step >= self._start_step + AUDITED_STEPS:
-            parameters = dict(self.model.named_parameters())
-            moved = torch.tensor(
-                [not torch.equal(local_shard(parameters[n]), start) for n, start in self._start.items()],
-                dtype=torch.float32,
-                device=self.args.device,
-            )
-            if torch.distributed.is_initialized():  # under ZeRO-3 a rank's share of a small tensor may be padding alone
-                torch.distributed.all_reduce(moved, torch.distributed.ReduceOp.MAX)
-            still = [name for name, yes in zip(self._start, moved.tolist(), strict=True) if not yes]
-            self._start = {}
-            if still:
-                listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
-                raise RuntimeError(
-                    f"{len(still)} trainable parameters did not move in the first {AUDITED_STEPS} steps: {listed}. "
-                    "The model does not use them: leave them out with parts.*.targets"
-                )
+            watched = [g for g in groups if g["lr"] > 0 and g["name"] != NEW_TOKENS]
+            parts = {id(parameter): group["name"] for group in watched for parameter in group["params"]}
+            self.audit = Audit(self.model, parts, self.args.device)
+        self.audit.check(self.state.global_step)
 
     # Checkpoints hold the adapter and the optimizer's state, never the frozen base.
 
@@ -180,19 +163,33 @@ class AdapterTrainer(Trainer):
         return prepared
 
 
-def batching(config: RunConfig, args: Any, dataset: Any) -> Batching:
-    """How the run's batches are made of the dataset, whose `lengths` (about, in tokens) and `kinds` (bits: 1 pictures,
-    2 videos) it needs for grouping and budgets alone."""
+def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:
+    """Raise UserError where `data.max_tokens` cannot be held in some epoch of the run."""
+    plan = batching(config, micro, world, dataset)
+    epochs = math.ceil(config.training.epochs)
+    if config.training.max_steps is not None:
+        epochs = math.ceil(config.training.max_steps / plan.steps)
+    check_budgets(plan, epochs)
+
+
+def batching(config: RunConfig, micro: int, world: int, dataset: Any) -> Batching:
+    """How the run's batches, of at most `micro` samples a process, are made of the dataset.
+
+    Its `lengths` (about, in tokens) and `kinds` (bits: 1 pictures, 2 videos) are for grouping and budgets alone.
+    """
     data = config.data
     described = {}
     if data.group_by is not None or data.max_tokens is not None:
         most = data.max_length or np.iinfo(np.int64).max
-        described = {"lengths": np.minimum(np.asarray(dataset.lengths), most), "kinds": np.asarray(dataset.kinds)}
+        described = {
+            "lengths": np.minimum(np.asarray(dataset.lengths, np.int64), most),
+            "kinds": np.asarray(dataset.kinds),
+        }
     return Batching(
         samples=len(dataset),
         batch_size=config.training.batch_size,
-        micro_batch_size=args.per_device_train_batch_size,
-        world=args.world_size,
+        micro_batch_size=micro,
+        world=world,
         seed=config.training.seed,
         group_by=data.group_by,
         max_tokens=data.max_tokens,
