@@ -222,6 +222,13 @@ def test_a_full_disk_is_one_clear_error(world, tmp_path, capsys, monkeypatch):
     assert "no disk space" in capsys.readouterr().err
 
 
+def test_an_error_that_one_process_meets_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("mmdora.commands.SHARED_ERROR", 0.0)
+    assert command("train", "nowhere") == 2
+    assert capsys.readouterr().err.startswith("error (rank 1): no config at 'nowhere'")
+
+
 def test_help_is_quick_to_import():
     """The command line imports neither torch nor pydantic before a command runs."""
     code = (
