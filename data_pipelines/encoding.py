@@ -27,6 +27,8 @@ from mmdora.config import VideoConfig
 from mmdora.errors import UserError
 
 IGNORED = -100  # a label that the loss skips
+# What processors raise for a text or a picture that they cannot take.
+REFUSALS = (ValueError, IndexError, StopIteration, RuntimeError, TypeError, ArithmeticError, MemoryError)
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 Encoded = dict[str, Tensor]
@@ -204,8 +206,9 @@ class Encoder:
         adds_bos = bos is None or not text.startswith(bos)
         try:
             output = self.processor(text=[text], return_tensors="pt", add_special_tokens=adds_bos, **media)
-        except (ValueError, IndexError, StopIteration) as error:
-            reason = f"the processor refuses it ({error}); does its text hold a literal media placeholder?"
+        except REFUSALS as error:
+            why = str(error) or type(error).__name__
+            reason = f"the processor refuses it ({why}); does its text hold a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
         return {k: v for k, v in output.items() if isinstance(v, Tensor)}
 
