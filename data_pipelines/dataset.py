@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,7 +16,7 @@ from data_pipelines.encoding import Encoded, Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.formats.registry import recognise
 from data_pipelines.index import IMAGES, REJECTED, VIDEOS, Index, open_index
-from data_pipelines.ledger import Ledger, from_change, from_error
+from data_pipelines.ledger import Entry, Ledger, from_change, from_error
 from data_pipelines.mixture import epoch, shares, take
 from data_pipelines.rows import data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
@@ -93,6 +94,12 @@ def guess_format(path: Path) -> str:
     raise UserError(f"{path}: cannot tell the format from the file{keys}; say format: one of {known}")
 
 
+def ledger_names(sources: Sequence[Source]) -> list[str]:
+    """What the ledger calls each source: its path, with its place in `data.train` where a path stands there twice."""
+    paths = [str(source.path) for source in sources]
+    return [path if paths.count(path) == 1 else f"{path} (data.train.{i})" for i, path in enumerate(paths)]
+
+
 class TrainDataset(Dataset[Encoded]):
     """Encoded samples of all sources, mixed by weight and temperature (data_pipelines/mixture.py).
 
@@ -109,7 +116,7 @@ class TrainDataset(Dataset[Encoded]):
             raise UserError(
                 "the epoch holds no sample: every source's share rounds to nothing; raise data.train.*.weight"
             )
-        self.ends = np.cumsum(sizes)
+        self.ends, self.names = np.cumsum(sizes), ledger_names(sources)
         self.order = epoch(sizes, amounts, seed, [source.path.name for source in sources])
         self.lengths = np.concatenate([source.lengths for source in sources])[self.order]
         self.kinds = np.concatenate([source.kinds for source in sources])[self.order]
@@ -122,17 +129,22 @@ class TrainDataset(Dataset[Encoded]):
         for attempt in range(100):
             try:
                 sample = self.sample(chosen)
-                return self.encoder.encode(sample, lambda why: self.ledger.record(from_change(sample, why)))  # noqa: B023
+                return self.encoder.encode(sample, lambda why: self._record(chosen, from_change(sample, why)))  # noqa: B023
             except SampleError as error:
-                self.ledger.record(from_error(error))
+                self._record(chosen, from_error(error))
                 chosen = random.Random(f"{self.seed} {index} {attempt}").randrange(len(self))
         raise UserError(f"100 samples in a row cannot be used; see {self.ledger.path}")
 
     def sample(self, index: int) -> Sample:
         """The sample at a place of the epoch. Raises SampleError."""
-        number = int(self.order[index])
-        i = int(np.searchsorted(self.ends, number, "right"))
+        number, i = int(self.order[index]), self._source_of(index)
         return self.sources[i][number - int(self.ends[i]) + len(self.sources[i])]
+
+    def _source_of(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, self.order[index], "right"))
+
+    def _record(self, index: int, entry: Entry) -> None:
+        self.ledger.record(replace(entry, source=self.names[self._source_of(index)]))
 
     def media_kinds(self) -> list[type[Image] | type[Video]]:
         """The kinds of media that occur in the samples: pictures, videos, both or none."""
