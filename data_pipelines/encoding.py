@@ -176,6 +176,12 @@ class Encoder:
         zeros = all(output[key].shape == output["input_ids"].shape and not output[key].any() for key in others)
         return others if same and zeros else None
 
+    def media_tokens(self, sample: Sample) -> int:
+        """How many tokens the sample's pictures and clips take, however long it is. Raises SampleError."""
+        text, media = self.render(sample), self._load(sample)
+        plain = self._plain(text)
+        return self._run(sample, text, plain, media)["input_ids"].shape[1] - len(plain.ids) + len(media)
+
     def _load(self, sample: Sample) -> list[Media]:
         """The sample's pictures and clips, in the order in which it shows them. Raises SampleError."""
         try:
