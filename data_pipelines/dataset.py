@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, overload
 
 import numpy as np
@@ -14,8 +18,8 @@ from torch.utils.data import Dataset
 from data_pipelines.encoding import Encoded, Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.formats.registry import recognise
-from data_pipelines.index import IMAGES, REJECTED, VIDEOS, Index, open_index
-from data_pipelines.ledger import Ledger, from_change, from_error
+from data_pipelines.index import REJECTED, Index, open_index
+from data_pipelines.ledger import Entry, Ledger, from_change, from_error
 from data_pipelines.mixture import epoch, shares, take
 from data_pipelines.rows import data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
@@ -24,13 +28,16 @@ from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 LOOKED_AT = 20  # rows at most, to tell a file's format
+IMAGES, VIDEOS = 1, 2  # bits of `kinds`
+MEASURED = 8  # samples of a source at most, to tell what a picture or a clip takes
+UNKNOWN = 576  # tokens, where none of these can be encoded: LLaVA-1.5's
 
 
 class Source(Sequence[Sample]):
     """One entry of `data.train` or of a benchmark's data: its samples, parsed when they are asked for.
 
-    `lengths` (estimated tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the samples; `rejected` are the rows
-    that are none.
+    `text` (estimated tokens), `images` and `videos` (counts), and `kinds` (bits IMAGES, VIDEOS) are arrays over the
+    samples; `rejected` are the rows that are none.
     """
 
     def __init__(self, index: Index, taken: np.ndarray, weight: float = 1.0):
@@ -39,7 +46,8 @@ class Source(Sequence[Sample]):
         self.places = taken[usable]  # of the samples, in the index
         lost = set(taken[~usable].tolist())
         self.rejected: list[Rejected] = [row for at, row in index.rejected() if at in lost] if lost else []
-        self.lengths, self.kinds = index.length[self.places], index.kinds[self.places]
+        self.text, self.images, self.videos = (a[self.places] for a in (index.text, index.images, index.videos))
+        self.kinds = (IMAGES * (self.images > 0) + VIDEOS * (self.videos > 0)).astype(np.uint8)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -58,6 +66,28 @@ class Source(Sequence[Sample]):
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
         return self._index.sample(int(self.places[at]))
+
+    def lengths(self, encoder: Encoder) -> np.ndarray:
+        """About how many tokens each sample takes: its text as estimated, and its media as the encoder makes them of a
+        few samples. int64 [samples]."""
+        lengths = self.text.astype(np.int64)
+        for kind, counts in ((IMAGES, self.images), (VIDEOS, self.videos)):
+            if counts.any():
+                lengths += counts.astype(np.int64) * self._cost(encoder, kind)
+        return lengths
+
+    def _cost(self, encoder: Encoder, kind: int) -> int:
+        """The median of the tokens of a picture or a clip in samples at equal steps over those that have that kind
+        alone, or, where none is so, over those that have both."""
+        places = np.flatnonzero(self.kinds == kind)
+        places = places if len(places) else np.flatnonzero(self.kinds & kind)
+        count = min(MEASURED, len(places))
+        costs = []
+        for i in range(count):
+            at = int(places[i * len(places) // count])
+            with suppress(SampleError):
+                costs.append(encoder.media_tokens(self[at]) / int(self.images[at] + self.videos[at]))
+        return round(median(costs)) if costs else UNKNOWN
 
 
 def read_source(config: SourceConfig, seed: int = 0) -> Source:
@@ -93,10 +123,16 @@ def guess_format(path: Path) -> str:
     raise UserError(f"{path}: cannot tell the format from the file{keys}; say format: one of {known}")
 
 
+def ledger_names(sources: Sequence[Source]) -> list[str]:
+    """What the ledger calls each source: its path, with its place in `data.train` where a path stands there twice."""
+    paths = [str(source.path) for source in sources]
+    return [path if paths.count(path) == 1 else f"{path} (data.train.{i})" for i, path in enumerate(paths)]
+
+
 class TrainDataset(Dataset[Encoded]):
     """Encoded samples of all sources, mixed by weight and temperature (data_pipelines/mixture.py).
 
-    `lengths` (estimated tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the items, for samplers. A sample
+    `lengths` (about, in tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the items, for samplers. A sample
     that cannot be used goes to the ledger, and another, drawn from a seed, takes its place: the same one in every run,
     and not the neighbour, which would be seen twice.
     """
@@ -109,30 +145,39 @@ class TrainDataset(Dataset[Encoded]):
             raise UserError(
                 "the epoch holds no sample: every source's share rounds to nothing; raise data.train.*.weight"
             )
-        self.ends = np.cumsum(sizes)
+        self.ends, self.names = np.cumsum(sizes), ledger_names(sources)
         self.order = epoch(sizes, amounts, seed, [source.path.name for source in sources])
-        self.lengths = np.concatenate([source.lengths for source in sources])[self.order]
         self.kinds = np.concatenate([source.kinds for source in sources])[self.order]
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [items]; the same in every process. Media are encoded for it, so it is made when it is asked for."""
+        return np.concatenate([source.lengths(self.encoder) for source in self.sources])[self.order]
 
     def __getitem__(self, index: int) -> Encoded:
         chosen = index
         for attempt in range(100):
             try:
                 sample = self.sample(chosen)
-                return self.encoder.encode(sample, lambda why: self.ledger.record(from_change(sample, why)))  # noqa: B023
+                return self.encoder.encode(sample, lambda why: self._record(chosen, from_change(sample, why)))  # noqa: B023
             except SampleError as error:
-                self.ledger.record(from_error(error))
+                self._record(chosen, from_error(error))
                 chosen = random.Random(f"{self.seed} {index} {attempt}").randrange(len(self))
         raise UserError(f"100 samples in a row cannot be used; see {self.ledger.path}")
 
     def sample(self, index: int) -> Sample:
         """The sample at a place of the epoch. Raises SampleError."""
-        number = int(self.order[index])
-        i = int(np.searchsorted(self.ends, number, "right"))
+        number, i = int(self.order[index]), self._source_of(index)
         return self.sources[i][number - int(self.ends[i]) + len(self.sources[i])]
+
+    def _source_of(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, self.order[index], "right"))
+
+    def _record(self, index: int, entry: Entry) -> None:
+        self.ledger.record(replace(entry, source=self.names[self._source_of(index)]))
 
     def media_kinds(self) -> list[type[Image] | type[Video]]:
         """The kinds of media that occur in the samples: pictures, videos, both or none."""

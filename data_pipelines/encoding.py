@@ -27,9 +27,12 @@ from mmdora.config import VideoConfig
 from mmdora.errors import UserError
 
 IGNORED = -100  # a label that the loss skips
+# What processors raise for a text or a picture that they cannot take.
+REFUSALS = (ValueError, IndexError, StopIteration, RuntimeError, TypeError, ArithmeticError, MemoryError)
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 Encoded = dict[str, Tensor]
+Media = PILImage.Image | VideoClip  # read from its file
 GREETING = Sample(
     "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
 )
@@ -61,7 +64,8 @@ class Encoder:
         hears why a sample is not encoded as it is. Raises SampleError that names the sample, for media that cannot be
         read, a sample with nothing to learn, or one longer than `max_length` that cannot be shortened.
         """
-        encoded, shortened = self._encode(sample), sample
+        media = self._load(sample)
+        encoded, shortened = self._encode(sample, media), sample
         while self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
             shorter = self._shorter(shortened, encoded)
             if shorter is None:
@@ -70,15 +74,15 @@ class Encoder:
                 }
                 changed(f"over data.max_length {self.max_length} tokens: the answer is cut there")
             else:
-                encoded, shortened = self._encode(shorter), shorter
+                encoded, shortened = self._encode(shorter, media), shorter
         if left_out := len(sample.messages) - len(shortened.messages):
             changed(f"over data.max_length {self.max_length} tokens: its last {left_out} turns are left out")
         if empty := sum(m.role == "assistant" and m.train and not m.text.strip() for m in shortened.messages):
             changed(f"{empty} empty answers are read, not learnt")
         return encoded
 
-    def _encode(self, sample: Sample) -> Encoded:
-        """All of the sample, however long."""
+    def _encode(self, sample: Sample, media: list[Media]) -> Encoded:
+        """All of the sample, however long; `media` begins with its own."""
         text, marked = render_marked(self.processor, sample)
         for message in sample.messages:
             for part in message.parts:
@@ -88,7 +92,7 @@ class Encoder:
                     raise SampleError(sample.id, sample.source, reason, "encode")
         learnt = learnt_turns(sample)
         plain = self._plain(text)
-        encoded = self._run(sample, text, plain)
+        encoded = self._run(sample, text, plain, media)
         ids = encoded["input_ids"][0].tolist()
         supervised = [turn in learnt for turn in self._turns(sample, text, marked, plain, ids)]
         supervised[0] = False  # nothing stands before it to tell it from
@@ -118,7 +122,7 @@ class Encoder:
     def encode_prompt(self, sample: Sample) -> Encoded:
         """A conversation up to the assistant's next turn, for generation. Raises SampleError."""
         text = self.render(sample, add_generation_prompt=True)
-        encoded = self._run(sample, text, self._plain(text))
+        encoded = self._run(sample, text, self._plain(text), self._load(sample))
         encoded.pop("labels", None)
         return encoded
 
@@ -172,18 +176,29 @@ class Encoder:
         zeros = all(output[key].shape == output["input_ids"].shape and not output[key].any() for key in others)
         return others if same and zeros else None
 
-    def _run(self, sample: Sample, text: str, plain: Plain) -> Encoded:
-        images: list[PILImage.Image] = []
-        clips: list[VideoClip] = []
-        for part in sample.media():
-            try:
-                if isinstance(part, Image):
-                    images.append(_BLANK if part.path is _NOTHING else load_image(part.path, part.data))
-                else:
-                    blank = part.path is _NOTHING
-                    clips.append(self._blank_clip() if blank else load_video(part.path, self.video, part.data))
-            except MediaError as error:
-                raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
+    def media_tokens(self, sample: Sample) -> int:
+        """How many tokens the sample's pictures and clips take, however long it is. Raises SampleError."""
+        text, media = self.render(sample), self._load(sample)
+        plain = self._plain(text)
+        return self._run(sample, text, plain, media)["input_ids"].shape[1] - len(plain.ids) + len(media)
+
+    def _load(self, sample: Sample) -> list[Media]:
+        """The sample's pictures and clips, in the order in which it shows them. Raises SampleError."""
+        try:
+            return [self._read(part) for part in sample.media()]
+        except MediaError as error:
+            raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
+
+    def _read(self, part: Image | Video) -> Media:
+        blank = part.path is _NOTHING
+        if isinstance(part, Image):
+            return _BLANK if blank else load_image(part.path, part.data)
+        return self._blank_clip() if blank else load_video(part.path, self.video, part.data)
+
+    def _run(self, sample: Sample, text: str, plain: Plain, media: list[Media]) -> Encoded:
+        shown = media[: len(list(sample.media()))]
+        images = [medium for medium in shown if isinstance(medium, PILImage.Image)]
+        clips = [medium for medium in shown if isinstance(medium, VideoClip)]
         self._check_media(sample, text, len(images), len(clips))
         arguments: dict[str, Any] = {}
         if images:
@@ -204,8 +219,9 @@ class Encoder:
         adds_bos = bos is None or not text.startswith(bos)
         try:
             output = self.processor(text=[text], return_tensors="pt", add_special_tokens=adds_bos, **media)
-        except (ValueError, IndexError, StopIteration) as error:
-            reason = f"the processor refuses it ({error}); does its text hold a literal media placeholder?"
+        except REFUSALS as error:
+            why = str(error) or type(error).__name__
+            reason = f"the processor refuses it ({why}); does its text hold a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
         return {k: v for k, v in output.items() if isinstance(v, Tensor)}
 

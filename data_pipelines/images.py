@@ -25,13 +25,16 @@ UPRIGHT = {
 }
 # Of Pillow's formats, those that run another program or the system's own drawing code on the file.
 UNSAFE = {"EPS", "WMF"}
+# Of the longer side to the shorter, Qwen's own limit: processors enlarge the shorter, and would take GBs for a line.
+MOST_ASPECT = 200
 
 
 def load_image(path: Path, data: bytes | None = None) -> Image.Image:
     """The picture at `path` as RGB; alpha lies over white, EXIF orientation is applied, an animation gives its first
     frame. `data` holds the file's bytes where it lies in a shard; `path` then only names it.
 
-    Raises MediaError for a missing, truncated or unreadable file and for one over Pillow's decompression-bomb limit.
+    Raises MediaError for a missing, truncated or unreadable file, for one over Pillow's decompression-bomb limit and
+    for one that is all but a line.
     """
     if data is None:
         check_regular(path)
@@ -45,12 +48,14 @@ def load_image(path: Path, data: bytes | None = None) -> Image.Image:
                 image.load()  # all of it: `verify()` passes truncated JPEGs
                 turn = _orientation(image)
                 picture = _rgb(image)
-                return picture if turn is None else picture.transpose(turn)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise MediaError(path, f"too large to decode safely ({error})") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
         reason = str(error).replace(repr(str(path)), "it") or type(error).__name__
         raise MediaError(path, f"cannot be read as a picture ({reason})") from error
+    if max(picture.size) > MOST_ASPECT * min(picture.size):
+        raise MediaError(path, f"{picture.width} x {picture.height}: one side is over {MOST_ASPECT} x the other")
+    return picture if turn is None else picture.transpose(turn)
 
 
 @cache

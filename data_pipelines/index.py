@@ -1,4 +1,4 @@
-"""An index of a dataset's rows: where each is, how long, with which media, and which are rejected and why.
+"""An index of a dataset's rows: where each is, how much text and media it has, and which are rejected and why.
 
 A file is parsed from end to end once; its index lies in the user's cache (MMDORA_CACHE, else XDG_CACHE_HOME/mmdora) as
 numpy arrays that every process maps. So opening a file of any size takes as long as mapping a few arrays, processes
@@ -28,12 +28,10 @@ from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Text
 from mmdora.errors import UserError
 
-VERSION = 1  # of what an index holds; another version is built anew
-IMAGES, VIDEOS = 1, 2  # bits of `kinds`
+VERSION = 2  # of what an index holds; another version is built anew
 REJECTED, REPEATED = 1, 2  # bits of `flags`
 FRESH = 2.0  # seconds: a file that changed so shortly before it was read may change again at the same time stamp
 CHARACTERS = 4  # bytes of text for an estimated token
-MEDIA_TOKENS = 576  # estimated for a picture or a video: LLaVA-1.5's
 LARGE = 2**26  # bytes: from here on a progress bar is shown
 T = TypeVar("T")
 ID_KEYS = ("id", "question_id", "__key__")
@@ -42,13 +40,14 @@ ID_KEYS = ("id", "question_id", "__key__")
 class Index:
     """The rows that `where` keeps: arrays over them in the file's order, and each as a sample.
 
-    `number` is a row's place in the file, `length` an estimate of its tokens, `kinds` has the bits IMAGES and VIDEOS,
-    `flags` REJECTED (it is no sample) and REPEATED (its id was met before).
+    `number` is a row's place in the file, `text` an estimate of its text's tokens, `images` and `videos` count its
+    media, `flags` are REJECTED (it is no sample) and REPEATED (its id was met before).
     """
 
     number: np.ndarray
-    length: np.ndarray
-    kinds: np.ndarray
+    text: np.ndarray
+    images: np.ndarray
+    videos: np.ndarray
     flags: np.ndarray
 
     def __init__(self, form: Format, path: Path, files: list[Path], media: Path, folder: Path):
@@ -56,8 +55,8 @@ class Index:
         self.root = str(media.resolve())
         self.rows = form.rows(files, media, folder)
         arrays = _settled(lambda: {p.stem: _mapped(p) for p in folder.iterdir() if p.suffix == ".npy"})
-        self.number, self.length = arrays.pop("number"), arrays.pop("length")
-        self.kinds, self.flags = arrays.pop("kinds"), arrays.pop("flags")
+        self.number, self.flags = arrays.pop("number"), arrays.pop("flags")
+        self.text, self.images, self.videos = arrays.pop("text"), arrays.pop("images"), arrays.pop("videos")
         self.rows.arrays = arrays
 
     def __reduce__(self) -> tuple[Any, ...]:  # a process that is spawned maps the same files
@@ -202,13 +201,14 @@ def _scan(
 ) -> None:
     """Parse every row once, and write what is to be known of it."""
     rows, root, source = form.rows(files, media, folder), str(media.resolve()), str(path)
-    numbers, lengths, kinds, flags = array("q"), array("L"), array("B"), array("B")
+    numbers, flags = array("q"), array("B")
+    texts, images, videos = array("L"), array("L"), array("L")
     seen: set[int] = set()
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as ledger:
         for number, row in enumerate(rows.scan()):
             if number % 1024 == 0:
                 show(rows.done)
-            name, flag, length, kind = f"row-{number}", 0, 0, 0
+            name, flag, size = f"row-{number}", 0, (0, 0, 0)
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -219,7 +219,7 @@ def _scan(
                 if hash(name) in seen:
                     name, flag = f"{name}#{number}", REPEATED
                 seen.add(hash(name))
-                length, kind = measure(form.parse(row, Place(name, source, root)))
+                size = measure(form.parse(row, Place(name, source, root)))
             except (RowError, RecursionError) as error:
                 flag |= REJECTED
                 reason, at_fault = str(error), error.media if isinstance(error, RowError) else None
@@ -227,30 +227,32 @@ def _scan(
                 entry = [len(numbers), printable(name), printable(reason), at_fault and printable(at_fault)]
                 ledger.write(json.dumps(entry) + "\n")
             numbers.append(number)
-            lengths.append(length)
-            kinds.append(kind)
             flags.append(flag)
+            for column, count in zip((texts, images, videos), size, strict=True):
+                column.append(count)
     arrays: dict[str, np.ndarray] = {
         "number": np.array(numbers, np.int64),
-        "length": np.array(lengths, np.uint32),
-        "kinds": np.array(kinds, np.uint8),
         "flags": np.array(flags, np.uint8),
+        "text": np.array(texts, np.uint32),
+        "images": np.array(images, np.uint32),
+        "videos": np.array(videos, np.uint32),
     }
     for key, values in (arrays | rows.arrays).items():
         np.save(folder / f"{key}.npy", values)
 
 
-def measure(sample: Sample) -> tuple[int, int]:
-    """An estimate of the sample's tokens, and the kinds of its media as bits."""
-    text, tokens, kinds = 0, 0, 0
+def measure(sample: Sample) -> tuple[int, int, int]:
+    """An estimate of the tokens of the sample's text, and how many pictures and videos it has."""
+    text, images, videos = 0, 0, 0
     for message in sample.messages:
         for part in message.parts:
             if isinstance(part, Text):
                 text += len(part.text) if part.text.isascii() else len(part.text.encode())
+            elif isinstance(part, Image):
+                images += 1
             else:
-                tokens += MEDIA_TOKENS
-                kinds |= IMAGES if isinstance(part, Image) else VIDEOS
-    return tokens + -(-text // CHARACTERS), kinds
+                videos += 1
+    return -(-text // CHARACTERS), images, videos
 
 
 @contextmanager

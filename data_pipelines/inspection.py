@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.ledger import Entry, from_change, from_error
-from data_pipelines.samples import Image, Sample, SampleError, Video
+from data_pipelines.samples import Image, Part, Sample, SampleError, Text, Video
 
 MISSING = -1  # the size of a file that is not there
 FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
@@ -83,28 +83,39 @@ def repeated(samples: Iterable[Sample]) -> int:
     count = 0
     for sample in samples:
         count += 1
-        seen.add(_digest(repr([(m.role, m.parts) for m in sample.messages]).encode("utf-8", "replace")))
+        said = [(message.role, [_named(part) for part in message.parts]) for message in sample.messages]
+        seen.add(_digest(repr(said).encode("utf-8", "replace")))
     return count - len(seen)
+
+
+def _named(part: Part) -> object:
+    """The part, by its content where that lies in a shard: the path there is another in every row."""
+    if isinstance(part, Text) or part.data is None:
+        return part
+    return type(part).__name__, _digest(part.data)
 
 
 def shared_media(train: Iterable[Image | Video], held_out: Iterable[Image | Video]) -> list[tuple[Path, Path]]:
     """Held-out media whose very bytes are training media too, with the training file's path. Only files of one size
-    are read and compared; those that are missing are none."""
-    by_size: defaultdict[int, dict[Path, Image | Video]] = defaultdict(dict)
+    are read and compared; those that are missing are none. No content is held."""
+    by_size: defaultdict[int, dict[Path, bytes | None]] = defaultdict(dict)  # digests; None: of a file not read yet
     for part in held_out:
-        by_size[_size(part)][part.path] = part
+        by_size[_size(part)][part.path] = None if part.data is None else _digest(part.data)
     by_size.pop(MISSING, None)
     digests: dict[int, dict[bytes, list[Path]]] = {}  # of held-out files, once a training file has their size
     shared: dict[Path, Path] = {}
-    for part in {part.path: part for part in train}.values():
+    seen: set[Path] = set()
+    for part in train:
         size = _size(part)
-        if size not in by_size:
+        if size not in by_size or part.path in seen:
             continue
+        seen.add(part.path)
         if size not in digests:
             digests[size] = defaultdict(list)
-            for path, held in by_size[size].items():
-                digests[size][_content(held)].append(path)
-        shared |= dict.fromkeys(digests[size].get(_content(part), []), part.path)
+            for path, digest in by_size[size].items():
+                digests[size][digest or _digest(path.read_bytes())].append(path)
+        content = part.path.read_bytes() if part.data is None else part.data
+        shared |= dict.fromkeys(digests[size].get(_digest(content), []), part.path)
     return sorted(shared.items())
 
 
@@ -112,10 +123,6 @@ def _size(part: Image | Video) -> int:
     if part.data is not None:
         return len(part.data)
     return part.path.stat().st_size if part.path.is_file() else MISSING
-
-
-def _content(part: Image | Video) -> bytes:
-    return _digest(part.path.read_bytes() if part.data is None else part.data)
 
 
 def _digest(content: bytes) -> bytes:

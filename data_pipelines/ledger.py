@@ -7,11 +7,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipelines.samples import Rejected, Sample, SampleError
 from mmdora.errors import UserError
+
+MOST = 500  # characters of a reason or a file's name in the ledger
+# Quoted names, paths and numbers. A path begins after a space: were it sought at every character, a long text without
+# spaces would take the square of its length.
+NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|(?<!\S)\S*/\S*|\d+")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Ledger:
     def record(self, *entries: Entry) -> None:
         """Add samples. Raises UserError with the worst offenders once more than `max_skipped` of all are lost."""
         self.refresh()
-        new = {_key(entry): entry for entry in entries if _key(entry) not in self.entries}
+        new = {_key(entry): _cut(entry) for entry in entries if _key(entry) not in self.entries}
         if new:
             lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in new.values())
             with self.path.open("ab") as file:  # one write: lines stay whole, whichever process writes
@@ -82,6 +87,10 @@ def _key(entry: Entry) -> tuple[str, str, bool]:
     return entry.source, entry.id, entry.changed
 
 
+def _cut(entry: Entry) -> Entry:
+    return replace(entry, reason=entry.reason[:MOST], file=entry.file and entry.file[:MOST])
+
+
 def mend(path: Path) -> None:
     """Drop a last line that a killed process left unfinished; its sample will be met again."""
     content = path.read_bytes() if path.exists() else b""
@@ -114,7 +123,7 @@ def by_reason(entries: Iterable[Entry]) -> list[tuple[int, Entry]]:
     counts: Counter[str] = Counter()
     examples: dict[str, Entry] = {}
     for entry in entries:
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "…", entry.reason)
+        kind = NAMES.sub("…", entry.reason)
         counts[kind] += 1
         examples.setdefault(kind, entry)
     return [(count, examples[kind]) for kind, count in counts.most_common()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,24 @@ def test_shared_media_goes_by_content(tmp_path):
 def test_repeats_are_of_words_and_files(messy):
     source = read_source(SourceConfig(path=str(messy / "data.json")))
     assert repeated(source) == 1
+
+
+def test_embedded_pictures_are_not_held_while_they_are_compared():
+    def pictures(name: str):
+        for i in range(40):
+            yield Image(Path(f"{name}/{i}.png"), bytes([i]) * 1_000_000)
+
+    tracemalloc.start()
+    shared = shared_media(pictures("train.parquet"), pictures("held_out.parquet"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(shared) == 40
+    assert peak < 5_000_000
+
+
+def test_repeats_of_embedded_pictures_are_found_by_content():
+    def sample(row: int, data: bytes) -> Sample:
+        parts = Image(Path(f"x.parquet/{row}/image"), data), Text("What?")
+        return Sample(f"{row}", (Message("user", parts), Message("assistant", (Text("red"),))), "x.parquet")
+
+    assert repeated([sample(0, b"a"), sample(1, b"b"), sample(2, b"a")]) == 1

@@ -207,3 +207,14 @@ def test_an_empty_answer_is_not_learnt(encoder):
     assert told == ["1 empty answers are read, not learnt"]
     with pytest.raises(SampleError, match=r"'s'.*its answer is empty"):
         encoder.encode(Sample("s", (user("One?"), assistant("\n")), "test"))
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ZeroDivisionError, OverflowError, MemoryError])
+def test_whatever_a_processor_raises_for_a_picture_names_the_sample(encoder, tmp_path, monkeypatch, kind):
+    def refuse(self, *args, **kwargs):
+        raise kind()
+
+    monkeypatch.setattr(type(encoder.processor), "__call__", refuse)
+    sample = Sample("odd", (user(Image(write_image(tmp_path / "a.png")), "What?"), assistant("red")), "t")
+    with pytest.raises(SampleError, match=rf"'odd' of t: the processor refuses it \({kind.__name__}\)"):
+        encoder.encode(sample)

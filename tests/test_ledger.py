@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_reasons_are_counted_apart_from_the_names_and_numbers_in_them():
     entries = [entry(str(i), f"{1000 + i} tokens, over data.max_length 999") for i in range(3)]
     entries += [entry("x", "'a.png' leaves the media folder /data"), entry("y", "'b.png' leaves the media folder /m")]
     assert [count for count, _ in by_reason(entries)] == [3, 2]
+
+
+def test_a_long_reason_is_cut_and_counted_in_linear_time(tmp_path):
+    reason, file = "the model said " + "x" * 10**6, "pictures/" + "y" * 10**6
+    start = time.perf_counter()
+    assert [count for count, _ in by_reason([entry("a", reason), entry("b", reason + " 3")])] == [1, 1]
+    assert time.perf_counter() - start < 5  # it was hours
+    ledger = Ledger(tmp_path / "skipped.jsonl", 10, 1.0)
+    ledger.record(entry("a", reason, file=file))
+    ledger.record(entry("a", reason, file=file))
+    (kept,) = read_ledger(ledger.path)
+    assert (kept.reason, kept.file) == (reason[:500], file[:500])
 
 
 def test_the_file_at_fault_stands_beside_the_reason():

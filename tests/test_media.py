@@ -63,6 +63,15 @@ def test_missing_and_bombs_are_refused_by_name(tmp_path, monkeypatch):
         load_image(path)
 
 
+def test_a_picture_that_is_all_but_a_line_is_refused(tmp_path):
+    for size in ((1, 201), (402, 2)):
+        Image.new("RGB", size).save(tmp_path / "line.png")
+        with pytest.raises(MediaError, match=rf"line\.png: {size[0]} x {size[1]}: one side is over 200 x the other"):
+            load_image(tmp_path / "line.png")
+    Image.new("RGB", (1, 200)).save(tmp_path / "thin.png")
+    assert load_image(tmp_path / "thin.png").size == (1, 200)
+
+
 def test_bytes_of_a_shard_are_read_and_named(tmp_path):
     data = write_image(tmp_path / "a.png").read_bytes()
     named = Path("shard.tar/a.png")

@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 
 from data_pipelines.dataset import TrainDataset, read_source
-from data_pipelines.ledger import Ledger
+from data_pipelines.encoding import Encoder
+from data_pipelines.ledger import Ledger, read_ledger
 from data_pipelines.mixture import epoch, shares, take
 from mmdora.config import SourceConfig
 from mmdora.errors import UserError
+from tests.media import write_image
 
 
 def source(tmp_path, name: str, count: int, **options):
@@ -84,3 +86,25 @@ def test_an_epoch_is_the_same_from_the_same_seed():
 def test_an_epoch_of_nothing_says_so(tmp_path):
     with pytest.raises(UserError, match="the epoch holds no sample"):
         seen(tmp_path, [source(tmp_path, "a", 1, weight=0.1)])
+
+
+def test_a_file_that_stands_twice_in_the_data_is_counted_twice(tiny, tmp_path):
+    """Read with two media folders: what each of the two loses is lost."""
+    turns = [{"from": "human", "value": "<image>\nHm?"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": f"{i}", "image": f"{i}.png", "conversations": turns} for i in range(4)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    sources = []
+    for folder, there in (("one", [0, 1, 2]), ("two", [0])):
+        (tmp_path / folder).mkdir()
+        for i in there:
+            write_image(tmp_path / folder / f"{i}.png")
+        path, media = str(tmp_path / "x.json"), str(tmp_path / folder)
+        sources.append(read_source(SourceConfig(path=path, format="llava", media=media)))
+    ledger = Ledger(tmp_path / "skipped.jsonl", sum(source.total for source in sources), 1.0)
+    dataset = TrainDataset(sources, Encoder(tiny[1]), ledger, seed=0)
+    for i in range(len(dataset)):
+        dataset[i]
+    assert ledger.summary().startswith("4 of 8 samples skipped")
+    lost = Counter((entry.source, entry.id) for entry in read_ledger(ledger.path))
+    x = f"{tmp_path}/x.json (data.train."
+    assert lost == Counter([(f"{x}0)", "3"), (f"{x}1)", "1"), (f"{x}1)", "2"), (f"{x}1)", "3")])

@@ -7,19 +7,22 @@ import multiprocessing
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipelines.dataset import Source, TrainDataset, read_source
+from data_pipelines.dataset import IMAGES, VIDEOS, Source, TrainDataset, read_source
+from data_pipelines.encoding import Encoder
 from data_pipelines.formats import llava
-from data_pipelines.index import IMAGES, VIDEOS, cache_folder
+from data_pipelines.index import cache_folder
 from data_pipelines.ledger import Ledger
 from data_pipelines.rows import text
 from data_pipelines.samples import Image, SampleError, Video
-from mmdora.config import SourceConfig
+from mmdora.config import SourceConfig, VideoConfig
 from mmdora.errors import UserError
+from tests.media import write_image, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -119,14 +122,35 @@ def test_lengths_and_kinds_are_known_without_parsing(tmp_path, monkeypatch):
     rows = [row(0), row(1, image="a.png"), row(2, video="a.mp4"), long]
     source = read_source(write(tmp_path / "x.jsonl", rows))
     assert source.kinds.tolist() == [0, IMAGES, VIDEOS, 0]
-    assert source.lengths[3] == 1000 + source.lengths[0]
-    assert source.lengths[1] > 500
+    assert source.text[3] == 1000 + source.text[0]
+    assert [source.images.tolist(), source.videos.tolist()] == [[0, 1, 0, 0], [0, 0, 1, 0]]
     dataset = TrainDataset([source], None, Ledger(tmp_path / "l", 4, 0.0), seed=0)
     assert dataset.kinds.tolist() == [0, IMAGES, VIDEOS, 0]
-    assert np.array_equal(dataset.lengths, source.lengths)
     assert dataset.media_kinds() == [Image, Video]
     no_media = read_source(write(tmp_path / "x.jsonl", rows[:1]))
     assert TrainDataset([no_media], None, Ledger(tmp_path / "l", 4, 0.0), seed=0).media_kinds() == []
+
+
+def test_lengths_count_media_as_the_encoder_makes_them(tiny, tmp_path):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png")
+    write_video(tmp_path / "a.mp4")
+    pictures = [row(i, "x" * 400, image=f"{i}.png") for i in range(4)]  # the last one is not there
+    rows = [row(8), *pictures, row(9, image=["0.png", "1.png"]), row(10, video="a.mp4")]
+    encoder = Encoder(tiny[1], VideoConfig(num_frames=4), max_length=50)  # which does not bound what is measured
+    source = read_source(write(tmp_path / "x.jsonl", rows))
+    dataset = TrainDataset([source], encoder, Ledger(tmp_path / "l", 7, 0.0), seed=0)
+    assert "lengths" not in vars(dataset)
+    unbounded = replace(encoder, max_length=None)
+    picture, clip = (
+        int((unbounded.encode(source[at])["input_ids"] == token).sum())
+        for at, token in ((1, tiny[0].config.image_token_id), (6, tiny[0].config.video_token_id))
+    )
+    media = [0, picture, picture, picture, picture, 2 * picture, clip]
+    assert (dataset.lengths - source.text).tolist() == media
+    assert dataset.lengths.dtype == np.int64
+    (tmp_path / "a.mp4").unlink()
+    assert TrainDataset([source], encoder, Ledger(tmp_path / "l", 7, 0.0), seed=0).lengths[6] == source.text[6] + 576
 
 
 def count_parses(monkeypatch) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from data_pipelines import encoding
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError
 from mmdora.config_files import load_config
@@ -55,6 +56,21 @@ def test_the_last_questions_go_first(tiny, picture):
     assert learnt(processor, row) == " a b</s>"
     assert 2 * len(row["pixel_values"]) == len(whole["pixel_values"])  # the picture goes with its question
     assert told == [f"over data.max_length {two - 1} tokens: its last 4 turns are left out"]
+
+
+def test_media_are_read_once_however_many_turns_are_left_out(tiny, picture, monkeypatch):
+    messages = [user(picture, "One?"), assistant("a")]
+    for i in range(20):
+        messages += [user("And?", *([picture] if i == 10 else [])), assistant("b")]
+    read: list[str] = []
+    load = encoding.load_image
+    monkeypatch.setattr(encoding, "load_image", lambda path, data: read.append(path.name) or load(path, data))
+    limit = tokens(tiny[1], *messages[:2])
+    read.clear()
+    row, told = encode(tiny[1], limit, *messages)
+    assert told == [f"over data.max_length {limit} tokens: its last 40 turns are left out"]
+    assert len(row["pixel_values"]) == 1
+    assert read == ["a.png", "a.png"]
 
 
 def test_turns_that_are_only_read_go_before_an_answer(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 from data_pipelines.collator import Collator
-from data_pipelines.dataset import Source, TrainDataset, read_source
+from data_pipelines.dataset import Source, TrainDataset, ledger_names, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger, from_rejected, mend
@@ -165,7 +166,8 @@ def open_ledger(config: RunConfig, sources: list[Source], run_dir: RunDir) -> Le
     ledger = Ledger(run_dir.skipped, sum(source.total for source in sources), config.data.max_skipped)
     if is_main():
         mend(run_dir.skipped)
-        ledger.record(*(from_rejected(row) for source in sources for row in source.rejected))
+        named = zip(sources, ledger_names(sources), strict=True)
+        ledger.record(*(replace(from_rejected(row), source=name) for source, name in named for row in source.rejected))
     return ledger
 
 
