@@ -21,7 +21,7 @@ from data_pipelines.formats.registry import recognise
 from data_pipelines.index import REJECTED, Index, open_index
 from data_pipelines.ledger import Entry, Ledger, from_change, from_error
 from data_pipelines.mixture import epoch, shares, take
-from data_pipelines.rows import data_files, rows_class
+from data_pipelines.rows import RowError, data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
 from mmdora.config import SourceConfig
 from mmdora.config_files import find_path
@@ -119,6 +119,8 @@ def guess_format(path: Path) -> str:
     if names:
         return names[0]
     keys = f" (its first row has {', '.join(map(repr, rows[0]))[:200]})" if rows and isinstance(rows[0], dict) else ""
+    if rows and all(isinstance(row, RowError) for row in rows):
+        keys = f" (none of its first {len(rows)} rows can be read; the first: {rows[0]})"
     known = ", ".join(DATASET_FORMATS)
     raise UserError(f"{path}: cannot tell the format from the file{keys}; say format: one of {known}")
 

@@ -55,7 +55,7 @@ def test_llava_media_stand_where_their_placeholders_are(tmp_path):
         ({"image": "/etc/passwd", "conversations": turns("<image>", "b")}, "leaves the media folder"),
         ({"image": "http://x/y.png", "conversations": turns("<image>", "b")}, "is an address"),
         ({"image": 3, "conversations": turns("<image>", "b")}, "non-empty string"),
-        ({"conversations": turns("<image>", "b")}, "placeholder has no file"),
+        ({"conversations": turns("<image>", "b")}, "names no media, and its text holds a <image>"),
         ({"image": ["a", "b"], "conversations": turns("<image>", "b")}, "have no <image>"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tarfile
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipelines.dataset import guess_format, read_source
+from data_pipelines.formats import registry
 from data_pipelines.samples import Image, SampleError, Text, Video
 from eval.benchmarks.vqa import VQA
 from mmdora.config import EvaluationConfig, SourceConfig
@@ -87,6 +89,9 @@ def test_a_turn_of_train_false_is_only_read(tmp_path):
         ({"messages": [user("a"), assistant(" ")]}, "turn 1: the assistant's answer is empty"),
         ({"messages": [user("a"), assistant("b", train="no")]}, "turn 1: 'train' must be true or false"),
         ({"messages": [user("a"), assistant("b", train=False)]}, "no answer to learn"),
+        ({"messages": [user("a"), assistant("b", weight=0)]}, "no answer to learn"),
+        ({"messages": [user("a"), assistant("b", weight=0.5)]}, "turn 1: 'weight' must be 0 or 1, found 0.5"),
+        ({"img": "a.png", "messages": [user("a"), assistant("b")]}, "has 'img', which is not read"),
         ({"messages": [user("a"), assistant("b", tool_calls=[{}])]}, "'tool_calls' cannot be trained"),
         ({"messages": [user("a"), assistant("\ud800")]}, "turn 1 holds half of a surrogate pair"),
         ({"id": [1], "messages": [user("a"), assistant("b")]}, "'id' must be a string or a number"),
@@ -282,3 +287,127 @@ def test_links_that_leave_the_root_are_refused_when_their_file_is_wanted(tmp_pat
         with pytest.raises(SampleError, match="is a link that leaves the media folder"):
             source[at]
     assert [source[at].id for at in (2, 3)] == ["inner.png", "a.png"]
+
+
+def test_llava_rows_may_have_a_system_beside_and_sharegpt_roles(tmp_path):
+    path = tmp_path / "data.json"
+    bing = [{"from": "user", "value": "Hm?"}, {"from": "bing", "value": "b"}]
+    path.write_text(json.dumps([{"conversations": ASK}, {"system": "Be brief.", "conversations": bing}]))
+    assert guess_format(path) == "llava"
+    _, sample = read_source(SourceConfig(path=str(path)))
+    assert said(sample) == [("system", "Be brief."), ("user", "Hm?"), ("assistant", "b")]
+
+
+def test_null_says_nothing_of_whether_a_turn_is_learnt(tmp_path):
+    turns = [turn | {"train": None, "weight": None} for turn in ASK]
+    (sample,) = read(tmp_path, "llava", {"conversations": turns, "system": None}, format="llava")
+    assert sample.messages[1].train
+    chat = [user("One?"), assistant("a", weight=0), user("Two?"), assistant("b", weight=1, train=None)]
+    (sample,) = read(tmp_path, "messages", {"messages": chat})
+    assert [m.train for m in sample.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "right"),
+    [
+        (key, "image")
+        for key in ("image_path", "image_file", "imagePath", "img", "Image", "picture", "images_left", "image1")
+    ]
+    + [("video_path", "video"), ("videos_list", "video")],
+)
+def test_media_under_another_key_are_told_and_not_left_out(tmp_path, key, right):
+    qa = {"question": "Hm?", "answer": "a"}
+    rows = (qa | {key: "a.png"}, qa | {key: "a.png", "image": "a.png"}, qa | {key: None}, qa | {"imagery": "x"})
+    source = read(tmp_path, "vqa", *rows)
+    assert len(source) == 3
+    assert source.rejected[0].reason.startswith(f"has {key!r}, which is not read, and no {right!r}; rename it to")
+
+
+def test_image_ids_alone_are_told(tmp_path):
+    qa = {"question": "Hm?", "multiple_choice_answer": "a", "image_id": 42}
+    parts = [user([{"type": "image", "image": "a.png"}]), assistant("a")]
+    source = read(tmp_path, "vqa", qa, qa | {"image": "a.png"})
+    assert (len(source), "has 'image_id'" in source.rejected[0].reason) == (1, True)
+    assert len(read(tmp_path, "messages", {"image_id": 42, "messages": parts})) == 1
+
+
+def test_a_placeholder_in_a_row_without_media_is_told(tmp_path):
+    turns = [{"from": "human", "value": "See <video>"}, ASK[1]]
+    source = read(tmp_path, "llava", {"conversations": turns}, {"conversations": ASK})
+    assert source.rejected[0].reason.startswith("the row names no media, and its text holds a <video> placeholder")
+
+
+@pytest.mark.parametrize(
+    "cell", ["['red', 'red', \"it's\"]", '["red", "red", "it\'s"]', " [{'answer': 'red'}, 'red', \"it's\"]"]
+)
+def test_a_table_may_write_its_answers_as_a_list(tmp_path, cell):
+    (tmp_path / "t.tsv").write_text("question\tanswers\nHm?\t" + '"' + cell.replace('"', '""') + '"')
+    (sample,) = read_source(SourceConfig(path=str(tmp_path / "t.tsv")))
+    assert (said(sample)[1], sample.answers) == (("assistant", "red"), ("red", "red", "it's"))
+
+
+def test_answers_that_are_no_list_or_no_text(tmp_path):
+    wrong = ("[red, red]", "['a' 'b']", "[" * 5000, "[{[]: 1}]", True, 0.5, [None], [])
+    rows = [{"question": "Hm?", "answers": value} for value in (2, 2.0, [3, "3", 4], "[1, 1]", *wrong)]
+    source = read(tmp_path, "vqa", *rows, {"question": "Where?", "answer": "[0.1, 0.2]"})
+    assert [said(sample)[1][1] for sample in source] == ["2", "2", "3", "1", "[0.1, 0.2]"]
+    assert len(source.rejected) == len(wrong)
+    assert all("'answers'" in row.reason and len(row.reason) < 300 for row in source.rejected)
+    (sample,) = read(tmp_path, "vqa", {"question": "Hm?", "answers": ["a"], "multiple_choice_answer": 2})
+    assert said(sample)[1][1] == "2"
+
+
+def test_data_urls_hold_their_picture(tmp_path):
+    png = write_image(tmp_path / "a.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+    def asked(url):
+        return {"messages": [user([{"type": "image_url", "image_url": {"url": url}}]), assistant("a")]}
+
+    wrong = ("data:image/png;base64,%%%", "data:image/png,abc", "data:image/png;base64,", "x" * 5000, "é" * 2100)
+    source = read(tmp_path, "messages", asked(url), *map(asked, wrong), asked("data:image/png;base64," + "é" * 500))
+    assert [part.data for part in source[0].media()] == [png]
+    told = ("cannot be read", "must be", "must be", "path of 5,000 bytes", "path of 4,200 bytes", "cannot be read")
+    reasons = [row.reason for row in source.rejected]
+    assert [w in r for w, r in zip(told, reasons, strict=True)] == [True] * 6
+    assert max(map(len, reasons)) < 300
+
+
+def test_a_data_url_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "MAX_ROW", 100)
+    source = read(tmp_path, "caption", {"image": "data:," + "x" * 100, "caption": "x"}, {"image": "a", "caption": "x"})
+    assert "a data URL of" in source.rejected[0].reason
+
+
+def test_absolute_paths_by_way_of_a_linked_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "out").symlink_to(tmp_path)
+    write_image(tmp_path / "real" / "a.png")
+    write_image(tmp_path / "secret.png")
+    names = [f"{tmp_path}/{name}" for name in ("linked/a.png", "real/a.png", "secret.png", "linked/out/secret.png")]
+    source = read(tmp_path / "linked", "caption", *[{"image": name, "caption": "x"} for name in names])
+    assert [next(s.media()).path.name for s in source] == ["a.png", "a.png"]
+    assert ["leaves the media folder" in row.reason for row in source.rejected] == [True, True]
+
+
+@pytest.mark.parametrize("wanted", [True, "true", "True"])
+def test_where_keeps_booleans(tmp_path, wanted):
+    rows = [{"id": str(v), "is_train": v, "conversations": ASK} for v in (True, "true", "True", False, 1, None)]
+    source = read(tmp_path, "llava", *rows, where={"is_train": [wanted]})
+    assert [s.id for s in source] == ["True", "true", "True#2"]
+    config = EvaluationConfig(name="x", benchmark="vqa", data="x", where={"a": [True, 1, "1"]})
+    assert [type(v) for v in config.where["a"]] == [bool, int, str]
+
+
+def test_a_table_may_hold_pictures(tmp_path):
+    url = f"data:image/png;base64,{base64.b64encode(b'x' * 300_000).decode()}"
+    (tmp_path / "t.tsv").write_text(f"image\tcaption\n{url}\tx")
+    (sample,) = read_source(SourceConfig(path=str(tmp_path / "t.tsv")))
+    assert next(sample.media()).data == b"x" * 300_000
+
+
+def test_where_no_row_can_be_read_the_first_says_why(tmp_path):
+    (tmp_path / "t.csv").write_text("question,answer\n1,2,3\n4\n")
+    with pytest.raises(UserError, match="none of its first 2 rows can be read; the first: has 3 fields, and"):
+        guess_format(tmp_path / "t.csv")

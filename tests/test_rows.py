@@ -221,6 +221,26 @@ def test_a_row_that_changed_since_is_an_error_that_names_it(tmp_path):
         source[1]
 
 
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_an_arrow_table_that_goes_away_is_an_error_of_its_row(tmp_path, cache, suffix):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "x.arrow"
+    source_of(path)
+    if suffix == "parquet":
+        parquet.write_table(pa.ipc.open_stream(path.read_bytes()).read_all(), tmp_path / "x.parquet")
+        path = tmp_path / "x.parquet"
+    source = read_source(SourceConfig(path=str(path)))
+    file = path if suffix == "arrow" else next(cache.glob("*/*.arrow"))
+    file.rename(tmp_path / "aside")
+    for at in (0, 999):
+        with pytest.raises(SampleError, match=r"cannot be read any more .* was the file changed, or the cache deleted"):
+            source[at]
+    (tmp_path / "aside").rename(file)
+    assert source[999].id == "999"
+
+
 def build_and_read(path: str, barrier) -> None:
     barrier.wait()
     source = read_source(SourceConfig(path=path, format="llava"))

@@ -4,35 +4,30 @@
                                                       {"from": "gpt", "value": "A cat."}]}
 
 `<image>` and `<video>` in the text say where the media stand; LLaVA-NeXT also writes `<image>` for a video, and media
-that no placeholder names stand before the first question, as LLaVA's own loader puts them. Source:
+that no placeholder names stand before the first question, as LLaVA's own loader puts them. A row's `system` is its
+first turn. Source:
 https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place, shown
-from data_pipelines.formats.turns import conversation, row_media
+from data_pipelines.formats.turns import conversation, learnt, row_media, text_of
 from data_pipelines.rows import RowError
 from data_pipelines.samples import Role, Sample
 
-SHAREGPT = {"images", "videos", "system", "tools"}  # keys that stand beside the conversation there, and not here
+SHAREGPT = {"images", "videos", "system", "tools"}  # keys by which a row is ShareGPT's; it is read like LLaVA's
+ROLES: dict[str, Role] = {"human": "user", "user": "user", "system": "system"}
+ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
+TOOLS = {"function_call", "observation", "tool", "function"}
 Turns = list[tuple[Role, str, bool]]
 
 
 @DATASET_FORMATS.register("llava")
 class LLaVA(Format):
     """LLaVA's JSON: `image` or `video`, and `conversations` with `human`/`gpt` turns."""
-
-    roles: ClassVar[dict[str, Role]] = {
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "system": "system",
-    }
-    unusable: ClassVar[dict[str, str]] = {}  # roles that are known, and why they are refused
 
     @classmethod
     def fits(cls, row: dict[str, Any]) -> bool:
@@ -48,15 +43,16 @@ class LLaVA(Format):
         listed = row.get("conversations")
         if not isinstance(listed, list) or not listed:
             raise RowError("'conversations' must be a list with at least one turn")
-        found: Turns = []
+        system = text_of(row, "system", "")
+        found: Turns = [("system", system, True)] if system else []
         for number, turn in enumerate(listed):
             if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
                 raise RowError(f"turn {number} must be an object with 'from' and a string 'value'")
-            said_by, train = turn.get("from"), turn.get("train", True)
-            if not isinstance(said_by, str) or said_by not in self.roles:
-                why = self.unusable.get(said_by) if isinstance(said_by, str) else None
-                raise RowError(f"turn {number}: 'from' is {shown(said_by)}; {why or 'known: ' + ', '.join(self.roles)}")
-            if not isinstance(train, bool):
-                raise RowError(f"turn {number}: 'train' must be true or false, found {shown(train)}")
-            found.append((self.roles[said_by], turn["value"], train))
+            said_by = turn.get("from")
+            if not isinstance(said_by, str) or said_by not in ROLES:
+                why = f"known: {', '.join(ROLES)}"
+                if isinstance(said_by, str) and said_by in TOOLS:
+                    why = "tool calls cannot be trained here; leave such rows out"
+                raise RowError(f"turn {number}: 'from' is {shown(said_by)}; {why}")
+            found.append((ROLES[said_by], turn["value"], learnt(turn, number)))
         return found

@@ -5,7 +5,8 @@
                   {"role": "assistant", "content": "A cat."}]}
 
 A row is the object, or the bare list. A part without a file of its own takes the next of the row's `images`/`videos`
-(or the one at its `index`), as TRL's vision sets have it; `train: false` on a turn: it is read, and not learnt. Source:
+(or the one at its `index`), as TRL's vision sets have it; `train: false` or `weight: 0` on a turn: it is read, and not
+learnt. Source:
 https://platform.openai.com/docs/api-reference/chat/create
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place, shown
-from data_pipelines.formats.turns import Media, check, lead, row_media, split
+from data_pipelines.formats.turns import Media, check, check_unread, lead, learnt, listed_media, split
 from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Message, Part, Role, Sample, Text, Video
 
@@ -36,11 +37,13 @@ class Messages(Format):
         row = {"messages": row} if isinstance(row, list) else row
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
             raise RowError("'messages' must be a list with at least one turn")
-        beside = row_media(row, place)
+        beside = listed_media(row, place)
         left = list(beside)
         messages = [self._message(turn, number, beside, left, place) for number, turn in enumerate(row["messages"])]
         messages = lead(messages, left)
         check(messages)
+        if all(isinstance(part, Text) for message in messages for part in message.parts):
+            check_unread(row)
         return place.sample(messages, row.get("category"))
 
     def _message(self, turn: Any, number: int, beside: list[Media], left: list[Media], place: Place) -> Message:
@@ -49,9 +52,6 @@ class Messages(Format):
             raise RowError(f"turn {number}: 'role' is {shown(role)}; known: {', '.join(ROLES)}")
         if turn.get("tool_calls"):
             raise RowError(f"turn {number}: 'tool_calls' cannot be trained here; leave such rows out")
-        train = turn.get("train")  # a table has null where a turn says nothing
-        if train is not None and not isinstance(train, bool):
-            raise RowError(f"turn {number}: 'train' must be true or false, found {shown(train)}")
         content = turn.get("content")
         parts: tuple[Part, ...]
         if isinstance(content, str):
@@ -64,7 +64,7 @@ class Messages(Format):
             raise RowError(f"turn {number}: 'content' must be a string or a list of parts, found {shown(content)}")
         if role != "user" and any(not isinstance(p, Text) for p in parts):
             raise RowError(f"turn {number}: the {role}'s turn shows a picture or a video; only the user's can")
-        return Message(ROLES[role], parts, train is not False)
+        return Message(ROLES[role], parts, learnt(turn, number))
 
     def _part(self, part: Any, name: str, beside: list[Media], left: list[Media], place: Place) -> Part:
         kind = part.get("type") if isinstance(part, dict) else None

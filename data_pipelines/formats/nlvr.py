@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place
+from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place, shown
 from data_pipelines.formats.turns import text_of
 from data_pipelines.rows import JsonLines, RowError
 from data_pipelines.samples import Image, Message, Sample, Text
@@ -44,7 +44,7 @@ class NLVR(Format):
             raise RowError(reason)
         picture = _picture(Path(place.source), Path(place.root), row, row["permutation"])
         if row["permutation"] < 0:
-            raise RowError(f"none of its pictures is there: {picture} …")
+            raise RowError(f"none of its pictures is there: {shown(str(picture), 250)} …")
         question = Message("user", (Image(picture), Text(PROMPT.format(sentence=text_of(row, "sentence").strip()))))
         answer = Message("assistant", (Text(row["label"].lower()),))
         return place.sample((question, answer), f"directory {row['directory']}")
@@ -87,11 +87,12 @@ class Permutations(JsonLines):
 def _fault(row: dict[str, Any]) -> str | None:
     for key in KEYS:
         if not isinstance(row.get(key), str):
-            return f"{key!r} must be a string, found {row.get(key)!r}"
+            return f"{key!r} must be a string, found {shown(row.get(key))}"
     if row["label"].lower() not in ("true", "false"):
-        return f"'label' must be true or false, found {row['label']!r}"
+        return f"'label' must be true or false, found {shown(row['label'])}"
     if not row["directory"].isdigit() or not row["identifier"].replace("-", "").isdigit():
-        return f"'directory' and 'identifier' must be numbers, found {row['directory']!r} and {row['identifier']!r}"
+        found = f"{shown(row['directory'])} and {shown(row['identifier'])}"
+        return f"'directory' and 'identifier' must be numbers, found {found}"
     return None
 
 

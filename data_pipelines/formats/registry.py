@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.rows import Blob, RowError, Rows, data_files, rows_class
+from data_pipelines.rows.base import MAX_ROW
 from data_pipelines.samples import Image, Message, Sample, Video
 from mmdora.registry import Registry
 
+MAX_PATH = 4096  # bytes: Linux's limit
 Where = Mapping[str, Sequence[str | int]]  # a row is kept if each named field has one of the values
 
 
@@ -27,20 +30,31 @@ class Place:
 
     def image(self, value: Any) -> Image:
         """The picture that a row names or holds. Raises RowError."""
-        return Image(value.path, value.data) if isinstance(value, Blob) else Image(self.file(value))
+        return Image(*self._media(value))
 
     def video(self, value: Any) -> Video:
-        return Video(value.path, value.data) if isinstance(value, Blob) else Video(self.file(value))
+        return Video(*self._media(value))
+
+    def _media(self, value: Any) -> tuple[Path, bytes | None]:
+        if isinstance(value, str) and value.startswith("data:"):
+            value = from_data_url(value)
+        return (value.path, value.data) if isinstance(value, Blob) else (self.file(value), None)
 
     def file(self, value: Any) -> Path:
         """The file that a row names, inside the root. Raises RowError for addresses and for paths that leave the root;
-        symbolic links are followed when the file is wanted (`check_links`), since a look at the disk a row is slow."""
+        symbolic links are followed when the file is wanted (`check_links`), since a look at the disk a row is slow.
+        Only a path that is not the root's by its letters is looked up at once: it may come in by a link."""
         if not isinstance(value, str) or not value or "\0" in value or printable(value) != value:
             raise RowError(f"a media path must be a non-empty string, found {shown(value)}")
+        if (size := len(value.encode())) > MAX_PATH:
+            raise RowError(
+                f"a media path of {size:,} bytes, {shown(value)}; bytes are given as 'data:image/png;base64,…'"
+            )
         if "://" in value:
             raise RowError(f"{shown(value)} is an address; download it and give the file's path", value)
         path = os.path.normpath(os.path.join(self.root, value))  # noqa: PTH118  # Path has no lexical way
-        if not path.startswith(self.root.rstrip(os.sep) + os.sep):
+        by_letters = path.startswith(self.root.rstrip(os.sep) + os.sep)
+        if not by_letters and (path == self.root or not _folder_inside(str(Path(path).parent), self.root)):
             raise RowError(f"{shown(value)} leaves the media folder {self.root}", value)
         return Path(path)
 
@@ -89,7 +103,9 @@ def check_links(sample: Sample, root: str) -> None:
     """Raise RowError for a media file that a symbolic link puts outside the root."""
     for part in sample.media():
         if part.data is None and not _inside(part.path, root):
-            raise RowError(f"{part.path} is a link that leaves the media folder {root}", str(part.path))
+            raise RowError(
+                f"{shown(str(part.path), 250)} is a link that leaves the media folder {root}", str(part.path)
+            )
 
 
 def _inside(path: Path, root: str) -> bool:
@@ -106,8 +122,28 @@ def _folder_inside(folder: str, root: str) -> bool:
 
 
 def kept(row: Any, where: Where) -> bool:
-    """Whether the row's fields have the values that `where` asks for; 3 and "3" are the same."""
-    return isinstance(row, dict) and all(str(row.get(k)) in {str(v) for v in values} for k, values in where.items())
+    """Whether the row's fields have the values that `where` asks for; 3 and "3" are the same, and true and "True"."""
+    return isinstance(row, dict) and all(_plain(row.get(k)) in map(_plain, values) for k, values in where.items())
+
+
+def _plain(value: Any) -> str:
+    text = str(value)
+    return text.lower() if text.lower() in ("true", "false") else text
+
+
+def from_data_url(url: str) -> Blob:
+    """What a `data:image/png;base64,…` holds. Raises RowError."""
+    if len(url) > MAX_ROW:
+        raise RowError(f"a data URL of {len(url) >> 20} MiB; they may have {MAX_ROW >> 20}: give a file's path")
+    head, _, text = url.partition(",")
+    kind, _, coding = head.removeprefix("data:").partition(";")
+    if coding.rpartition(";")[2] != "base64" or not text:
+        raise RowError(f"a data URL must be 'data:image/png;base64,' and base64, found {shown(url)}")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise RowError(f"a data URL whose base64 cannot be read ({error}): {shown(url)}") from error
+    return Blob(Path(f"data-url.{kind.rpartition('/')[2][:20]}"), data)
 
 
 def shown(value: Any, most: int = 80) -> str:

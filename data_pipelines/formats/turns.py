@@ -11,11 +11,28 @@ from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Message, Part, Role, Text, Video
 
 PLACEHOLDER = re.compile(r"\s*(<image>|<video>)\s*")
+UNREAD = re.compile(r"(?i:(image|img|picture|photo|video))s?([\W\d_A-Z].*)?", re.DOTALL)  # what others name media
 
 Media = Image | Video
 
 
 def row_media(row: dict[str, Any], place: Place) -> list[Media]:
+    """As `listed_media`. Raises RowError, too, for a row that has media only under a key that is not read."""
+    found = listed_media(row, place)
+    if not found:
+        check_unread(row)
+    return found
+
+
+def check_unread(row: dict[str, Any]) -> None:
+    """For a row without media: raise RowError for a key that seems to name some. They would be trained on unseen."""
+    for key in row:
+        if row[key] and isinstance(key, str) and UNREAD.fullmatch(key):
+            right = "video" if key.lower().startswith("video") else "image"
+            raise RowError(f"has {shown(key)}, which is not read, and no {right!r}; rename it to {right!r}, or drop it")
+
+
+def listed_media(row: dict[str, Any], place: Place) -> list[Media]:
     """The media of a row: `image` or `images` (one, or a list), then `video` or `videos`. Raises RowError."""
     found: list[Media] = [place.image(v) for key in ("image", "images") for v in _listed(row, key)]
     return found + [place.video(v) for key in ("video", "videos") for v in _listed(row, key)]
@@ -36,10 +53,25 @@ def text_of(row: dict[str, Any], key: str, default: str | None = None) -> str:
     return value
 
 
+def learnt(turn: dict[str, Any], number: int) -> bool:
+    """Whether an answer is learnt: not with `train: false`, nor with OpenAI's `weight: 0`. Null says nothing: tables
+    have it where a key is missing. Raises RowError."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"turn {number}: 'train' must be true or false, found {shown(train)}")
+    if weight not in (None, 0, 1):
+        raise RowError(f"turn {number}: 'weight' must be 0 or 1, found {shown(weight)}")
+    return train is not False and weight != 0
+
+
 def conversation(turns: Iterable[tuple[Role, str, bool]], files: Sequence[Media]) -> list[Message]:
     """Turns (role, text, train) as messages: media stand where a user's placeholders are; where no placeholder stands,
     before the first question. Raises RowError."""
-    left = list(files)
+    turns, left = list(turns), list(files)
+    named = next((p for p in ("<image>", "<video>") for role, text, _ in turns if role == "user" and p in text), None)
+    if named and not files:
+        key = named.strip("<>")
+        raise RowError(f"the row names no media, and its text holds a {named} placeholder; give the file in {key!r}")
     messages = [
         Message(role, split(text, left) if role == "user" else (Text(text),), train) for role, text, train in turns
     ]

@@ -4,12 +4,16 @@
     How many cats are there?,2,cats.jpg
 
 Several answers (a list of strings, or of VQAv2's `{"answer": …}`) are several annotators' to one question: the
-commonest is learnt (`multiple_choice_answer`, where the row has it), and the benchmark `vqa` is scored against all.
+commonest is learnt (`multiple_choice_answer`, where the row has it), and the benchmark `vqa` is scored against all. A
+table's `answers` hold the list as text: JSON, or as Python writes it.
 Source: https://visualqa.org/download.html
 """
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -17,6 +21,8 @@ from data_pipelines.formats.registry import DATASET_FORMATS, Format, Place, show
 from data_pipelines.formats.turns import conversation, row_media, text_of
 from data_pipelines.rows import RowError
 from data_pipelines.samples import Sample
+
+NO_COMMA = re.compile(r"""['"]\s+['"]""")  # as numpy writes lists; Python would read one long string
 
 
 @DATASET_FORMATS.register("vqa")
@@ -31,7 +37,8 @@ class VQARows(Format):
         if not isinstance(row, dict):
             raise RowError(f"expected an object with 'question' and 'answer', found {type(row).__name__}")
         answers = self._answers(row)
-        chosen = text_of(row, "multiple_choice_answer", Counter(answers).most_common(1)[0][0])
+        named = {"multiple_choice_answer": as_text(row.get("multiple_choice_answer"))}
+        chosen = text_of(named, "multiple_choice_answer", Counter(answers).most_common(1)[0][0])
         turns = conversation(
             [("user", text_of(row, "question"), True), ("assistant", chosen, True)], row_media(row, place)
         )
@@ -41,9 +48,35 @@ class VQARows(Format):
     def _answers(self, row: dict[str, Any]) -> list[str]:
         key = next((k for k in ("answers", "answer", "multiple_choice_answer") if row.get(k) is not None), "answer")
         value = row.get(key)
+        if key == "answers" and isinstance(value, str) and value.lstrip().startswith("["):
+            value = written_list(value)
         listed = value if isinstance(value, list) else [value]
-        found: list[Any] = [entry.get("answer") if isinstance(entry, dict) else entry for entry in listed]
+        found: list[Any] = [as_text(entry.get("answer") if isinstance(entry, dict) else entry) for entry in listed]
         if not found or not all(isinstance(text, str) and text.strip() for text in found):
             wrong = next((text for text in found if not isinstance(text, str) or not text.strip()), None)
-            raise RowError(f"{key!r} must be a string, or a list of strings, none empty; found {shown(wrong)}")
+            raise RowError(
+                f"{key!r} must be a string or a whole number, or a list of them, none empty; found {shown(wrong)}"
+            )
         return found
+
+
+def as_text(answer: Any) -> Any:
+    """A whole number as text, and 2.0 as "2": a table's numbers have a point where one of their column is missing."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else answer
+
+
+def written_list(text: str) -> Any:
+    """The list that a table's field holds as text. Raises RowError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if not NO_COMMA.search(text):
+            return ast.literal_eval(text.strip())
+        reason = "no comma between two of its strings"
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+    raise RowError(f"'answers' begins with '[' and is no list of JSON or Python ({reason}): {shown(text)}")

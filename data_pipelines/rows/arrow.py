@@ -53,9 +53,11 @@ class ArrowRows(Rows):
     def read(self, number: int) -> Any:
         at = int(np.searchsorted(self.arrays["start"], number, "right")) - 1
         f, place = int(self.arrays["file"][at]), int(self.arrays["place"][at])
-        if f not in self._batches:
-            self._batches[f] = list(read_batches(self._mapped(f)))
-        batch = self._batches[f][place]
+        batches = self._batches.get(f) or list(read_batches(self._mapped(f)))
+        batch = batches[place] if place < len(batches) else RowError(f"{self._mapped(f)} has no batch {place}")
+        if isinstance(batch, RowError):
+            raise RowError(f"cannot be read any more ({batch}); was the file changed, or the cache deleted, meanwhile?")
+        self._batches[f] = batches
         (row,) = self._rows(f, batch.slice(number - int(self.arrays["start"][at]), 1), number)
         return row
 

@@ -81,7 +81,7 @@ class RowDecoder:
         made = dict(pairs)
         if len(made) != len(pairs):
             keys = [key for key, _ in pairs]
-            self.faults.append(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands in it twice")
+            self.faults.append(f"the key {next(k for k in keys if keys.count(k) > 1)[:80]!r} stands in it twice")
         return made
 
     def _integer(self, digits: str) -> int:
