@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -89,7 +89,7 @@ class SourceConfig(Section):
     path: str  # a file, a folder, or a pattern of shards (docs/data.md)
     format: str | None = None  # a name in DATASET_FORMATS; null: guessed from the file
     media: str | None = None  # folder that media paths start from; null: the file's own folder
-    where: dict[str, list[str | int | StrictBool]] = {}  # keep only rows whose field has one of these values
+    where: dict[str, list[str | int | bool]] = {}  # keep only rows whose field has one of these values
     take: str | None = None  # only some rows: first:N, random:N or random:P%, drawn by training.seed; null: all
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # 2.0 shows every sample twice an epoch
 
@@ -204,7 +204,7 @@ class EvaluationConfig(Section):
     data: str
     format: str | None = None
     media: str | None = None
-    where: dict[str, list[str | int | StrictBool]] = {}
+    where: dict[str, list[str | int | bool]] = {}
     limit: Positive | None = None
     before: bool = False  # score the base model too, before training
     batch_size: Positive = 16

@@ -20,8 +20,9 @@ from mmdora.errors import UserError
 SPACE = re.compile(r"[ \t\n\r]*")
 NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # how "surrogateescape" marks bytes that are no text
 CHUNK = 2**22  # bytes
-csv.field_size_limit(MAX_ROW)  # Python's own is 128 KiB, and a field may hold a picture
 NEAR_END = 16  # characters: a value that is cut off is wrong no farther than this from the cut
+
+csv.field_size_limit(MAX_ROW)  # Python's own is 128 KiB, and a field may hold a picture
 
 
 class TextRows(Rows):
