@@ -28,7 +28,7 @@ from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Text
 from mmdora.errors import UserError
 
-VERSION = 2  # of what an index holds; another version is built anew
+VERSION = 3  # of what an index holds; another version is built anew
 REJECTED, REPEATED = 1, 2  # bits of `flags`
 FRESH = 2.0  # seconds: a file that changed so shortly before it was read may change again at the same time stamp
 CHARACTERS = 4  # bytes of text for an estimated token
