@@ -7,7 +7,6 @@ encoder writes it, is found here by running both, and is an error that says so.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -18,35 +17,22 @@ from transformers import (
     AutoTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    SiglipImageProcessor,
 )
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from mmdora.composed_processor import image_token, make_processor, video_token
 from mmdora.config import ModelConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
-from mmdora.llava_resampler import (
-    LlavaResamplerConfig,
-    LlavaResamplerForConditionalGeneration,
-    LlavaResamplerProcessor,
-)
+from mmdora.llava_resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.projectors import IDENTITY, make_linear
 from mmdora.resampler import Resampler
 from mmdora.vision_encoders import VISION_ENCODERS
 
-log = logging.getLogger(__name__)
-
-# A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
-GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
-NUM_QUERIES = 64  # of a resampler
 SEED = 0  # of what is new in a composed model: the same config gives the same model, and an adapter fits it again
 
 
@@ -160,14 +146,6 @@ def load_language_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedM
     return model.eval(), tokenizer
 
 
-def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    return getattr(tokenizer, "image_token", None) or "<image>"
-
-
-def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    return getattr(tokenizer, "video_token", None) or "<video>"
-
-
 def assemble(
     llava: PreTrainedConfig, tower: PreTrainedModel, language_model: PreTrainedModel, name: str
 ) -> PreTrainedModel:
@@ -255,47 +233,3 @@ def _new_projector(shape: Any, llava: PreTrainedConfig) -> nn.Module:
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     return projector
-
-
-def make_processor(
-    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, strategy: str, config: ModelConfig
-) -> ProcessorMixin:
-    side = vision.image_size
-    size = {"height": side, "width": side}
-    statistics = {
-        "image_mean": getattr(vision, "image_mean", None) or OPENAI_CLIP_MEAN,
-        "image_std": getattr(vision, "image_std", None) or OPENAI_CLIP_STD,
-    }
-    common = {
-        "tokenizer": tokenizer,
-        "video_processor": LlavaOnevisionVideoProcessor(size=size, **statistics),
-        "chat_template": tokenizer.chat_template,
-        "image_token": image_token(tokenizer),
-        "video_token": video_token(tokenizer),
-    }
-    if config.projector == "resampler":
-        images = SiglipImageProcessor(size=size, **statistics)  # the whole picture as one square, as a frame is
-        return LlavaResamplerProcessor(images, num_image_tokens=config.num_queries or NUM_QUERIES, **common)
-    grids = [[rows * side, columns * side] for rows, columns in GRIDS]
-    patches = (side // vision.patch_size) ** 2
-    return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
-        num_image_tokens=patches + 1 if strategy == "default" else patches,  # what the tower returns
-        vision_feature_select_strategy=strategy,
-        **common,
-    )
-
-
-def check_chat_template(processor: ProcessorMixin) -> None:
-    """Raise UserError where the chat template, made for text, does not write the placeholder of a picture or video."""
-    for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
-        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}
-        try:
-            text, why = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True), ""
-        except Exception as error:  # a template may raise anything, in Jinja or in Python
-            text, why = "", f" ({type(error).__name__}: {error})"
-        if text.count(token) != 1 or "What is it?" not in text:
-            raise UserError(
-                f"the language model's chat template does not write {token} where a message holds {kind} content"
-                f"{why}; name a Jinja file that does in model.chat_template"
-            )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from mmdora.composing import check_chat_template, compose
+from mmdora.composed_processor import check_chat_template
+from mmdora.composing import compose
 from mmdora.config import ModelConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError

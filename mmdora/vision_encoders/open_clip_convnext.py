@@ -11,38 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.errors import UserError
+from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmConfig
 from mmdora.vision_encoders.open_clip_weights import pretrained_visual
 
 
-class OpenCLIPConvNextConfig(PretrainedConfig):
-    """`timm_model_name` names the trunk. A patch is what one place of the last stage sees: its stride, in pixels;
-    `num_hidden_layers` counts the last stage's blocks."""
+class OpenCLIPConvNextConfig(OpenCLIPTimmConfig):
+    """A patch is what one place of the last stage sees: its stride, in pixels; `num_hidden_layers` counts the last
+    stage's blocks."""
 
     model_type = "open_clip_convnext_vision"
 
-    def __init__(
-        self,
-        timm_model_name: str = "convnext_base",
-        image_size: int = 256,
-        patch_size: int = 32,
-        hidden_size: int = 1024,
-        num_hidden_layers: int = 3,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-        **kwargs: Any,
-    ):
-        self.timm_model_name = timm_model_name
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.image_mean = image_mean
-        self.image_std = image_std
-        super().__init__(**kwargs)
+    def __init__(self, timm_model_name: str = "convnext_base", patch_size: int = 32, **kwargs: Any):
+        super().__init__(timm_model_name, patch_size=patch_size, **kwargs)
 
 
 class OpenCLIPConvNextModel(PreTrainedModel):

@@ -1,0 +1,74 @@
+"""The processor of a composed model, around the language model's tokenizer."""
+
+from __future__ import annotations
+
+from transformers import (
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from mmdora.config import ModelConfig
+from mmdora.errors import UserError
+from mmdora.llava_resampler import LlavaResamplerProcessor
+
+# A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
+GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
+NUM_QUERIES = 64  # of a resampler
+
+
+def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return getattr(tokenizer, "image_token", None) or "<image>"
+
+
+def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return getattr(tokenizer, "video_token", None) or "<video>"
+
+
+def make_processor(
+    vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, strategy: str, config: ModelConfig
+) -> ProcessorMixin:
+    side = vision.image_size
+    size = {"height": side, "width": side}
+    statistics = {
+        "image_mean": getattr(vision, "image_mean", None) or OPENAI_CLIP_MEAN,
+        "image_std": getattr(vision, "image_std", None) or OPENAI_CLIP_STD,
+    }
+    common = {
+        "tokenizer": tokenizer,
+        "video_processor": LlavaOnevisionVideoProcessor(size=size, **statistics),
+        "chat_template": tokenizer.chat_template,
+        "image_token": image_token(tokenizer),
+        "video_token": video_token(tokenizer),
+    }
+    if config.projector == "resampler":
+        images = SiglipImageProcessor(size=size, **statistics)  # the whole picture as one square, as a frame is
+        return LlavaResamplerProcessor(images, num_image_tokens=config.num_queries or NUM_QUERIES, **common)
+    grids = [[rows * side, columns * side] for rows, columns in GRIDS]
+    patches = (side // vision.patch_size) ** 2
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
+        num_image_tokens=patches + 1 if strategy == "default" else patches,  # what the tower returns
+        vision_feature_select_strategy=strategy,
+        **common,
+    )
+
+
+def check_chat_template(processor: ProcessorMixin) -> None:
+    """Raise UserError where the chat template, made for text, does not write the placeholder of a picture or video."""
+    for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
+        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}
+        try:
+            text, why = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True), ""
+        except Exception as error:  # a template may raise anything, in Jinja or in Python
+            text, why = "", f" ({type(error).__name__}: {error})"
+        if text.count(token) != 1 or "What is it?" not in text:
+            raise UserError(
+                f"the language model's chat template does not write {token} where a message holds {kind} content"
+                f"{why}; name a Jinja file that does in model.chat_template"
+            )
