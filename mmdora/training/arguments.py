@@ -50,6 +50,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         run_name=output.name,
         deepspeed=deepspeed,
         dataloader_num_workers=config.data.num_workers,
+        dataloader_persistent_workers=config.data.num_workers > 0,  # else each epoch starts them anew
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=not torch.cuda.is_available(),

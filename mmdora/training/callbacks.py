@@ -33,9 +33,7 @@ class RunLog(TrainerCallback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[waited]} waiting for data"
-            ),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[waited]} wait"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
