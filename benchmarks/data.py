@@ -7,7 +7,7 @@ One thread; every round times all candidates in a new order; medians, and ratios
   the processor alone, on a text that is rendered already; it makes no labels.
 - `conversations`: a question and its answer, encoded. Beside both: the way of LLaVA's own loader
   (LazySupervisedDataset), written down from what it does: open, pad to a square, preprocess, fill in a conversation
-  template, tokenize it whole, and then turn by turn to find what is learnt.
+  template, tokenize it whole, and the question once more to find what is learnt.
 - `frames`: at equal steps of a clip. The limit is a bare decord reader's `get_batch` of the same frames; of long clips,
   the other side is decoding from the start. `apart`: in a process that can be killed, which is the default.
 """
