@@ -104,8 +104,7 @@ class Encoder:
             # PaliGemma's processor leaves labels to its caller: tokens of type 0 see each other in both directions,
             # and an answer among them would be read before it is said.
             encoded["token_type_ids"][0, supervised.index(True) :] = 1
-        labels = [token if yes else IGNORED for token, yes in zip(ids, supervised, strict=True)]
-        encoded["labels"] = torch.tensor([labels])
+        encoded["labels"] = torch.where(torch.tensor([supervised]), encoded["input_ids"], IGNORED)
         return encoded
 
     def _shorter(self, sample: Sample, encoded: Encoded) -> Sample | None:

@@ -41,7 +41,7 @@ def touching(offsets: Spans, spans: Spans) -> list[bool]:
     return [any(start < high and low < end for low, high in spans) for start, end in offsets]
 
 
-def align(plain: Sequence[int], turns: Sequence[int], cut: Sequence[bool], expanded: Sequence[int]) -> list[int] | None:
+def align(plain: Sequence[int], turns: Sequence[int], cut: Sequence[bool], expanded: list[int]) -> list[int] | None:
     """For each token of `expanded`, whose turn it is (0: nobody's), given that for each token of `plain`.
 
     `expanded` is `plain` with every media placeholder (`cut`) replaced by a run, which may hold text, as the times of
@@ -66,7 +66,7 @@ def align(plain: Sequence[int], turns: Sequence[int], cut: Sequence[bool], expan
 MELTED = 2  # tokens at each end of a text between media that may be others once these are expanded
 
 
-def _place(tokens: list[int], answers: list[int], expanded: Sequence[int], at: int) -> int | None:
+def _place(tokens: list[int], answers: list[int], expanded: list[int], at: int) -> int | None:
     """Where the text begins in `expanded`, with as few melted ends as can be."""
     for low, high in sorted(product(range(MELTED + 1), repeat=2), key=sum):
         if low <= answers[0] and answers[-1] < len(tokens) - high:
@@ -76,9 +76,14 @@ def _place(tokens: list[int], answers: list[int], expanded: Sequence[int], at: i
     return None
 
 
-def _find(wanted: list[int], within: Sequence[int], at: int) -> int | None:
+def _find(wanted: list[int], within: list[int], at: int) -> int | None:
     """The first place from `at` on where `wanted` stands in a row."""
-    for start in range(at, len(within) - len(wanted) + 1):
-        if within[start] == wanted[0] and list(within[start : start + len(wanted)]) == wanted:
-            return start
-    return None
+    last = len(within) - len(wanted) + 1
+    try:
+        while True:
+            at = within.index(wanted[0], at, last)  # past a picture's hundreds of tokens at once
+            if within[at : at + len(wanted)] == wanted:
+                return at
+            at += 1
+    except ValueError:
+        return None
