@@ -82,7 +82,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey(values: np.ndarray, mode: str) -> Image.Image:

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data_pipelines.mediafiles import check_regular, is_directory
 from data_pipelines.samples import MediaError
 from data_pipelines.video import decord_reader, frames_reader, pyav_reader, torchcodec_reader
@@ -73,7 +75,8 @@ def _load(path: Path, readers: tuple[str, ...], config: VideoConfig) -> VideoCli
     names = [field.name for field in dataclasses.fields(Sampling)]
     wanted = Sampling(**{name: getattr(config, name) for name in names})
     if config.timeout is None or not AVAILABLE:
-        return decode(path, readers, wanted)
+        clip = decode(path, readers, wanted)
+        return dataclasses.replace(clip, frames=np.require(clip.frames, requirements="W"))  # torch warns of the others
     return decode_apart(path, readers, wanted, config.timeout)
 
 
