@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, overload
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from data_pipelines.encoding import Encoded, Encoder
@@ -136,7 +137,7 @@ class TrainDataset(Dataset[Encoded]):
 
     `lengths` (about, in tokens) and `kinds` (bits IMAGES, VIDEOS) are arrays over the items, for samplers. A sample
     that cannot be used goes to the ledger, and another, drawn from a seed, takes its place: the same one in every run,
-    and not the neighbour, which would be seen twice.
+    and not the neighbour, which would be seen twice. `index` [1] of an item is the place of the sample that it holds.
     """
 
     def __init__(self, sources: Sequence[Source], encoder: Encoder, ledger: Ledger, seed: int, temperature: float = 1):
@@ -164,7 +165,8 @@ class TrainDataset(Dataset[Encoded]):
         for attempt in range(100):
             try:
                 sample = self.sample(chosen)
-                return self.encoder.encode(sample, lambda why: self._record(chosen, from_change(sample, why)))  # noqa: B023
+                encoded = self.encoder.encode(sample, lambda why: self._record(chosen, from_change(sample, why)))  # noqa: B023
+                return encoded | {"index": torch.tensor([chosen])}
             except SampleError as error:
                 self._record(chosen, from_error(error))
                 chosen = random.Random(f"{self.seed} {index} {attempt}").randrange(len(self))
@@ -177,6 +179,13 @@ class TrainDataset(Dataset[Encoded]):
 
     def _source_of(self, index: int) -> int:
         return int(np.searchsorted(self.ends, self.order[index], "right"))
+
+    def not_learnt(self, indices: Sequence[int], reason: str) -> list[str]:
+        """Write samples that no weight learnt from into the ledger; returns their ids."""
+        samples = [(index, self.sample(index)) for index in dict.fromkeys(indices)]
+        for index, sample in samples:
+            self._record(index, replace(from_change(sample, reason), stage="train"))
+        return [sample.id for _, sample in samples]
 
     def _record(self, index: int, entry: Entry) -> None:
         self.ledger.record(replace(entry, source=self.names[self._source_of(index)]))

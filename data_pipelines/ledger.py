@@ -21,8 +21,8 @@ NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|(?<!\S)\S*/\S*|\d+")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of skipped.jsonl. `stage` says where it came up: `parse`, `media` or `encode`; `file` is the one at
-    fault, if one is; `changed`: the sample was used, but not as it was."""
+    """One line of skipped.jsonl. `stage` says where it came up: `parse`, `media`, `encode` or `train`; `file` is the
+    one at fault, if one is; `changed`: the sample was used, but not as it was, or not in every step."""
 
     id: str
     source: str

@@ -176,6 +176,8 @@ class TrainingConfig(Section):
     weight_decay: Rate = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: Rate = 1.0  # 0: no clipping
+    max_bad_steps: Positive = 10  # with a loss of nan, inf or far over a guess's: not taken, and the last ends the run
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # 0.999, say: the adapter is this average over the steps
     gradient_checkpointing: bool = False
     save_every: Positive | None = None  # steps; null: at the end only
     keep: Positive = 2  # checkpoints

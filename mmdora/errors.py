@@ -1,5 +1,10 @@
-"""The one exception that means "your input is wrong": commands print it as a single message and exit with code 2."""
+"""What commands print as one message, without a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message names the file, the key or the sample, and says what to do."""
+    """Something the user gave is wrong: exit code 2. The message names the file, the key or the sample, and says what
+    to do."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though nothing that was given is known to be wrong: exit code 1."""

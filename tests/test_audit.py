@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmdora.errors import RunError
 from mmdora.training.audit import Audit
 from tests.media import write_image
 from tests.test_doctor import row
@@ -38,7 +39,7 @@ def test_what_never_moves_beside_others_is_an_error():
         move(net.text[0])
         move(net.text[2])
         if step == 3:
-            with pytest.raises(RuntimeError, match=r"2 trainable parameters of parts.text did not move.*text.1.weight"):
+            with pytest.raises(RunError, match=r"2 trainable parameters of parts.text did not move.*text.1.weight"):
                 audit.check(step)
         else:
             audit.check(step)
@@ -56,7 +57,7 @@ def test_a_part_is_watched_from_the_step_that_first_moves_it():
     for step in (9, 10):
         audit.check(step)
     assert audit.idle == []
-    with pytest.raises(RuntimeError, match=r"parts.vision did not move in 3 steps.*vision.bias"):
+    with pytest.raises(RunError, match=r"parts.vision did not move in 3 steps.*vision.bias"):
         audit.check(11)
 
 

@@ -148,26 +148,28 @@ def list_names(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits with 0 if done, 1 if failed, 2 if the user's input is wrong."""
-    from mmdora.errors import UserError
+    from mmdora.errors import RunError, UserError
 
     # On a CPU it asks for another package as soon as it is imported, quantized model or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(arguments)
     except UserError as error:
-        _stop(str(error))
+        _stop(str(error), 2)
+    except RunError as error:
+        _stop(str(error), 1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         where = error.filename or "the run"
-        _stop(f"no disk space left on device while writing {where}; free some and go on with --resume")
+        _stop(f"no disk space left on device while writing {where}; free some and go on with --resume", 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _stop(message: str) -> None:
+def _stop(message: str, code: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:  # most errors meet every process, and the launcher ends the others when the first has told it
         time.sleep(SHARED_ERROR)
     sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {message}\n")
-    sys.exit(2)
+    sys.exit(code)

@@ -76,7 +76,8 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     trainer = make_trainer(config, arguments, model, dataset, run_dir, console)
     show_groups(console, optimizer_groups(trainer.model, config))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    save_adapter(trainer.model, run_dir.adapter)
+    with trainer.averaged():
+        save_adapter(trainer.model, run_dir.adapter)
 
     del trainer, model
     gc.collect()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmdora.errors import RunError
 from mmdora.zero import local_shard
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient a step after B's
@@ -28,7 +29,7 @@ class Audit:
                 self.starts.setdefault(parts[id(parameter)], {})[name] = local_shard(parameter).clone()
 
     def check(self, step: int) -> None:
-        """To be called by every process after each optimizer step. Raises RuntimeError that names what did not move."""
+        """To be called by every process after each optimizer step. Raises RunError that names what did not move."""
         if step == self.last:
             return
         self.last = step
@@ -42,7 +43,7 @@ class Audit:
                 del self.starts[part]
                 if still := [name for name in names if name not in moved]:
                     listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
-                    raise RuntimeError(
+                    raise RunError(
                         f"{len(still)} trainable parameters of parts.{part} did not move in {AUDITED_STEPS} steps that "
                         f"moved others of it: {listed}. The model does not use them: leave them out with "
                         f"parts.{part}.targets"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from mmdora.config import PartConfig, RunConfig
 from mmdora.errors import UserError
 from mmdora.tokens import NEW_TOKENS, VALUES
 from mmdora.training.audit import AUDITED_STEPS, Audit
+from mmdora.training.average import Average
+from mmdora.training.bad_steps import BadSteps, GuardedAdamW
 from mmdora.training.batches import Batching, MicroBatches, check_budgets
 from mmdora.training.packing import packed_inputs
 from mmdora.zero import read_in_forward, true_shape
@@ -62,7 +65,19 @@ class AdapterTrainer(Trainer):
         self.tokens_seen = 0  # by this process, media tokens included
         self.waited = 0.0  # seconds that this process had no batch to work on
         self.audit: Audit | None = None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        self.bad_steps = BadSteps(
+            config.training.max_bad_steps, 2 * math.log(vocabulary), self.train_dataset.not_learnt
+        )
         self.add_callback(NormsOnceAStep)
+        self.add_callback(self.bad_steps)
+        self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
+        if self.average is not None:
+            self.add_callback(self.average)
+        if not self.is_deepspeed_enabled:  # which keeps fp32 copies itself
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()  # a bf16 weight is too coarse for AdamW's small steps
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -105,24 +120,42 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer = GuardedAdamW(
                 optimizer_groups(self.model, self.run_config),
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
             )
+            self.optimizer.guard = self.bad_steps
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        indices = inputs.pop("index", None)  # of the samples in the dataset
         # A packed batch has no attention mask.
         self.tokens_seen += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
         if "attention_mask" not in inputs:
             inputs = packed_inputs(self.model, inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        by_tokens = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        share = loss if by_tokens else loss / self.current_gradient_accumulation_steps
+        self.bad_steps.saw(share, indices, last=self.accelerator.sync_gradients)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The loss as it is: the Trainer tells another where it is not finite."""
+        if "loss" in logs:
+            logs["loss"] = self.bad_steps.loss
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._audit()
         return super().training_step(*args, **kwargs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model as it is to be used: with `training.ema`, the average in the place of its weights."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _audit(self) -> None:
         if self.audit is None:
