@@ -27,19 +27,18 @@ import av
 import decord
 import numpy as np
 import torch
+from llava import ANSWER, QUESTION, make_processor, write_pictures
 from machine import about_machine
 from PIL import Image as PILImage
-from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+from transformers import LlavaProcessor
 
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from data_pipelines.video import load_video
 from mmdora.config import VideoConfig
-from mmdora.config_files import find_path
 
 Candidates = dict[str, Callable[[], object]]
 
-QUESTION, ANSWER = "What is on the table beside the window?", "A blue vase with yellow tulips."
 # name: (width, height), frames of the clip, frames to take
 CLIPS = {
     "320p, 8 of 300": ((426, 320), 300, 8),
@@ -76,19 +75,6 @@ def compared(seconds: dict[str, float], count: int, to: str) -> dict[str, dict[s
     }
 
 
-def make_processor() -> LlavaProcessor:
-    tokenizer = AutoTokenizer.from_pretrained(find_path("assets/tiny-llava"))
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=find_path("assets/vicuna_v1.jinja").read_text(encoding="utf-8"),
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-
-
 def sample(number: int, path: Path | None = None) -> Sample:
     media = () if path is None else (Image(path),)
     turns = (Message("user", (*media, Text(QUESTION))), Message("assistant", (Text(f"{ANSWER} {number}"),)))
@@ -110,16 +96,6 @@ def llava_way(processor: LlavaProcessor, number: int, path: Path | None = None) 
     labels = ids.clone()
     labels[: len(processor.tokenizer(asked)["input_ids"])] = IGNORED
     return encoded | {"input_ids": ids, "labels": labels}
-
-
-def write_pictures(folder: Path, count: int = 16) -> list[Path]:
-    """JPEGs of 640 × 480."""
-    rng = np.random.default_rng(0)
-    paths = [folder / f"{i}.jpg" for i in range(count)]
-    for path in paths:
-        coarse = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
-        PILImage.fromarray(coarse).resize((640, 480), PILImage.Resampling.BICUBIC).save(path, quality=90)
-    return paths
 
 
 def samples_ready(folder: Path, rounds: int) -> dict[str, dict[str, dict[str, float]]]:

@@ -94,6 +94,7 @@ class AdapterTrainer(Trainer):
         args, dataset = self.args, self.train_dataset
         plan = batching(self.run_config, args.per_device_train_batch_size, args.world_size, dataset)
         batches = MicroBatches(plan, args.process_index)
+        self.pop_callback(EpochOrder)  # of an earlier `train`
         self.add_callback(EpochOrder(batches))
         return DataLoader(
             dataset,
