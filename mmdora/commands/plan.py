@@ -137,12 +137,9 @@ class Meter:
             batch = self.collate([self.example] * micro)
             if "attention_mask" not in batch:
                 batch = packed_inputs(self.model, batch)
-            batch = {
-                key: value.to("meta", self.dtype)
-                if isinstance(value, torch.Tensor) and value.is_floating_point()
-                else value
-                for key, value in batch.items()
-            }
+            for key, value in batch.items():  # DeepSpeed's engine gets pictures in the model's dtype
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    batch[key] = value.to(self.dtype)
             self.measured[micro] = measure(self.model, batch, lambda output: output.loss)
         return self.measured[micro]
 
@@ -194,16 +191,17 @@ def show(console: Console, planner: Planner, rows: list[Memory], micro: int) -> 
     unit, name = (2**30, "GiB") if max(row.peak for row in rows) >= 2**30 else (2**20, "MiB")
     cluster = planner.cluster
     title = f"{name} of each of {cluster.gpus} GPUs, with micro-batches of {micro}"
-    columns = ("deepspeed", "weights", "grads", "optimizer", "buffers", "activ.", "peak", "node", "disk", "fits")
+    columns = ("deepspeed", "weights", "grads", "Adam", "buffers", "activ.", "peak", "node", "fits")
     table = make_table(title, *columns)
     for row in rows:
-        parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host, row.disk)
+        parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host)
         figures = [f"{max(0, part) / unit:.1f}" if part else "–" for part in parts]
         table.add_row(row.engine, *figures, "yes" if planner.fits(row) else "no")
     console.print(table)
     console.print(
         "peak: amid the backward pass, in the optimizer's step, or while the whole model is loaded, whichever is most. "
-        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again.",
+        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again. node: of a node's own memory, "
+        f"with {planner.cluster.per_node} of the GPUs.",
         style="dim",
         soft_wrap=True,
     )
@@ -219,6 +217,8 @@ def advise(console: Console, planner: Planner, micro: int) -> int:
         peak = planner.memory(engine, largest).peak
         settings = f"training.deepspeed={'null' if engine == 'none' else engine} training.micro_batch_size={largest}"
         console.print(f"Fits: {settings} ({gib(peak)} of {gib(given)})", style="green", soft_wrap=True)
+        if disk := planner.memory(engine, largest).disk:
+            console.print(f"It takes {gib(disk)} of a local disk of each node.", style="yellow", soft_wrap=True)
         if largest < micro:
             console.print(f"training.micro_batch_size={micro} does not fit under it.", style="yellow", soft_wrap=True)
         return 0

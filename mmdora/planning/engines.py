@@ -100,7 +100,7 @@ def plain(sizes: Sizes, run: Run, activations: Activations, name: str = "none") 
         activations=(activations.peak_with_gradients - sizes.trained) if grows else activations.peak,
         step=sizes.trained,  # the square roots of all second moments at once
         loading=sizes.loaded,
-        host=run.per_node * sizes.frozen,
+        host=run.per_node * sizes.loaded,
         disk=0,
     )
 
@@ -139,7 +139,7 @@ def deepspeed(sizes: Sizes, run: Run, activations: Activations, name: str, tree:
         activations=activations.peak,
         step=0 if optimizer_away else 2 * FP32 * updated,  # its gradients in fp32, and the square roots
         loading=sizes.loaded,
-        host=max(host, run.per_node * sizes.frozen),
+        host=max(host, run.per_node * sizes.loaded),
         disk=disk,
     )
 
@@ -178,4 +178,3 @@ def half(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-

@@ -1,7 +1,8 @@
 """What a training step keeps in memory, found by running it on tensors that have shapes and no numbers.
 
 The model is on the meta device, so that a 7B one costs seconds and no memory; the operators are those of a real step.
-What only says which token or picture is where (ids, masks, grids) is real and on the CPU, since code looks at it.
+A batch is real and on the CPU, and so is what is made of it alone (masks, positions, grids), since code looks at it;
+what has met a weight has a shape and no numbers.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a mask selects, as indices."""
     masks = index is not None and index.dtype in (torch.bool, torch.uint8) and not index.is_meta
     return index.nonzero(as_tuple=True) if masks and index is not None else (index,)
 
@@ -130,7 +132,9 @@ def _fused_attention() -> Iterator[None]:
     """
     torchs = F.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if not query.is_meta:
             return torchs(query, key, value, attn_mask, *args, **kwargs)
         return FusedAttention.apply(query, key, value, attn_mask)
@@ -153,7 +157,7 @@ def _gradients_taken(model: nn.Module, take: Callable[[Tensor], None]) -> Iterat
 
 
 def measure(model: nn.Module, batch: dict[str, Tensor], loss_of: Callable[[Any], Tensor]) -> Activations:
-    """One micro-batch of a model on the meta device, forward and backward. `batch` has numbers where it has integers.
+    """One micro-batch of a model on the meta device, forward and backward. `batch` is real, on the CPU.
 
     `loss_of` makes the loss of what the model returns, as the trainer does.
     """
