@@ -57,8 +57,8 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """The model on the meta device, where it has shapes and no numbers, with its processor. Of a whole model config.json
-    is read, and no weights. Raises UserError."""
+    """The model on the meta device, where it has shapes and no numbers, with its processor. Of a whole model no weights
+    are read. Raises UserError."""
     if config.path is None:
         model, processor = load_model(config)
         return model.to("meta"), processor

@@ -64,8 +64,8 @@ def run(name: str, overrides: list[str], gpus: int, gpu_memory: float, per_node:
     rows = [planner.memory(engine, micro) for engine in planner.engines]
     tokens = example["input_ids"].shape[1]
     console.print(
-        f"{report.total:,} parameters, of which {report.trainable:,} are trained; a micro-batch of {micro} × {tokens:,} "
-        f"tokens, of which autograd keeps {gib(meter(micro).saved)}",
+        f"{report.total:,} parameters, of which {report.trainable:,} are trained; a micro-batch of {micro} × "
+        f"{tokens:,} tokens, of which autograd keeps {gib(meter(micro).saved)}",
         soft_wrap=True,
     )
     show(console, planner, rows, micro)
@@ -200,8 +200,8 @@ def show(console: Console, planner: Planner, rows: list[Memory], micro: int) -> 
     console.print(table)
     console.print(
         "peak: amid the backward pass, in the optimizer's step, or while the whole model is loaded, whichever is most. "
-        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again. node: of a node's own memory, "
-        f"with {planner.cluster.per_node} of the GPUs.",
+        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again. node: of a node's own "
+        f"memory, with {planner.cluster.per_node} of the GPUs.",
         style="dim",
         soft_wrap=True,
     )

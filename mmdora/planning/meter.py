@@ -139,11 +139,11 @@ def _fused_attention() -> Iterator[None]:
             return torchs(query, key, value, attn_mask, *args, **kwargs)
         return FusedAttention.apply(query, key, value, attn_mask)
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs  # type: ignore[assignment]
+        F.scaled_dot_product_attention = torchs
 
 
 @contextmanager

@@ -127,8 +127,8 @@ def _check_async_io(path: Path) -> None:
     except (RuntimeError, OSError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"training.deepspeed: {path.name} needs DeepSpeed's async_io, which cannot be built here ({reason}): install "
-            "libaio's headers (libaio-dev), a C++ compiler and ninja, or take zero3_offload"
+            f"training.deepspeed: {path.name} needs DeepSpeed's async_io, which cannot be built here ({reason}): "
+            "install libaio's headers (libaio-dev), a C++ compiler and ninja, or take zero3_offload"
         ) from error
 
 
