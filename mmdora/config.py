@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     save_every: Positive | None = None  # steps; null: at the end only
     keep: Positive = 2  # checkpoints
-    deepspeed: str | None = None  # zero2, zero3, or a DeepSpeed JSON; null: one process without DeepSpeed
+    deepspeed: str | None = None  # zero2, zero3 … (docs/scaling.md), or a JSON's path; null: without DeepSpeed
     report_to: list[Literal["wandb", "tensorboard"]] = []
 
     @field_validator("report_to", mode="before")

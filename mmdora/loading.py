@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mmdora.composed_processor import check_chat_template
 from mmdora.composing import compose
@@ -54,6 +54,33 @@ def load_processor(config: ModelConfig) -> Any:
         extend_tokenizer(processor.tokenizer, config.new_tokens)
     _prepare(processor, config)
     return processor
+
+
+def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """The model on the meta device, where it has shapes and no numbers, with its processor. Of a whole model no weights
+    are read. Raises UserError."""
+    if config.path is None:
+        model, processor = load_model(config)
+        return model.to("meta"), processor
+    processor = _read_processor(config)
+    try:
+        source = _source(config)
+        about = AutoConfig.from_pretrained(**source)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                about,
+                dtype=getattr(torch, config.dtype),
+                # Flash-attention keeps what PyTorch's own fused attention does, and may not be installed here.
+                attn_implementation=None if config.attention == "flash_attention_2" else config.attention,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(config, error) from error
+    keep_linear(model)
+    if config.new_tokens:
+        add_tokens(model, processor, config.new_tokens)
+    _prepare(processor, config)
+    return model, processor
 
 
 def _prepare(processor: Any, config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ class LinearLayer(AdapterLayer):
             # y = W(x − x') + b + g ⊙ (Wx' + sBAx'), x' the dropped input: what PEFT computes.
             x = _autocast(x)
             dropped = F.dropout(x, spec.dropout)
-            with torch.autocast(x.device.type, enabled=False):
+            with _no_autocast(x.device.type):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 rest = F.linear(x - dropped, self.matrix().to(x.dtype), bias)
                 terms = self.terms(dropped, name)._replace(bias=None, dropped=None)
@@ -60,7 +61,7 @@ class LinearLayer(AdapterLayer):
 def linear_outputs(layers: Sequence[LinearLayer], x: Tensor, name: str) -> Sequence[Tensor]:
     """The outputs of several layers, each with its adapter `name`, for one x [..., in]."""
     x = _autocast(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         terms = [layer.terms(x, name) for layer in layers]
         merged = _merges([layer.specs[name].forward for layer in layers], terms, x)
         forms = tuple(layer.form(name) for layer in layers)
@@ -80,7 +81,13 @@ def _merges(forwards: Sequence[str], terms: Sequence[LinearTerms], x: Tensor) ->
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if enabled else x
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    # The meta device, on which `mmdora plan` runs a model, has none.
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class AdaptedLinear(LinearLayer, nn.Linear):

@@ -57,6 +57,20 @@ def doctor(
     raise typer.Exit(run(config, overrides or [], samples, html))
 
 
+@app.command()
+def plan(
+    config: Config,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs, over all nodes.")],
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="GiB of each.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Of one node; 8, if not given.")] = None,
+) -> None:
+    """Show the memory that a run takes on each GPU, by ZeRO stage and offload. Exits with 1 if it fits under none."""
+    from mmdora.commands.plan import run
+
+    raise typer.Exit(run(config, overrides or [], gpus, gpu_memory, gpus_per_node))
+
+
 @app.command("eval")
 def evaluate(
     target: Target,

@@ -75,18 +75,61 @@ def micro_batches(settings: TrainingConfig, world: int) -> tuple[int, int]:
 
 
 def deepspeed_config(name: str) -> dict[str, Any]:
-    """A shipped DeepSpeed config by name (`zero2`), or one's own by path. Also readies this process for DeepSpeed."""
+    """A shipped DeepSpeed config by name (`zero2`), or one's own by path. Also readies this process for DeepSpeed.
+
+    Raises UserError, also where the config wants a disk for its states and there is no way to one.
+    """
+    path, tree = read_deepspeed(name)
+    _prepare_deepspeed()
+    zero = tree.get("zero_optimization", {})
+    on_disk = [zero[key] for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "nvme"]
+    for offload in on_disk:
+        offload["nvme_path"] = _disk_folder(path, str(offload.get("nvme_path", "")))
+    if on_disk:
+        _check_async_io(path)
+    return tree
+
+
+def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
+    """A DeepSpeed config's file and what is in it. Raises UserError."""
     path = shipped_path(f"configs/deepspeed/{name}.json") or find_path(name)
     if not path.is_file():
         folder = shipped_path("configs/deepspeed")
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) if folder else ""
         raise UserError(f"training.deepspeed: no such config {name!r}; shipped: {known}, or give a JSON file's path")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return path, json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"training.deepspeed: {path} is not valid JSON ({error})") from error
-    _prepare_deepspeed()
-    return tree
+
+
+def _disk_folder(path: Path, given: str) -> str:
+    """The folder for what is offloaded to a disk; `${NAME}` in it is a variable of the environment."""
+    folder = os.path.expandvars(given)
+    if not given or "$" in folder:
+        raise UserError(
+            f"training.deepspeed: {path.name} keeps states on a local disk; set MMDORA_NVME to a folder there, on "
+            "every node, as in `MMDORA_NVME=/local/nvme mmdora train …`"
+        )
+    if not Path(folder).is_dir():
+        raise UserError(f"training.deepspeed: {path.name} keeps states in {folder}, and there is no such folder")
+    return folder
+
+
+def _check_async_io(path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    try:
+        if not builder.is_compatible(verbose=False):
+            raise RuntimeError("libaio is missing")
+        builder.load(verbose=False)  # compiles it, where that was not done before
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"training.deepspeed: {path.name} needs DeepSpeed's async_io, which cannot be built here ({reason}): "
+            "install libaio's headers (libaio-dev), a C++ compiler and ninja, or take zero3_offload"
+        ) from error
 
 
 def _prepare_deepspeed() -> None:

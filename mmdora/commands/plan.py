@@ -1,0 +1,231 @@
+"""`mmdora plan`: which engine a run fits under, on so many GPUs of so much memory, before any is paid for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from data_pipelines.collator import Collator
+from data_pipelines.dataset import read_source
+from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
+from data_pipelines.samples import Image, Message, Sample, SampleError, Text
+from mmdora.commands.console import import_plugins, make_console, make_table
+from mmdora.commands.train import is_there
+from mmdora.config import RunConfig
+from mmdora.config_files import load_config
+from mmdora.errors import UserError
+from mmdora.injection import inject_adapters
+from mmdora.loading import load_shape
+from mmdora.planning.engines import Memory, Run, Sizes, deepspeed, half, plain, sizes_of
+from mmdora.planning.meter import Activations, measure
+from mmdora.training.arguments import micro_batches, read_deepspeed
+from mmdora.training.packing import packed_inputs, row_length
+
+ENGINES = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
+# The first that fits is advised: each next one sends more around, over slower wires.
+ADVISED = ("zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
+ADVISED_ALONE = ("none", "zero2_offload", "zero3_offload", "zero3_nvme")
+LOOKED_AT = 32  # samples of each source, for the longest
+PICTURE = (1024, 768)  # pixels, where the data is not there yet
+
+
+@dataclass(frozen=True)
+class Cluster:
+    gpus: int
+    per_node: int
+    memory: float  # bytes of a GPU
+
+
+def run(name: str, overrides: list[str], gpus: int, gpu_memory: float, per_node: int | None) -> int:
+    """Print the plan. Returns 0 where the run fits under some engine, else 1. Raises UserError."""
+    config = load_config(name, overrides)
+    import_plugins(config.plugins)
+    console = make_console()
+    cluster = Cluster(gpus, min(gpus, per_node or 8), gpu_memory * 2**30)
+    micro, _ = micro_batches(config.training, gpus)
+    if config.model.quantization is not None:
+        raise UserError("model.quantization: plan does not know what quantized weights take; leave it out to plan")
+    model, processor = load_shape(config.model)
+    report = inject_adapters(model, config.parts)
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
+    example = longest(config, encoder)
+    sizes = sizes_of(model, hidden_size(model))
+    if gpus > 1 or config.training.deepspeed is not None:
+        half(model, getattr(torch, config.model.dtype))
+    prepare(model, config)
+    meter = Meter(model, config, example)
+    planner = Planner(config, sizes, cluster, meter)
+    rows = [planner.memory(engine, micro) for engine in planner.engines]
+    tokens = example["input_ids"].shape[1]
+    console.print(
+        f"{report.total:,} parameters, of which {report.trainable:,} are trained; a micro-batch of {micro} × "
+        f"{tokens:,} tokens, of which autograd keeps {gib(meter(micro).saved)}",
+        soft_wrap=True,
+    )
+    show(console, planner, rows, micro)
+    return advise(console, planner, micro)
+
+
+def hidden_size(model: Any) -> int:
+    """By which transformers sizes DeepSpeed's buckets."""
+    return int(getattr(model.config, "hidden_size", None) or model.config.get_text_config().hidden_size)
+
+
+def prepare(model: Any, config: RunConfig) -> None:
+    """As the trainer does before its first step."""
+    model.train()
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def longest(config: RunConfig, encoder: Encoder) -> Encoded:
+    """The longest sample of a look at the data, or one with a picture where the data is not there; as long as
+    `data.max_length` lets it be. Raises UserError where nothing says how long that is."""
+    most = config.data.max_length
+    found: list[Encoded] = []
+    for source in config.data.train:
+        if source.format == "shapes" or is_there(source.path):
+            found += encoded_samples(read_source(source, config.training.seed), encoder)
+    if not found and most is None:
+        raise UserError("plan: the data is not there, so nothing says how long a sample is; set data.max_length")
+    example = max(found or [encoder.encode(stand_in())], key=lambda encoded: encoded["input_ids"].shape[1])
+    missing = (most or 0) - example["input_ids"].shape[1]
+    if missing <= 0:
+        return example
+    last = {key: example[key][:, -1:].expand(1, missing) for key in PER_TOKEN if key in example}
+    return example | {key: torch.cat([example[key], tail], dim=1) for key, tail in last.items()}
+
+
+def encoded_samples(source: Any, encoder: Encoder) -> list[Encoded]:
+    found = []
+    count = min(LOOKED_AT, len(source))
+    for place in (i * len(source) // count for i in range(count)):
+        try:
+            found.append(encoder.encode(source[place]))
+        except SampleError:  # `mmdora doctor` tells of these
+            continue
+    return found
+
+
+def stand_in() -> Sample:
+    """A question about a picture."""
+    from PIL import Image as PILImage
+
+    data = io.BytesIO()
+    PILImage.new("RGB", PICTURE).save(data, "png")
+    question = Message("user", (Image(Path("picture.png"), data.getvalue()), Text("What is this?")))
+    return Sample("stand-in", (question, Message("assistant", (Text("A picture."),))), "plan")
+
+
+class Meter:
+    """Activations by the size of the micro-batch; each is measured once."""
+
+    def __init__(self, model: Any, config: RunConfig, example: Encoded):
+        self.model, self.example = model, example
+        self.collate = Collator(0, pack=row_length(model, config.data))
+        self.dtype = getattr(torch, config.model.dtype)
+        self.measured: dict[int, Activations] = {}
+
+    def __call__(self, micro: int) -> Activations:
+        if micro not in self.measured:
+            batch = self.collate([self.example] * micro)
+            if "attention_mask" not in batch:
+                batch = packed_inputs(self.model, batch)
+            for key, value in batch.items():  # DeepSpeed's engine gets pictures in the model's dtype
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    batch[key] = value.to(self.dtype)
+            self.measured[micro] = measure(self.model, batch, lambda output: output.loss)
+        return self.measured[micro]
+
+
+class Planner:
+    """The memory of a run under each engine, by the size of its micro-batch."""
+
+    def __init__(self, config: RunConfig, sizes: Sizes, cluster: Cluster, meter: Callable[[int], Activations]):
+        self.config, self.sizes, self.cluster, self.meter = config, sizes, cluster, meter
+        own = config.training.deepspeed
+        self.trees = {name: read_deepspeed(name)[1] for name in (*ENGINES[1:], *([own] if own else []))}
+        self.engines = ["none", *self.trees]
+
+    def memory(self, engine: str, micro: int) -> Memory:
+        """Measured at this micro-batch."""
+        accumulation = self.config.training.batch_size // (micro * self.cluster.gpus)
+        weight = 4 if self.config.model.dtype == "float32" else 2
+        run = Run(self.cluster.gpus, self.cluster.per_node, accumulation, weight)
+        if engine == "none":
+            return plain(self.sizes, run, self.meter(micro))
+        return deepspeed(self.sizes, run, self.meter(micro), engine, self.trees[engine])
+
+    def fits(self, memory: Memory) -> bool:
+        return memory.peak <= self.cluster.memory
+
+    def micros(self) -> list[int]:
+        """The sizes of a micro-batch that the global batch can be split into."""
+        share = self.config.training.batch_size // self.cluster.gpus
+        return [micro for micro in range(1, share + 1) if share % micro == 0]
+
+    def largest(self, engine: str) -> int | None:
+        """The largest micro-batch that fits; found by halves, since memory grows with it."""
+        micros = self.micros()
+        low, high = 0, len(micros)  # all below low fit, none from high on
+        while low < high:
+            middle = (low + high) // 2
+            if self.fits(self.memory(engine, micros[middle])):
+                low = middle + 1
+            else:
+                high = middle
+        return micros[low - 1] if low else None
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def show(console: Console, planner: Planner, rows: list[Memory], micro: int) -> None:
+    unit, name = (2**30, "GiB") if max(row.peak for row in rows) >= 2**30 else (2**20, "MiB")
+    cluster = planner.cluster
+    title = f"{name} of each of {cluster.gpus} GPUs, with micro-batches of {micro}"
+    columns = ("deepspeed", "weights", "grads", "Adam", "buffers", "activ.", "peak", "node", "fits")
+    table = make_table(title, *columns)
+    for row in rows:
+        parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host)
+        figures = [f"{max(0, part) / unit:.1f}" if part else "–" for part in parts]
+        table.add_row(row.engine, *figures, "yes" if planner.fits(row) else "no")
+    console.print(table)
+    console.print(
+        "peak: amid the backward pass, in the optimizer's step, or while the whole model is loaded, whichever is most. "
+        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again. node: of a node's own "
+        f"memory, with {planner.cluster.per_node} of the GPUs.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def advise(console: Console, planner: Planner, micro: int) -> int:
+    """The first engine that fits, and the largest micro-batch under it. Returns the exit code."""
+    given = planner.cluster.memory
+    for engine in ADVISED_ALONE if planner.cluster.gpus == 1 else ADVISED:
+        largest = planner.largest(engine)
+        if largest is None:
+            continue
+        peak = planner.memory(engine, largest).peak
+        settings = f"training.deepspeed={'null' if engine == 'none' else engine} training.micro_batch_size={largest}"
+        console.print(f"Fits: {settings} ({gib(peak)} of {gib(given)})", style="green", soft_wrap=True)
+        if disk := planner.memory(engine, largest).disk:
+            console.print(f"It takes {gib(disk)} of a local disk of each node.", style="yellow", soft_wrap=True)
+        if largest < micro:
+            console.print(f"training.micro_batch_size={micro} does not fit under it.", style="yellow", soft_wrap=True)
+        return 0
+    console.print(
+        f"Fits under none, whatever the micro-batch: more GPUs or a larger one than {gib(given)}; else a smaller "
+        "data.max_length, training.gradient_checkpointing=true, or a smaller model.",
+        style="red",
+        soft_wrap=True,
+    )
+    return 1
