@@ -178,7 +178,8 @@ class TrainingConfig(Section):
     max_grad_norm: Rate = 1.0  # 0: no clipping
     gradient_checkpointing: bool = False
     save_every: Positive | None = None  # steps; null: at the end only
-    keep: Positive = 2  # checkpoints
+    keep: Positive = 2  # checkpoints, the newest; the best one is kept beside them
+    on_sigterm: Literal["save", "stop"] = "save"  # after the step: write a checkpoint and stop, or just stop
     deepspeed: str | None = None  # zero2, zero3, or a DeepSpeed JSON; null: one process without DeepSpeed
     report_to: list[Literal["wandb", "tensorboard"]] = []
 
