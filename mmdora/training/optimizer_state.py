@@ -79,6 +79,7 @@ class ZeroState:
     def __init__(self, zero: Any, inner: torch.optim.Optimizer, groups: list[list[nn.Parameter]], flats: list[Tensor]):
         self.zero, self.optimizer, self.flats = zero, inner, flats
         self.group_of = {parameter: i for i, group in enumerate(groups) for parameter in group}
+        self._link()
 
     def read(self, parameter: nn.Parameter) -> Kinds:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -121,7 +122,13 @@ class ZeroState:
             return
         for flat in self.flats:
             self.optimizer.state[flat] = {STEP: torch.tensor(0.0)} | {kind: torch.zeros_like(flat) for kind in kinds}
+        self._link()
+
+    def _link(self) -> None:
+        """Stages 1 and 2 find a parameter's state through links, which they make after the first group's first step:
+        those of the other groups lead nowhere."""
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
+            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, value: Tensor, kind: str | None) -> None:
