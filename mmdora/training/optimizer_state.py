@@ -87,7 +87,7 @@ class ZeroState:
         found: Kinds = {}
         for kind, value in self.optimizer.state.get(self.flats[self.group_of[parameter]], {}).items():
             if kind == STEP:
-                found[STEP] = torch.as_tensor(value)
+                found[STEP] = torch.as_tensor(value).clone()  # one for many parameters, which a file holds by itself
             elif torch.is_tensor(value):
                 found[kind] = safe_get_full_optimizer_state(parameter, kind)
         if parameter.dtype != torch.float32:
