@@ -27,7 +27,7 @@ from machine import about_machine
 from safetensors.torch import load_file
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-STEPS = 24
+STEPS = 40
 PHASES = ("start", "step", "step", "step", "checkpoint", "checkpoint", "evaluation")
 
 
@@ -37,7 +37,7 @@ def arguments(world: Path, output: Path) -> list[str]:
         *("quickstart", f"data.train=[{{path: {data}, take: 'first:80'}}]", "data.num_workers=2"),
         *("parts.language.dropout=0.1", f"training.output={output}", f"training.max_steps={STEPS}"),
         *("training.batch_size=8", "training.micro_batch_size=4", "training.save_every=2"),
-        f"evaluation=[{{name: counting, benchmark: vqa, data: {data}, limit: 60}}]",
+        f"evaluation=[{{name: counting, benchmark: vqa, data: {data}, limit: 20}}]",
     ]
 
 
@@ -51,14 +51,26 @@ def lines(run: Path) -> int:
     return len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
 
 
-def reached(run: Path, phase: str, before: float) -> bool:
-    """Whether the process that was begun at `before` is where it is to be killed, but for a random while."""
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max((int(path.name.rpartition("-")[2]) for path in run.glob("checkpoints/checkpoint-*")), default=0)
+
+
+def writing(run: Path, process: int) -> bool:
+    """Whether the process is in the middle of a checkpoint, or died there."""
+    return any(path.name.endswith(f".{process}.new") for path in run.glob("checkpoints/.*"))
+
+
+def reached(run: Path, phase: str, process: int, goes_on_from: int) -> bool:
+    """Whether the process is where it is to be killed, but for a random while."""
     if phase == "start":
         return True
+    if phase == "step":
+        return lines(run) > goes_on_from
     if phase == "checkpoint":
-        return any(path.name.endswith(".new") for path in run.glob("checkpoints/.*"))
-    watched = run / ("metrics.jsonl" if phase == "step" else "eval/counting/responses.0.jsonl")
-    return watched.exists() and watched.stat().st_size > 0 and watched.stat().st_mtime > before
+        return writing(run, process)
+    answers = run / "eval/counting/responses.0.jsonl"
+    return answers.exists() and answers.stat().st_size > 0
 
 
 def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
@@ -66,17 +78,17 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
     while process.poll() is None:
         if condition():
             return True
-        time.sleep(0.0005)
+        time.sleep(0.002)
     return False
 
 
 def kill_once(run: Path, settings: list[str], chance: random.Random) -> dict[str, Any] | None:
     """Begin or go on, and kill; None where the run ended first, which it may."""
     phase = chance.choice(PHASES)
-    most = {"start": 12.0, "step": 1.5, "checkpoint": 0.03, "evaluation": 1.0}[phase]
-    delay, begun = chance.uniform(0, most), time.time()
+    most = {"start": 12.0, "step": 3.0, "checkpoint": 0.03, "evaluation": 1.0}[phase]
+    delay, goes_on_from = chance.uniform(0, most), newest(run)
     process = begin(settings, run.exists())
-    if wait_for(process, lambda: reached(run, phase, begun)):
+    if wait_for(process, lambda: reached(run, phase, process.pid, goes_on_from)):
         time.sleep(delay)
     process.kill()
     _, error = process.communicate()
@@ -84,9 +96,12 @@ def kill_once(run: Path, settings: list[str], chance: random.Random) -> dict[str
         if process.returncode:
             raise RuntimeError(error.decode())
         return None
-    newest = max((int(p.name.rpartition("-")[2]) for p in run.glob("checkpoints/checkpoint-*")), default=0)
-    aside = any(path.name.endswith(".new") for path in run.glob("checkpoints/.*"))
-    return {"aimed_at": phase, "steps_recorded": lines(run), "newest_checkpoint": newest, "half_written": aside}
+    return {
+        "aimed_at": phase,
+        "steps_recorded": lines(run),
+        "newest_checkpoint": newest(run),
+        "half_written": writing(run, process.pid),
+    }
 
 
 def differences(run: Path, whole: Path) -> list[str]:
