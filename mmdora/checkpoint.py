@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
 from mmdora.adapters.layer import Projection
+from mmdora.atomic import written_aside
 from mmdora.attention import explicit_where_named
 from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
@@ -277,18 +275,3 @@ def _cpu(tensor: Tensor) -> Tensor:
 def _copy(parameter: Tensor, tensor: Tensor) -> None:
     with gathered([parameter], write=True):
         parameter.copy_(tensor)
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; it takes the place of `folder` once everything is written."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

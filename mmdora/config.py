@@ -180,7 +180,8 @@ class TrainingConfig(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # 0.999, say: the adapter is this average over the steps
     gradient_checkpointing: bool = False
     save_every: Positive | None = None  # steps; null: at the end only
-    keep: Positive = 2  # checkpoints
+    keep: Positive = 2  # checkpoints, the newest; the best one is kept beside them
+    on_sigterm: Literal["save", "stop"] = "save"  # after the step: write a checkpoint and stop, or just stop
     deepspeed: str | None = None  # zero2, zero3 … (docs/scaling.md), or a JSON's path; null: without DeepSpeed
     report_to: list[Literal["wandb", "tensorboard"]] = []
 

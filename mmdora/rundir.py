@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmdora.atomic import clear_leftovers, damage
 from mmdora.config import ModelConfig, RunConfig, VideoConfig
 from mmdora.config_files import dump_config, parse_config
 from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def processor(self) -> Path:
@@ -62,14 +71,44 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"training.output: cannot make {self.path} ({error.strerror})") from error
-        if not resume:
-            self.config_file.write_text(dump_config(config), encoding="utf-8")
-            self.skipped.touch()
+        clear_leftovers(self.path)
+        clear_leftovers(self.checkpoints)
+        if self.config_file.exists():
+            tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            check_resumable(parse_config(tree, str(self.config_file)), config, self.path)
+        aside = self.config_file.with_suffix(".new")
+        aside.write_text(dump_config(config), encoding="utf-8")
+        aside.replace(self.config_file)
+        self.skipped.touch()
 
     def checkpoint(self) -> Path | None:
-        """The newest complete checkpoint: the Trainer writes `trainer_state.json` last."""
-        found = [p.parent for p in (self.path / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that is whole; None where there is none at all. One that is damaged is named in a
+        warning. Raises UserError where all of them are."""
+        found = list(self.checkpoints.glob("checkpoint-*"))
+        faults: dict[Path, str] = {}
+        for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+            fault = damage(path)
+            if fault is None:
+                for other, reason in faults.items():
+                    log.warning("%s is damaged: %s. The run goes on from %s", other, reason, path.name)
+                return path
+            faults[path] = fault
+        if faults:
+            listed = "\n".join(f"  {path}: {reason}" for path, reason in faults.items())
+            raise UserError(f"no checkpoint is whole:\n{listed}\n--overwrite moves the run aside and begins anew")
+        return None
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what metrics.jsonl says of steps after `step`, which will be taken again, and a line cut short."""
+        if self.metrics.exists():
+            kept = []
+            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
+                with suppress(ValueError):
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(f"{line}\n")
+            aside = self.metrics.with_suffix(".new")
+            aside.write_text("".join(kept), encoding="utf-8")
+            aside.replace(self.metrics)
 
     def config(self, trust_remote_code: bool = False) -> RunConfig:
         """The run's config as data: its plugins are not imported, and remote code is trusted only if said so again."""
@@ -77,6 +116,58 @@ class RunDir:
         config = parse_config(tree, str(self.config_file))
         model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         return config.model_copy(update={"model": model, "plugins": []})
+
+
+# What may change when a run is resumed, since the trained weights stay the same: keys, with all that is below them.
+NEUTRAL = (
+    "evaluation",
+    "plugins",
+    "model.trust_remote_code",
+    "data.num_workers",
+    "data.max_skipped",
+    "data.max_tokens",
+    "data.video.timeout",
+    "training.output",
+    "training.micro_batch_size",
+    "training.gradient_checkpointing",
+    "training.save_every",
+    "training.keep",
+    "training.on_sigterm",
+    "training.deepspeed",
+    "training.report_to",
+)
+LENGTH = ("training.epochs", "training.max_steps")
+
+
+def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
+    """Raise UserError that names the keys with which a resumed run would not be the one that was begun.
+
+    A run may be made longer where its learning rate does not depend on its length.
+    """
+    old, new = flat_keys(begun.model_dump(mode="json")), flat_keys(config.model_dump(mode="json"))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in NEUTRAL)]
+    steady = config.training.lr_scheduler == "constant" and config.training.warmup_ratio == 0
+    if steady and all(old[key] is not None and new[key] is not None for key in changed if key in LENGTH):
+        changed = [key for key in changed if key not in LENGTH or new[key] < old[key]]
+    if changed:
+        listed = "\n".join(f"  {key}: {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
+        longer = "; only with lr_scheduler constant and warmup_ratio 0 may a run be made longer"
+        raise UserError(
+            f"--resume: {run} was begun with other settings, without which it would not be the same run:\n{listed}\n"
+            f"Give them as they were, or another training.output{longer if set(changed) & {*LENGTH} else ''}"
+        )
+
+
+def flat_keys(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of plain values by dotted keys, as they are given on the command line."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if not items:
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def check_space(path: Path, needed: int) -> None:

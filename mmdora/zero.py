@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,6 +56,28 @@ def true_shape(tensor: Tensor) -> tuple[int, ...]:
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
     return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:
+    """What this process holds of a whole tensor that belongs to the parameter: all of it, or its share under ZeRO-3."""
+    if not is_partitioned(parameter):
+        return whole
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    share, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(group)  # type: ignore[attr-defined]
+    padded = whole.new_zeros(share * torch.distributed.get_world_size(group))
+    padded[: whole.numel()] = whole.flatten()
+    return padded[share * rank : share * (rank + 1)]
+
+
+def whole_of(parameter: Tensor, shard: Tensor) -> Tensor:
+    """The whole tensor of the processes' shards. A collective under ZeRO-3: every process calls it."""
+    if not is_partitioned(parameter):
+        return shard
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    shards = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(shards, shard.contiguous(), group=group)
+    shape = true_shape(parameter)
+    return torch.cat(shards)[: math.prod(shape)].view(shape)
 
 
 @contextmanager

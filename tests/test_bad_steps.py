@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -158,6 +159,12 @@ def test_the_average_is_the_runs_adapter(world, tmp_path):
     for number, weights in enumerate(steps, start=1):
         decay = min(0.5, (1 + number) / (10 + number))
         average = {key: decay * value + (1 - decay) * weights[key] for key, value in average.items()}
+    again = [*arguments[:-1], "training.keep=1"]
+    for folder in ("checkpoints/checkpoint-3", "checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(output / folder)
+    assert command("train", *again, "--resume") == 0  # from step 2
+    resumed = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[key], final[key]) for key in final)
     for key, value in average.items():
         torch.testing.assert_close(final[key], value, msg=key)
         assert not torch.equal(final[key], steps[-1][key])

@@ -24,6 +24,7 @@ GRACE = 5.0  # seconds after which a request ends the process, whether or not it
 def main(socket: int, memory: int) -> None:
     """Answer requests until the parent closes its end, however it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it closes the socket
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so is this: a run that ends after its step wants its frames
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(socket)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
@@ -34,7 +36,9 @@ from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
+from mmdora.training.checkpoints import step_of
 from mmdora.training.packing import check_packing, row_length
+from mmdora.training.signals import StopOnSigterm
 from mmdora.training.trainer import AdapterTrainer, check_batches, optimizer_groups
 from mmdora.zero import numel
 
@@ -55,7 +59,7 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
         sources = [read_source(source, config.training.seed) for source in config.data.train]
         # Read now: what evaluation will want is missed before training, not after.
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
-    checkpoint = run_dir.checkpoint() if resume else None
+    checkpoint = find_checkpoint(run_dir) if resume else None
     ledger = open_ledger(config, sources, run_dir)
 
     model, processor = load_model(config.model)
@@ -75,7 +79,11 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
     trainer = make_trainer(config, arguments, model, dataset, run_dir, console)
     show_groups(console, optimizer_groups(trainer.model, config))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with StopOnSigterm(config.training.on_sigterm) as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        tell_stopped(config, trainer.state.global_step)
     with trainer.averaged():
         save_adapter(trainer.model, run_dir.adapter)
 
@@ -83,6 +91,30 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     gc.collect()
     arguments.distributed_state.wait_for_everyone()
     finish(config, questions, run_dir, ledger, console)
+
+
+def find_checkpoint(run_dir: RunDir) -> Path | None:
+    """The checkpoint that all processes go on from, as rank 0 finds it, which also cuts what was recorded after it.
+
+    Raises UserError where none is whole, or where this process cannot see it.
+    """
+    found: list[Path | None] = [None]
+    if is_main():
+        found = [run_dir.checkpoint()]
+        run_dir.cut_metrics(step_of(found[0]) if found[0] else 0)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    if found[0] is not None and not found[0].is_dir():
+        raise UserError(f"--resume: {found[0]} is not on this machine; training.output must be a folder that all share")
+    return found[0]
+
+
+def tell_stopped(config: RunConfig, step: int) -> None:
+    """End the command after SIGTERM: exit code 1."""
+    saved = f"a checkpoint of step {step} is written" if config.training.on_sigterm == "save" else "nothing is written"
+    if is_main():
+        sys.stderr.write(f"stopped by SIGTERM after step {step}; {saved}. The same command with --resume goes on\n")
+    sys.exit(1)
 
 
 def check_names(config: RunConfig) -> None:

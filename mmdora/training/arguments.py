@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         fp16=half == "float16",
         seed=settings.seed,
         data_seed=settings.seed,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or 500,
-        save_total_limit=settings.keep,
+        save_strategy="steps",  # and always at the end
+        save_steps=settings.save_every or sys.maxsize,
         logging_steps=1,
         report_to=settings.report_to or "none",
         run_name=output.name,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mmdora.zero import gathered, local_shard
+from mmdora.zero import local_shard, shard_of, whole_of
 
 
 class Average(TrainerCallback):
@@ -25,8 +25,9 @@ class Average(TrainerCallback):
         self.values: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.values:  # a run that goes on has loaded them
-            self.values = {name: local_shard(p).float().clone() for name, p in self._parameters()}
+        for name, parameter in self._parameters():
+            if name not in self.values:  # a run that goes on has read them
+                self.values[name] = local_shard(parameter).float().clone()
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,24 +46,14 @@ class Average(TrainerCallback):
         finally:
             self._put(weights)
 
-    def whole(self) -> dict[str, Tensor]:
-        """The average by parameter, whole and on the CPU; every process is to ask."""
-        found = {}
-        with self.applied():
-            for name, parameter in self._parameters():
-                with gathered([parameter]):
-                    found[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-        return found
+    def read(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The average of a parameter, whole; every process is to ask."""
+        return whole_of(parameter, self.values[name])
 
-    @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Go on from what `whole` gave, in any number of processes."""
-        weights = {name: local_shard(p).clone() for name, p in self._parameters()}
-        for name, parameter in self._parameters():
-            with gathered([parameter], write=True):
-                parameter.copy_(values[name])
-        self.values = {name: local_shard(p).float().clone() for name, p in self._parameters()}
-        self._put(weights)
+    def write(self, name: str, parameter: nn.Parameter, average: Tensor) -> None:
+        """Go on from what `read` gave, in any number of processes."""
+        mine = local_shard(parameter)
+        self.values[name] = shard_of(parameter, average).to(mine.device, torch.float32, copy=True)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

@@ -20,7 +20,7 @@ from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
 from mmdora.architectures import find_parts
 from mmdora.blocks import rate_factors
-from mmdora.checkpoint import load_weights, save_adapter
+from mmdora.checkpoint import save_adapter
 from mmdora.config import PartConfig, RunConfig
 from mmdora.errors import UserError
 from mmdora.tokens import NEW_TOKENS, VALUES
@@ -28,7 +28,9 @@ from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
 from mmdora.training.batches import Batching, MicroBatches, check_budgets
+from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.packing import packed_inputs
+from mmdora.training.signals import outlive_sigterm
 from mmdora.zero import read_in_forward, true_shape
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class AdapterTrainer(Trainer):
         self.bad_steps = BadSteps(
             config.training.max_bad_steps, 2 * math.log(vocabulary), self.train_dataset.not_learnt
         )
+        self.resumed: Resumed | None = None
         self.add_callback(NormsOnceAStep)
         self.add_callback(self.bad_steps)
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
@@ -105,6 +108,10 @@ class AdapterTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_sigterm,
+            # Its own: workers' seeds would else be drawn from the generator that dropout draws from, once or twice
+            # more where a run was resumed.
+            generator=torch.Generator().manual_seed(args.seed),
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,34 +174,46 @@ class AdapterTrainer(Trainer):
             self.audit = Audit(self.model, parts, self.args.device)
         self.audit.check(self.state.global_step)
 
-    # Checkpoints hold the adapter and the optimizer's state, never the frozen base.
+    # Checkpoints are our own (checkpoints.py): they hold the adapter and the optimizer's state, never the frozen base.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        folder, state = Path(self.args.output_dir), self.state
+        best = state.best_global_step
+        if best is not None and (best == state.global_step or (folder / f"checkpoint-{best}").is_dir()):
+            state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        save_checkpoint(self, folder / f"checkpoint-{state.global_step}")
+        if self.args.process_index == 0:
+            rotate(folder, state.global_step, self.run_config.training.keep, best)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        epochs_trained, steps_skipped = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # how often to save is this config's affair
+        if self.state.global_step >= max_steps:  # else the Trainer would take one more step to find out
+            return self.state.num_train_epochs, 0
+        return epochs_trained, steps_skipped
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / "adapter")
+        self.resumed = Resumed(self, Path(resume_from_checkpoint))
+        self.resumed.load_weights()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if self.is_deepspeed_enabled:
             for _, layer in adapter_layers(self.model):
                 read_in_forward(layer, [p for name in layer.specs for p in layer.adapter_tensors(name).values()])
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            if resume_from_checkpoint is not None:  # before the engine takes the weights over
+                self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # Not strict: the frozen base is not in the checkpoint.
-        self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-        scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        if self.resumed is not None:
+            self.resumed.load_rest()
         return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.resumed is not None:
+            self.resumed.load_random_state()
 
 
 def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:

@@ -1,0 +1,53 @@
+"""SIGTERM, with which Slurm, Kubernetes and launchers announce that they will kill: the run ends after a whole step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback
+
+
+class StopOnSigterm(TrainerCallback):
+    """Inside `with`, SIGTERM to any process lets all of them finish the step, write a checkpoint (`save`) and stop."""
+
+    def __init__(self, action: Literal["save", "stop"]):
+        self.action = action
+        self.received = False  # by this process
+        self.stopped = False  # by agreement
+
+    def __enter__(self) -> StopOnSigterm:
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        received = torch.tensor(float(self.received), device=args.device)
+        if torch.distributed.is_initialized():  # a launcher may reach the processes in different steps
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        if received.item():
+            self.stopped = control.should_training_stop = True
+            control.should_save = control.should_save or self.action == "save"
+
+
+def outlive_sigterm(worker: int = 0) -> None:
+    """For a process that loads data: SIGTERM goes to whole process groups, and the last step needs its samples. It ends
+    when its parent says so, or is gone."""
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,297 @@
+"""A run that died goes on as if it had not: killed, terminated, with a damaged checkpoint or on a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipelines.dataset import read_source
+from mmdora.atomic import clear_leftovers, damage, write_manifest, written_aside
+from mmdora.config import SourceConfig
+from mmdora.rundir import RunDir
+from mmdora.training.checkpoints import rotate, write_pieces
+from tests.conftest import ROOT
+from tests.test_runs import command
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+STEPS, EPOCH = 7, 3  # steps of the run, and of an epoch
+
+
+@pytest.fixture(scope="module")
+def settings(world, tmp_path_factory) -> Callable[..., list[str]]:
+    """A run of two epochs and a third, with dropout, pictures and a sample that cannot be used."""
+    read_source(SourceConfig(path=f"{world}/counting_held_out.json", format="shapes"))
+    rows = json.loads((world / "counting_held_out.json").read_text())[:24]
+    rows[5]["image"] = "gone.png"
+    data = tmp_path_factory.mktemp("data") / "rows.json"
+    data.write_text(json.dumps(rows))
+    benchmark = f"name: counting, benchmark: vqa, data: {data}, where: {{}}, media: {world}, limit: 5, batch_size: 2"
+
+    def build(output: Path, *more: str) -> list[str]:
+        return [
+            "quickstart",
+            f"data.train=[{{path: {data}, format: llava, media: {world}}}]",
+            "data.max_skipped=0.5",
+            "data.num_workers=0",
+            f"training.output={output}",
+            f"training.max_steps={STEPS}",
+            "training.batch_size=8",
+            "training.micro_batch_size=4",
+            "training.save_every=2",
+            "training.keep=9",
+            "parts.language.dropout=0.1",
+            f"evaluation=[{{{benchmark}}}]",
+            *more,
+        ]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert command("train", *settings(output)) == 0
+    return output
+
+
+def until(whole: Path, output: Path, step: int) -> None:
+    """A copy of the run as if it had died after a checkpoint: in the middle of writing metrics.jsonl."""
+    shutil.copytree(whole, output)
+    for name in ("adapter", "eval", "report.html", "loss.png"):
+        path = output / name
+        _ = shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (output / "checkpoints").iterdir():
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+
+
+def apart(arguments: list[str], end: str = "", **more) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in a process group of its own."""
+    plugin = ["plugins=[tests.killer]"] if end else []
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments, *plugin],
+        cwd=ROOT,
+        env={**os.environ, "END": end},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+        **more,
+    )
+
+
+def metrics(run: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in ("step", "epoch", "loss", "grad_norm", "learning_rate")) for row in rows]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    """Weights bit for bit, and everything that was recorded: each step and each skipped sample once."""
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert metrics(run) == metrics(whole)
+    assert (run / "skipped.jsonl").read_text() == (whole / "skipped.jsonl").read_text()
+    scores = "eval/counting/scores.jsonl"
+    assert (run / scores).read_text() == (whole / scores).read_text()
+    state = [(r / f"checkpoints/checkpoint-{STEPS}/state.json").read_text() for r in (run, whole)]
+    assert state[0] == state[1]
+
+
+def steps(run: Path) -> list[int]:
+    """Of the checkpoints. Nothing else lies beside them."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in (run / "checkpoints").iterdir())
+
+
+def test_killed_three_times(settings, whole, tmp_path):
+    """In a step's forward pass, while a checkpoint is written, and while answers are generated."""
+    run, arguments = tmp_path / "run", settings(tmp_path / "run", "training.keep=2")
+    assert len((whole / "skipped.jsonl").read_text().splitlines()) == 1
+    for end, found in (
+        ("forward 6 KILL", [2]),  # the second micro-batch of step 3
+        ("trainer_state.json 1 KILL", [2, "aside"]),  # of checkpoint-4
+        ("forward 16 KILL", [6, 7]),  # ten are of steps 3 to 7
+    ):
+        done = apart([*arguments, *(["--resume"] if run.exists() else [])], end)
+        assert done.returncode == -9, done.stdout + done.stderr
+        names = [p.name for p in (run / "checkpoints").iterdir()]
+        assert len(names) == len(found), names
+        assert {f"checkpoint-{n}" for n in found if n != "aside"} <= set(names)
+    assert not (run / "report.html").exists()
+    assert list((run / "eval" / "counting").glob("responses.*.jsonl"))
+    assert command("train", *arguments, "--resume") == 0
+    check_equal(run, whole)
+    assert steps(run) == [6, 7]
+
+
+def test_from_the_end_of_an_epoch_and_with_workers(settings, whole, tmp_path):
+    """With two workers, where the first run had none."""
+    until(whole, tmp_path / "run", 2 * EPOCH)
+    assert command("train", *settings(tmp_path / "run", "data.num_workers=2"), "--resume") == 0
+    check_equal(tmp_path / "run", whole)
+
+
+def test_nothing_left_to_do(settings, whole, tmp_path):
+    """A finished run stays what it is."""
+    shutil.copytree(whole, tmp_path / "done")
+    assert command("train", *settings(tmp_path / "done"), "--resume") == 0
+    check_equal(tmp_path / "done", whole)
+
+
+def test_nothing_to_go_on_from(settings, whole, tmp_path):
+    """A run that died before its first checkpoint, or before it wrote its config, begins at its first step."""
+    until(whole, tmp_path / "run", 0)
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert command("train", *settings(tmp_path / "run"), "--resume") == 0
+    check_equal(tmp_path / "run", whole)
+    assert RunDir(tmp_path / "run").config().training.max_steps == STEPS
+
+
+@pytest.mark.parametrize("action", ["save", pytest.param("stop", marks=pytest.mark.slow)])
+def test_sigterm_ends_the_run_after_a_whole_step(settings, whole, tmp_path, action):
+    """To the whole process group, as Slurm does it: the workers bring the step's samples all the same."""
+    run, more = tmp_path / "run", (f"training.on_sigterm={action}", "data.num_workers=2")
+    done = apart(settings(run, *more), "forward 5 TERM")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "stopped by SIGTERM after step 3; " in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row[0] for row in metrics(run)] == [1, 2, 3]
+    assert steps(run) == ([2, 3] if action == "save" else [2])
+    assert not (run / "adapter").exists()
+    if action == "save":
+        assert command("train", *settings(run), "--resume") == 0
+        check_equal(run, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(settings, whole, tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    until(whole, run, 6)
+    piece = run / "checkpoints" / "checkpoint-6" / "optimizer-00000.safetensors"
+    content = bytearray(piece.read_bytes())
+    content[-100] ^= 1
+    piece.write_bytes(content)
+    assert command("train", *settings(run, "data.num_workers=2"), "--resume") == 0  # from the middle of an epoch
+    assert "checkpoint-6 is damaged: optimizer-00000.safetensors is not what was written" in caplog.text
+    assert "goes on from checkpoint-4" in caplog.text
+    check_equal(run, whole)
+    for path in (run / "checkpoints").iterdir():
+        (path / "trainer_state.json").unlink()
+    capsys.readouterr()
+    assert command("train", *settings(run), "--resume") == 2
+    error = capsys.readouterr().err
+    assert "no checkpoint is whole" in error
+    assert "checkpoint-2: trainer_state.json is missing" in error
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(settings, whole, tmp_path):
+    """No file can grow beyond the adapter's size, which the optimizer's state does."""
+    run = tmp_path / "run"
+    until(whole, run, 4)
+    most = int(1.2 * (whole / "adapter" / "adapter_model.safetensors").stat().st_size)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
+    done = apart([*settings(run), "--resume"], preexec_fn=limit)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "checkpoint-6 cannot be written" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert steps(run) == [2, 4]
+    assert command("train", *settings(run), "--resume") == 0
+    check_equal(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["training.seed=4", "training.batch_size=4"], ["training.seed: 3, now 4", "training.batch_size: 8, now 4"]),
+        (["parts.vision.rank=8"], ["parts.vision.rank: 16, now 8"]),
+        (["data.train.0.weight=2"], ["data.train.0.weight: 1.0, now 2.0"]),
+        (["model.pad_to_square=true"], ["model.pad_to_square: False, now True"]),
+        (["training.max_steps=9"], ["training.max_steps: 7, now 9", "only with lr_scheduler constant"]),
+    ],
+)
+def test_other_settings_are_refused(settings, whole, capsys, more, named):
+    before = (whole / "config.yaml").read_text()
+    assert command("train", *settings(whole, *more), "--resume") == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in named), error
+    assert (whole / "config.yaml").read_text() == before
+
+
+def test_what_may_change(settings, tmp_path):
+    """A run of a steady learning rate is made longer, and checkpoints come as often as is said now."""
+    run = tmp_path / "run"
+    arguments = settings(run, "training.lr_scheduler=constant", "training.warmup_ratio=0", "evaluation=[]")
+    assert command("train", *arguments, "training.max_steps=2") == 0
+    more = ["training.save_every=1", "training.micro_batch_size=2", "training.max_steps=4"]
+    assert command("train", *arguments, *more, "--resume") == 0
+    assert steps(run) == [2, 3, 4]
+    assert [row[0] for row in metrics(run)] == [1, 2, 3, 4]
+    assert RunDir(run).config().training.max_steps == 4
+
+
+def test_checkpoints_are_small(whole):
+    """Adapter and two moments, in files of names that are the adapter's; no frozen base."""
+    folder = whole / "checkpoints" / f"checkpoint-{STEPS}"
+    adapter = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    state = sum(path.stat().st_size for path in folder.glob("optimizer-*"))
+    assert state < 2.2 * adapter
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) - adapter - state < 100_000
+
+
+def test_pieces_are_of_bounded_size(tmp_path):
+    tensors = {f"exp_avg.{i}": torch.full((1000,), float(i)) for i in range(10)}
+    write_pieces(tmp_path, iter(tensors.items()), most=10_000)
+    files = sorted(tmp_path.iterdir())
+    assert [len(load_file(path)) for path in files] == [3, 3, 3, 1]
+    found = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_rotation_spares_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, newest=4, keep=2, best=1)  # 10: of before the run went back
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_folders_are_whole_or_not_there(tmp_path):
+    """Whichever of the moments around the renames a process is killed in."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    with pytest.raises(FileNotFoundError), written_aside(folder) as aside:
+        (aside / "file").write_text((tmp_path / "gone").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    folder.rename(tmp_path / f".adapter.{dead.pid}.old")  # between the two renames
+    (tmp_path / f".adapter.{dead.pid}.new").mkdir()
+    (tmp_path / f".other.{os.getppid()}.new").mkdir()  # of one that lives
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.{os.getppid()}.new", "adapter"]
+    assert (folder / "file").read_text() == "old"
+    with written_aside(folder) as aside:
+        (aside / "file").write_text("new")
+        write_manifest(aside)
+    assert (folder / "file").read_text() == "new"
+    assert damage(folder) is None
+    (folder / "file").write_text("odd")
+    assert damage(folder) == "file is not what was written (its SHA-256 differs)"
