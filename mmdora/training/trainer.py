@@ -28,6 +28,8 @@ from mmdora.training.batches import Batching, MicroBatches, check_budgets
 from mmdora.training.packing import packed_inputs
 from mmdora.zero import read_in_forward, true_shape
 
+IGNORED = -100  # a label that the loss skips
+
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +61,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: RunConfig, **kwargs: Any):
         super().__init__(**kwargs)
         self.run_config = config
+        self.loss_is_scaled_for_ga = True  # by `compute_loss`
         self.tokens_seen = 0  # by this process, media tokens included
         self.waited = 0.0  # seconds that this process had no batch to work on
         self.audit: Audit | None = None
@@ -113,12 +116,31 @@ class AdapterTrainer(Trainer):
             )
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Supervised tokens of a step's micro-batches, in all processes."""
+        counts = [supervised(batch["labels"]) for batch in batch_samples]
+        tokens = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        return self.accelerator.gather(tokens).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean over all tokens of the step, times the number of processes, which
+        gradients are averaged over."""
         # A packed batch has no attention mask.
         self.tokens_seen += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
         if "attention_mask" not in inputs:
             inputs = packed_inputs(self.model, inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Qwen's families, PaliGemma and Gemma 3 give the mean over their micro-batch, which may hold few of the tokens.
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss * (supervised(inputs["labels"]) / num_items_in_batch * self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._audit()
@@ -161,6 +183,11 @@ class AdapterTrainer(Trainer):
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
+
+
+def supervised(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens of `labels` [rows, tokens] count in the loss: a row's first has none before it to follow from."""
+    return (labels[..., 1:] != IGNORED).sum()
 
 
 def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:
