@@ -25,7 +25,7 @@ from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
 from mmdora.peft_format import MAGNITUDE, PREFIX, VALUES, Adapter, metadata, own_config, peft_config, read_adapter
 from mmdora.tokens import check_rows, load_rows, new_tokens, rows_contents, rows_of, train_rows
-from mmdora.zero import gathered, true_shape
+from mmdora.zero import gathered, in_full, true_shape
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -58,8 +58,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     for path, layer in layers.items():
         found: dict[str, Tensor] = {}
         for suffix, parameter in layer.adapter_tensors(name).items():
-            with gathered([parameter]):
-                found[suffix] = _cpu(parameter)
+            found[suffix] = _cpu(in_full(parameter))
         if dora:
             found = _as_dora(layer, name, found)
         if specs[path].use_vera:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LIMIT = 60  # seconds that one case may take, and that a process waits for another
+LIMIT = 120  # seconds that one case may take, and that a process waits for another
 
 
 @dataclass(frozen=True)

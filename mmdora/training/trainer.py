@@ -26,7 +26,7 @@ from mmdora.tokens import NEW_TOKENS, VALUES
 from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.batches import Batching, MicroBatches, check_budgets
 from mmdora.training.packing import packed_inputs
-from mmdora.zero import read_in_forward, true_shape
+from mmdora.zero import begin_stage_0, read_in_forward, true_shape
 
 IGNORED = -100  # a label that the loss skips
 
@@ -175,9 +175,12 @@ class AdapterTrainer(Trainer):
         if self.is_deepspeed_enabled:
             for _, layer in adapter_layers(self.model):
                 read_in_forward(layer, [p for name in layer.specs for p in layer.adapter_tensors(name).values()])
-        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+        if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        begin_stage_0(self.model_wrapped)
+        if resume_from_checkpoint is None:
+            return prepared
         # Not strict: the frozen base is not in the checkpoint.
         self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
