@@ -83,8 +83,8 @@ def generate(
     for batch in _batches(encoder, questions, batch_size):
         inputs = {k: v.to(device) for k, v in collate([row for _, row in batch]).items()}
         length = inputs["input_ids"].shape[1]
-        # Left to itself, transformers keeps processes in step wherever a ZeRO-3 config exists, for whole models too, and
-        # waits for ever for one that has fewer batches.
+        # Left to itself, transformers keeps processes in step wherever a ZeRO-3 config exists, for whole models too,
+        # and waits for ever for one that has fewer batches.
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, synced_gpus=False
         )

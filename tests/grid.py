@@ -22,7 +22,7 @@ from tests.grid_worker import LIMIT, Case
 from tests.media import write_image, write_video
 
 KINDS = ("image", "video", "text", "both")
-WORDS = "red blue green circle square triangle left right up down two three".split()
+WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "three"]
 ANSWERS = (1, 2, 5, 40)  # words, unlike enough that a mean over means would show
 
 
@@ -135,8 +135,8 @@ class Grid:
                 assert error <= 1e-3 * (gradient.norm() + 1e-3 * total), (name, step, key, float(error))
 
     def check_adapter(self, name: str, reference: str, tolerance: float = 1e-3) -> None:
-        """The same tensors, close by norm: where a gradient is all but zero, Adam's first steps are as large as any, and
-        go by its rounding."""
+        """The same tensors, close by norm: where a gradient is all but zero, Adam's first steps are as large as any,
+        and go by its rounding."""
         ours, theirs = self.adapter(name), self.adapter(reference)
         assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         for key, tensor in theirs.items():

@@ -57,7 +57,8 @@ def recording(trainer_class: type, folder: Path) -> type:
 
             trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             whole = {n: p.grad if p.grad is not None else safe_get_full_grad(p) for n, p in trained.items()}
-            self.steps.append({n: g.detach().float().clone() for n, g in whole.items() if g is not None})
+            zero = {n: torch.zeros_like(p) for n, p in trained.items() if whole[n] is None}  # a step without pictures
+            self.steps.append({n: g.detach().float().clone() for n, g in (whole | zero).items()})
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             result = super().train(*args, **kwargs)

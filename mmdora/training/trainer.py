@@ -43,6 +43,17 @@ class NormsOnceAStep(TrainerCallback):
         fix_weights(False)
 
 
+class EveryParameterSteps(TrainerCallback):
+    """A step without a picture gives a vision encoder no gradient, and AdamW would leave it where it is. With several
+    processes its gradient is zero instead, and its momentum goes on: so it does in one process too."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.deepspeed is None:  # else the engine has stepped already
+            for parameter in kwargs["model"].parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
 class EpochOrder(TrainerCallback):
     """Tells the batches which epoch it is: also in the middle of one, where a run goes on from a checkpoint."""
 
@@ -66,6 +77,7 @@ class AdapterTrainer(Trainer):
         self.waited = 0.0  # seconds that this process had no batch to work on
         self.audit: Audit | None = None
         self.add_callback(NormsOnceAStep)
+        self.add_callback(EveryParameterSteps)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
