@@ -148,10 +148,13 @@ class AdapterTrainer(Trainer):
         if "attention_mask" not in inputs:
             inputs = packed_inputs(self.model, inputs)
         if self.model_accepts_loss_kwargs or num_items_in_batch is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Qwen's families, PaliGemma and Gemma 3 give the mean over their micro-batch, which may hold few of the tokens.
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = loss * (supervised(inputs["labels"]) / num_items_in_batch * self.args.world_size)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            # Qwen's families, PaliGemma and Gemma 3 give the mean over their micro-batch, which may hold few tokens.
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss = loss * (supervised(inputs["labels"]) / num_items_in_batch * self.args.world_size)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss.requires_grad_()  # nothing that is trained was reached, as by text where the projector alone is
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
