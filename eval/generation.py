@@ -83,7 +83,11 @@ def generate(
     for batch in _batches(encoder, questions, batch_size):
         inputs = {k: v.to(device) for k, v in collate([row for _, row in batch]).items()}
         length = inputs["input_ids"].shape[1]
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        # Left to itself, transformers keeps processes in step wherever a ZeRO-3 config exists, for whole models too,
+        # and waits for ever for one that has fewer batches.
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, synced_gpus=False
+        )
         texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
         yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
     model.train(was_training)

@@ -23,7 +23,7 @@ from mmdora.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
 from mmdora.peft_format import MAGNITUDE, PREFIX, VALUES, Adapter, metadata, own_config, peft_config, read_adapter
 from mmdora.tokens import check_rows, load_rows, new_tokens, rows_contents, rows_of, train_rows
-from mmdora.zero import gathered, true_shape
+from mmdora.zero import gathered, in_full, true_shape
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -56,8 +56,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     for path, layer in layers.items():
         found: dict[str, Tensor] = {}
         for suffix, parameter in layer.adapter_tensors(name).items():
-            with gathered([parameter]):
-                found[suffix] = _cpu(parameter)
+            found[suffix] = _cpu(in_full(parameter))
         if dora:
             found = _as_dora(layer, name, found)
         if specs[path].use_vera:
@@ -67,8 +66,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in found.items()}
     for path in record.whole:
         for key, tensor in _state(model.get_submodule(path), path).items():
-            with gathered([tensor]):
-                tensors[f"{PREFIX}{key}"] = _cpu(tensor)
+            tensors[f"{PREFIX}{key}"] = _cpu(in_full(tensor).to(tensor.dtype))
     rows = rows_contents(model)
     tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     base = getattr(model, "name_or_path", None) or None

@@ -20,7 +20,7 @@ from mmdora.adapters.layer import AdapterLayer
 from mmdora.architectures import is_inside
 from mmdora.errors import UserError
 from mmdora.peft_format import PREFIX, VALUES, Adapter
-from mmdora.zero import gathered, true_shape
+from mmdora.zero import gathered, in_full, true_shape
 
 ROWS = "token_adapter"  # PEFT's name for the module; VALUES is that of its parameter
 NEW_TOKENS = "new tokens"  # what tables of results call these rows
@@ -126,8 +126,7 @@ def rows_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
     does not find out for every model that they are tied."""
     found = {}
     for path, rows in token_rows(model):
-        with gathered([rows.trainable_tokens_delta]):
-            found[path] = (rows.ids, rows.trainable_tokens_delta.detach().to("cpu", copy=True).contiguous())
+        found[path] = (rows.ids, in_full(rows.trainable_tokens_delta).to("cpu", copy=True).contiguous())
     return found
 
 

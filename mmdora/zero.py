@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def true_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def local_shard(parameter: nn.Parameter) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
     return getattr(parameter, "ds_tensor", parameter).detach()
 
@@ -78,6 +79,39 @@ def whole_of(parameter: Tensor, shard: Tensor) -> Tensor:
     torch.distributed.all_gather(shards, shard.contiguous(), group=group)
     shape = true_shape(parameter)
     return torch.cat(shards)[: math.prod(shape)].view(shape)
+
+
+def in_full(parameter: Tensor) -> Tensor:
+    """The whole parameter, in fp32 where DeepSpeed trains it in half precision and moves a copy in fp32: what it has
+    learnt in many small steps is in the copy alone. Every process calls it. See also training/average.py."""
+    if (average := getattr(parameter, "average", None)) is not None:
+        return whole_of(parameter, average).clone()
+    if (copy := getattr(parameter, "fp32_copy", None)) is not None:
+        return copy.detach().clone()
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if (copy := safe_get_full_fp32_param(parameter)) is not None:
+            return copy.detach().clone()
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def begin_stage_0(engine: Any) -> None:
+    """Make a half-precision DeepSpeed engine of stage 0 begin as those of the other stages do.
+
+    To have its state allocated, it has already taken a step, with gradients of zero. Adam counts it: bias correction
+    would be one step ahead, and the first update 0.74 of what it should be. Its fp32 copies are known to itself alone.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() or not hasattr(optimizer, "fp32_groups"):
+        return
+    optimizer.optimizer.state.clear()
+    for halves, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for half, copy in zip(halves, copies, strict=True):
+            copy.copy_(half)  # weight decay has been at it
+            half.fp32_copy = copy
 
 
 @contextmanager

@@ -1,18 +1,15 @@
-"""DeepSpeed with two real processes on the CPU, started by both launchers, with no compiler on the path."""
+"""Two real processes on the CPU, with no compiler on the path: DDP and ZeRO train what one process does, and no mix of
+pictures, clips and text stops them. The whole grid is in test_zero_grid.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.conftest import ROOT
+from tests.grid import Grid, deepspeed_file, free_port, launch, write_combinations, write_mixed
 from tests.test_runs import command, small
 
 TOKENS = "model.new_tokens=[<left>,<right>]"  # rows whose modules the engine must gather too
@@ -20,68 +17,101 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is in
 
 
 @pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Grid:
+    """All runs of this file, in two launches."""
+    folder = tmp_path_factory.mktemp("grid")
+    mixed, pairs = write_mixed(folder), write_combinations(folder)
+    stage = {n: f"training.deepspeed={deepspeed_file(folder, f'stage{n}', n)}" for n in (0, 1, 3)}
+    made = Grid(folder, [*COMMON, f"data.train=[{{path: {pairs}, format: llava}}]"])
+    asked = f"benchmark: vqa, data: {mixed}, format: llava, batch_size: 1"
+    questions = f"evaluation=[{{name: five, {asked}, limit: 5, before: true}}, {{name: single, {asked}, limit: 1}}]"
+    batches = [f"data.train=[{{path: {mixed}, format: llava}}]", "training.batch_size=8", "training.max_steps=4"]
+    for name, more in {"pairs": ["training.micro_batch_size=2"], "mixed": [*batches, questions]}.items():
+        made.add(name, *more)
+    made.run(processes=1)
+    made.add("pairs-ddp")
+    made.add("pairs-zero1", stage[1])
+    made.add("pairs-zero3", stage[3])
+    checkpointed = ["training.micro_batch_size=1", "training.gradient_checkpointing=true"]
+    made.add("mixed-zero3", stage[3], *batches, *checkpointed, questions)
+    for n in (0, 1):
+        made.add(f"bf16-zero{n}", stage[n], "model.dtype=bfloat16", "training.max_steps=3", record=False)
+    made.run(processes=2)
+    return made
+
+
+COMMON = [
+    "data.num_workers=0",
+    "data.video.num_frames=2",
+    "data.max_skipped=0",
+    "training.seed=0",
+    "training.max_steps=17",
+    "training.batch_size=2",
+    "training.micro_batch_size=1",
+    "training.warmup_ratio=0",
+    "training.save_every=null",
+    "evaluation=[]",
+]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero3"])
+def test_every_pair_of_kinds_on_two_processes(grid, engine):
+    """The seventeenth step has one sample for two processes, and repeats another."""
+    name = f"pairs-{engine}"
+    assert len(grid.metrics(name, "loss")) == 17
+    assert grid.largest_difference(name, "pairs", steps=16) <= 1e-4
+    assert grid.metrics(name, "grad_norm")[:16] == pytest.approx(grid.metrics("pairs", "grad_norm")[:16], rel=1e-3)
+    grid.check_gradients(name, "pairs", steps=16)
+
+
+def test_accumulated_and_checkpointed_in_partitions(grid):
+    """And evaluated where processes have unequally many questions, of other kinds, with answers of other lengths."""
+    assert grid.largest_difference("mixed-zero3", "mixed") <= 1e-4
+    grid.check_gradients("mixed-zero3", "mixed")
+    grid.check_adapter("mixed-zero3", "mixed")
+    for entry, count in (("before/five", 5), ("five", 5), ("single", 1)):
+        assert len(grid.answers("mixed", entry)) == count
+        assert grid.answers("mixed-zero3", entry) == grid.answers("mixed", entry)
+    assert len({len(answer) for answer in grid.answers("mixed", "five").values()}) > 1
+
+
+def test_half_precision_learns_in_fp32_at_every_stage(grid):
+    """At stage 0 DeepSpeed's own first step has no part in it. What is saved is the fp32 copy, not its rounding."""
+    assert grid.metrics("bf16-zero0", "loss")[:2] == grid.metrics("bf16-zero1", "loss")[:2]
+    assert grid.largest_difference("bf16-zero0", "bf16-zero1") <= 2e-3
+    for name in ("bf16-zero0", "bf16-zero1"):
+        tensors = [t for key, t in grid.adapter(name).items() if "lora_" in key]
+        assert {str(t.dtype) for t in tensors} == {"torch.float32"}
+        assert all((t != t.bfloat16()).any() for t in tensors)
+
+
+@pytest.fixture(scope="module")
 def alone(world, tmp_path_factory) -> Path:
-    """The same run in one process without DeepSpeed."""
+    """The shipped quickstart in one process without DeepSpeed."""
     output = tmp_path_factory.mktemp("runs") / "alone"
     assert command("train", *small(world, output), TOKENS) == 0
     return output
 
 
-def launch(launcher: list[str], arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Start two processes; compilers are hidden, so that anything which wants one fails here."""
-    hidden = tmp_path / "bin"
-    hidden.mkdir()
-    for tool in ("gcc", "g++", "cc", "c++", "ninja", "nvcc"):
-        (hidden / tool).write_text("#!/bin/sh\nexit 1\n")
-        (hidden / tool).chmod(0o755)
-    venv = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    return subprocess.run(
-        [*launcher, "train.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def deepspeed() -> list[str]:
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
 
 
-LAUNCHERS = {
-    "zero3": lambda: [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        f"--master_port={free_port()}",
-    ],
-    "zero2": lambda: [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus=2",
-        f"--master_port={free_port()}",
-    ],
-}
-
-
-@pytest.mark.parametrize("stage", ["zero3", "zero2"])
-def test_two_processes_train_what_one_does(world, alone, tmp_path, stage):
-    """Stage 3 under torchrun, stage 2 under deepspeed: the adapter is complete, and close to the single process's."""
+@pytest.mark.parametrize(
+    ("launcher", "stage"), [(deepspeed, "zero2"), pytest.param(torchrun, "zero3", marks=pytest.mark.slow)]
+)
+def test_both_launchers_start_train_py(world, alone, tmp_path, launcher, stage):
     output = tmp_path / stage
     arguments = [*small(world, output), TOKENS, f"training.deepspeed={stage}"]
-    done = launch(LAUNCHERS[stage](), arguments, tmp_path)
+    done = launch([*launcher(), "train.py", *arguments], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    expected = load_file(alone / "adapter" / "adapter_model.safetensors")
-    actual = load_file(output / "adapter" / "adapter_model.safetensors")
-    assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
-    for key, tensor in expected.items():
-        # By norm: where a gradient is all but zero, Adam's first steps are as large as any, and go by its rounding.
-        assert (actual[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
+    runs = Grid(tmp_path, [])
+    (tmp_path / "alone").symlink_to(alone)
+    runs.check_adapter(stage, "alone")
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (output, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     ours = (output / "eval" / "counting" / "scores.jsonl").read_text()

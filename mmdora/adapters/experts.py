@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters.functional import MergedWeightFunction
 from mmdora.adapters.layer import AdapterLayer, Shapes
+from mmdora.zero import true_shape
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -137,7 +138,7 @@ def is_transposed(block: nn.Module) -> bool:
 
 
 def expert_shapes(block: nn.Module, parameter: str, rank: int) -> Shapes:
-    experts, out, width = block._parameters[parameter].shape  # type: ignore[union-attr]
+    experts, out, width = true_shape(block._parameters[parameter])  # type: ignore[arg-type]
     if is_transposed(block):
         out, width = width, out
     return Shapes((experts, rank, width), (experts, out, rank), (experts, out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,42 +22,46 @@ class Average(TrainerCallback):
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[Tensor, Tensor] = {}  # by parameter
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, parameter in self._parameters():
-            if name not in self.values:  # a run that goes on has read them
-                self.values[name] = local_shard(parameter).float().clone()
+        for parameter in self._parameters():
+            if parameter not in self.values:  # a run that goes on has read them
+                self.values[parameter] = local_shard(parameter).float().clone()
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rate = 1 - min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        for name, parameter in self._parameters():
-            self.values[name].lerp_(local_shard(parameter).float(), rate)
+        for parameter, value in self.values.items():
+            value.lerp_(local_shard(parameter).float(), rate)
 
     @contextmanager
-    @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """The model with the average in the place of its weights."""
-        weights = {name: local_shard(p).clone() for name, p in self._parameters()}
+        """The model computes with the average in the place of its weights, and is saved with it."""
+        weights = {parameter: local_shard(parameter).clone() for parameter in self.values}
         self._put(self.values)
+        for parameter, value in self.values.items():
+            parameter.average = value  # type: ignore[attr-defined]  # in fp32, for `in_full`
         try:
             yield
         finally:
             self._put(weights)
+            for parameter in self.values:
+                del parameter.average  # type: ignore[attr-defined]
 
-    def read(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """The average of a parameter, whole; every process is to ask."""
-        return whole_of(parameter, self.values[name])
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The average of a parameter, whole; every process asks."""
+        return whole_of(parameter, self.values[parameter])
 
-    def write(self, name: str, parameter: nn.Parameter, average: Tensor) -> None:
+    def write(self, parameter: nn.Parameter, average: Tensor) -> None:
         """Go on from what `read` gave, in any number of processes."""
-        mine = local_shard(parameter)
-        self.values[name] = shard_of(parameter, average).to(mine.device, torch.float32, copy=True)
+        device = local_shard(parameter).device
+        self.values[parameter] = shard_of(parameter, average).to(device, torch.float32, copy=True)
 
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters():
-            local_shard(parameter).copy_(values[name])
+    @torch.no_grad()
+    def _put(self, values: dict[Tensor, Tensor]) -> None:
+        for parameter, value in values.items():
+            local_shard(parameter).copy_(value)

@@ -96,7 +96,7 @@ def optimizer_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
         for kind, tensor in state.read(parameter).items():
             yield f"{kind}.{name}", tensor
         if trainer.average is not None:
-            yield f"{AVERAGE}.{name}", trainer.average.read(name, parameter)
+            yield f"{AVERAGE}.{name}", trainer.average.read(parameter)
 
 
 def write_pieces(folder: Path, tensors: Iterator[tuple[str, Tensor]], most: int = PIECE) -> None:
@@ -178,7 +178,7 @@ class Resumed:
     def _kinds(self, pieces: Pieces, name: str, parameter: nn.Parameter) -> Kinds:
         kinds = pieces[name]
         if (average := kinds.pop(AVERAGE, None)) is not None and self.trainer.average is not None:
-            self.trainer.average.write(name, parameter, average)
+            self.trainer.average.write(parameter, average)
         if name in self.whole:
             kinds[MASTER] = self.whole[name]
         if parameter.dtype == torch.float32:

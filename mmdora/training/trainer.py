@@ -31,7 +31,9 @@ from mmdora.training.batches import Batching, MicroBatches, check_budgets
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.packing import packed_inputs
 from mmdora.training.signals import outlive_sigterm
-from mmdora.zero import read_in_forward, true_shape
+from mmdora.zero import begin_stage_0, read_in_forward, true_shape
+
+IGNORED = -100  # a label that the loss skips
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,17 @@ class NormsOnceAStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         fix_weights(False)
+
+
+class EveryParameterSteps(TrainerCallback):
+    """A step without a picture gives a vision encoder no gradient, and AdamW would leave it where it is. With several
+    processes its gradient is zero instead, and its momentum goes on: so it does in one process too."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.deepspeed is None:  # else the engine has stepped already
+            for parameter in kwargs["model"].parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
 
 class EpochOrder(TrainerCallback):
@@ -64,6 +77,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: RunConfig, **kwargs: Any):
         super().__init__(**kwargs)
         self.run_config = config
+        self.loss_is_scaled_for_ga = True  # by `compute_loss`
         self.tokens_seen = 0  # by this process, media tokens included
         self.waited = 0.0  # seconds that this process had no batch to work on
         self.audit: Audit | None = None
@@ -81,6 +95,7 @@ class AdapterTrainer(Trainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # a bf16 weight is too coarse for AdamW's small steps
+        self.add_callback(EveryParameterSteps)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -137,19 +152,37 @@ class AdapterTrainer(Trainer):
             self.optimizer.guard = self.bad_steps
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Supervised tokens of a step's micro-batches, in all processes."""
+        counts = [supervised(batch["labels"]) for batch in batch_samples]
+        tokens = torch.stack(counts).sum().to(device) if counts else torch.zeros((), dtype=torch.long, device=device)
+        return self.accelerator.gather(tokens).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean over all tokens of the step, times the number of processes, which
+        gradients are averaged over."""
         indices = inputs.pop("index", None)  # of the samples in the dataset
         # A packed batch has no attention mask.
         self.tokens_seen += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
         if "attention_mask" not in inputs:
             inputs = packed_inputs(self.model, inputs)
-        if not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        by_tokens = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-        share = loss if by_tokens else loss / self.current_gradient_accumulation_steps
-        self.bad_steps.saw(share, indices, last=self.accelerator.sync_gradients)
-        return loss
+        if self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            # Qwen's families, PaliGemma and Gemma 3 give the mean over their micro-batch, which may hold few tokens.
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            loss = loss * (supervised(inputs["labels"]) / num_items_in_batch * self.args.world_size)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            loss.requires_grad_()  # nothing that is trained was reached, as by text where the projector alone is
+        if model.training:
+            self.bad_steps.saw(loss, indices, last=self.accelerator.sync_gradients)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The loss as it is: the Trainer tells another where it is not finite."""
@@ -207,6 +240,8 @@ class AdapterTrainer(Trainer):
             if resume_from_checkpoint is not None:  # before the engine takes the weights over
                 self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            begin_stage_0(self.model_wrapped)
         if self.resumed is not None:
             self.resumed.load_rest()
         return prepared
@@ -214,6 +249,11 @@ class AdapterTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.resumed is not None:
             self.resumed.load_random_state()
+
+
+def supervised(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens of `labels` [rows, tokens] count in the loss: a row's first has none before it to follow from."""
+    return (labels[..., 1:] != IGNORED).sum()
 
 
 def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:
