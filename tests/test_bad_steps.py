@@ -17,8 +17,9 @@ from data_pipelines.ledger import Ledger
 from mmdora.config_files import load_config
 from mmdora.training.bad_steps import BadSteps
 from mmdora.training.batches import Batching, step_samples
+from tests.grid import launch
 from tests.test_runs import command, small
-from tests.test_zero import LAUNCHERS, launch
+from tests.test_zero import torchrun
 
 # A module of one's own, as `plugins` takes it: what the encoder makes of some samples becomes not a number.
 POISON = """
@@ -105,7 +106,8 @@ def test_two_processes_leave_the_same_step_out(world, tmp_path, poison, monkeypa
     arguments = settings(world, tmp_path / "run", "training.save_every=1", "training.keep=9")
     bad = first_samples(arguments)[5]
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = launch(LAUNCHERS["zero3"](), [*arguments, poison(f"^{bad}$"), f"training.deepspeed={engine}"], tmp_path)
+    arguments += [poison(f"^{bad}$"), f"training.deepspeed={engine}"]
+    done = launch([*torchrun(), "train.py", *arguments], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(check_second_step(tmp_path / "run", bad)) == 2
 
