@@ -82,8 +82,11 @@ class AdapterTrainer(Trainer):
         self.waited = 0.0  # seconds that this process had no batch to work on
         self.audit: Audit | None = None
         vocabulary = self.model.config.get_text_config().vocab_size
+        dataset: Any = self.train_dataset
         self.bad_steps = BadSteps(
-            config.training.max_bad_steps, 2 * math.log(vocabulary), self.train_dataset.not_learnt
+            config.training.max_bad_steps,
+            2 * math.log(vocabulary),
+            lambda indices, reason: dataset.not_learnt(indices, reason),
         )
         self.resumed: Resumed | None = None
         self.add_callback(NormsOnceAStep)
