@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import mmdora
 from data_pipelines.collator import Collator
@@ -11,12 +16,30 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from mmdora.config_files import load_config
 from mmdora.training.arguments import training_arguments
+from mmdora.training.batches import epoch_order
 from mmdora.training.trainer import AdapterTrainer
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Built
 from tests.media import write_image
 from tests.test_families import build
 
 ANSWERS = ("one", "one of two " * 6, "two of one of two")
+
+
+def trained(
+    built: Built, rows: Sequence[dict[str, torch.Tensor]], folder: Path, *settings: str, callbacks: Any = None
+) -> AdapterTrainer:
+    """A trainer that has trained the model on `rows`."""
+    model, processor = built
+    common = [f"training.output={folder}", "training.save_every=null", "model.dtype=float32"]
+    config = load_config("quickstart", [*common, *settings])
+    mmdora.inject_adapters(model, config.parts)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    arguments = training_arguments(config, folder)
+    trainer = AdapterTrainer(
+        config, model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks
+    )
+    trainer.train()
+    return trainer
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -31,19 +54,43 @@ def test_micro_batches_do_not_change_the_loss(name, tmp_path):
         samples = [Sample("s", (question, Message("assistant", (Text(words),))), "test") for words in ANSWERS]
         rows = [encoder.encode(sample) for sample in samples]
         assert len({int((row["labels"] != IGNORED).sum()) for row in rows}) == 3
-        settings = [f"training.output={tmp_path}", "training.batch_size=3", f"training.micro_batch_size={micro}"]
-        settings += ["training.max_steps=1", "training.save_every=null", "model.dtype=float32"]
-        config = load_config("quickstart", [*settings, "parts={language: {method: dora, rank: 2}}"])
-        mmdora.inject_adapters(model, config.parts)
-        arguments = training_arguments(config, tmp_path)
-        pad = processor.tokenizer.pad_token_id
-        trainer = AdapterTrainer(config, model=model, args=arguments, train_dataset=rows, data_collator=Collator(pad))
-        trainer.train()
+        settings = ["training.batch_size=3", f"training.micro_batch_size={micro}", "training.max_steps=1"]
+        trainer = trained((model, processor), rows, tmp_path, *settings, "parts={language: {method: dora, rank: 2}}")
         (line,) = [line for line in trainer.state.log_history if "loss" in line]
         found.append([line["loss"], line["grad_norm"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     expected = reference(name, rows)
     assert found[0][0] == pytest.approx(expected, rel=1e-4)
+
+
+class Weights(TrainerCallback):
+    """The projector's after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen.append(model.model.multi_modal_projector.linear_1.weight.detach().clone())
+
+
+def test_a_step_that_reaches_nothing_trained(tmp_path):
+    """Text, where the projector alone is: its gradient is zero, so that Adam goes on as it does on several processes,
+    where a row without labels brings a picture."""
+    model, processor = build("llava")
+    encoder, said = Encoder(processor), Message("assistant", (Text("one of two"),))
+    image, text = Image(write_image(tmp_path / "image.png")), Text("What is it?")
+    samples = [Sample("s", (Message("user", parts), said), "test") for parts in ((image, text), (text,), (text,))]
+    rows: list[Any] = [None] * 3
+    for place, sample in zip(epoch_order(3, seed=0, epoch=0), samples, strict=True):
+        rows[place] = encoder.encode(sample)
+    settings = ["training.batch_size=1", "training.micro_batch_size=1", "training.max_steps=3", "training.seed=0"]
+    settings += ["training.warmup_ratio=0", "parts={projector: {method: full}}"]
+    weights = Weights()
+    trainer = trained((model, processor), rows, tmp_path, *settings, callbacks=[weights])
+    assert [line["grad_norm"] > 0 for line in trainer.state.log_history if "loss" in line] == [True, False, False]
+    first, second, third = weights.seen
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 @torch.no_grad()
