@@ -84,9 +84,8 @@ class RunDir:
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; None where there is none at all. One that is damaged is named in a
         warning. Raises UserError where all of them are."""
-        found = list(self.checkpoints.glob("checkpoint-*"))
         faults: dict[Path, str] = {}
-        for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        for _, path in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
             fault = damage(path)
             if fault is None:
                 for other, reason in faults.items():
@@ -116,6 +115,12 @@ class RunDir:
         config = parse_config(tree, str(self.config_file))
         model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         return config.model_copy(update={"model": model, "plugins": []})
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Checkpoints by their step, whole or not."""
+    found = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    return {int(step): path for step, path in found if step.isdigit()}
 
 
 # What may change when a run is resumed, since the trained weights stay the same: keys, with all that is below them.

@@ -1,7 +1,8 @@
 """A plugin under which a run meets its end: `END=<when> <number> <how>`.
 
 `when` is `forward` (a forward pass of the whole model) or the name of a file that is opened to be written, `number`
-which time, and `how`: `KILL` (SIGKILL to the process) or `TERM` (SIGTERM from outside to its whole process group).
+which time, and `how`: `KILL` (SIGKILL to the process) or `TERM` (SIGTERM from outside to its whole process group). Of
+several processes it is rank 0's end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 when, number, how = os.environ["END"].split()
-left = int(number)
+left = int(number) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def count(event: str) -> None:

@@ -268,8 +268,11 @@ def test_pieces_are_of_bounded_size(tmp_path):
 def test_rotation_spares_the_best(tmp_path):
     for step in (1, 2, 3, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-mine").mkdir()
     rotate(tmp_path, newest=4, keep=2, best=1)  # 10: of before the run went back
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"checkpoint-{name}" for name in ("1", "3", "4", "mine")
+    ]
 
 
 def test_folders_are_whole_or_not_there(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmdora.atomic import damage
 from tests.conftest import ROOT
 from tests.test_runs import command, small
 from tests.zero_worker import until
@@ -19,19 +20,20 @@ from tests.zero_worker import until
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
 
 
-def launch(tmp_path: Path, runs: list[list[str]]) -> None:
-    """Commands one after another, each in the same two processes."""
+def launch(tmp_path: Path, runs: list[list[str]], end: str = "") -> str:
+    """Commands one after another, each in the same two processes; returns what they print. `end`: see killer.py."""
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, "tests/zero_worker.py", str(tmp_path / "runs.json")],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "END": end},
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == int(bool(end)), done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def stage(tmp_path: Path, number: int, offload: bool = False) -> str:
@@ -105,6 +107,16 @@ def test_each_stage_goes_on_exactly(world, tmp_path):
         pairs.append((again, whole))
     launch(tmp_path, runs)
     assert {again.name: found for again, whole in pairs if (found := different(again, whole))} == {}
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_ends_all_after_the_same_step(world, tmp_path):
+    run = tmp_path / "run"
+    arguments = settings(world, run, "training.deepspeed=zero2", "training.max_steps=8", "plugins=[tests.killer]")
+    printed = launch(tmp_path, [arguments], "forward 5 TERM")
+    assert printed.count("stopped by SIGTERM after step 5; a checkpoint of step 5 is written") == 1
+    assert damage(run / "checkpoints" / "checkpoint-5") is None
+    assert not (run / "checkpoints" / "checkpoint-6").exists()
 
 
 @pytest.mark.slow

@@ -36,7 +36,6 @@ from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.callbacks import RunLog
-from mmdora.training.checkpoints import step_of
 from mmdora.training.packing import check_packing, row_length
 from mmdora.training.signals import StopOnSigterm
 from mmdora.training.trainer import AdapterTrainer, check_batches, optimizer_groups
@@ -101,7 +100,7 @@ def find_checkpoint(run_dir: RunDir) -> Path | None:
     found: list[Path | None] = [None]
     if is_main():
         found = [run_dir.checkpoint()]
-        run_dir.cut_metrics(step_of(found[0]) if found[0] else 0)
+        run_dir.cut_metrics(int(found[0].name.removeprefix("checkpoint-")) if found[0] else 0)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
     if found[0] is not None and not found[0].is_dir():

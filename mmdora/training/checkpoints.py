@@ -34,6 +34,7 @@ from transformers import set_seed
 from mmdora.atomic import remove, write_manifest, written_aside
 from mmdora.checkpoint import adapter_contents, load_weights, write_adapter
 from mmdora.errors import UserError
+from mmdora.rundir import checkpoints_in
 from mmdora.training.optimizer_state import MASTER, Kinds, state_of
 
 log = logging.getLogger(__name__)
@@ -74,15 +75,11 @@ def save_checkpoint(trainer: Any, folder: Path) -> None:
 def rotate(checkpoints: Path, newest: int, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best. Those of later steps than the newest are left from
     before the run went back to an older one."""
-    steps = {step_of(path): path for path in checkpoints.glob("checkpoint-*")}
+    steps = checkpoints_in(checkpoints)
     kept = {*sorted(step for step in steps if step <= newest)[-keep:], best}
     for step, path in steps.items():
         if step not in kept:
             remove(path)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
