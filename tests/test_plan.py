@@ -132,7 +132,7 @@ def test_padding_and_its_mask_are_counted(tiny):
     model, processor = tiny
     example = Encoder(processor).encode(stand_in())
     mmdora.inject_adapters(model, DORA)
-    check(model, Collator(0)([tokens(example, 400), example, tokens(example, 200)]), checkpointed=False)
+    check(model, Collator(0)([tokens(example, 200), example, tokens(example, 100)]), checkpointed=False)
 
 
 def test_a_composed_model_is_planned(tmp_path):
@@ -214,9 +214,9 @@ def test_a_sample_is_as_long_as_it_may_be(small, world, tiny):
     assert {v.shape[1] for k, v in example.items() if k in ("input_ids", "labels", "attention_mask")} == {150}
     assert 0 < longest(load_config(*[small[0], small[1:]]), Encoder(processor))["input_ids"].shape[1] < 150
     there_is_none = load_config(
-        "quickstart", ["data.train=[{path: nowhere.json, format: llava}]", "data.max_length=90"]
+        "quickstart", ["data.train=[{path: nowhere.json, format: llava}]", "data.max_length=120"]
     )
-    assert longest(there_is_none, Encoder(processor, max_length=90))["input_ids"].shape[1] == 90
+    assert longest(there_is_none, Encoder(processor, max_length=120))["input_ids"].shape[1] == 120
 
 
 def test_settings_change_the_plan(small, capsys):
