@@ -173,7 +173,7 @@ def test_two_nodes_train_what_one_process_does(world, tmp_path):
     arguments = [*small(world, output), *settings, "training.deepspeed=zero2"]
     nodes = [start(arguments, [*place, f"--node_rank={rank}"]) for rank in (0, 1)]
     try:
-        said = [node.communicate(timeout=300)[0] for node in nodes]
+        said = [node.communicate(timeout=500)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

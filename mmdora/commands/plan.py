@@ -196,7 +196,7 @@ def show(console: Console, planner: Planner, rows: list[Memory], micro: int) -> 
     for row in rows:
         parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host)
         figures = [f"{max(0, part) / unit:.1f}" if part else "–" for part in parts]
-        table.add_row(row.engine, *figures, "yes" if planner.fits(row) else "no")
+        table.add_row(Path(row.engine).name, *figures, "yes" if planner.fits(row) else "no")
     console.print(table)
     console.print(
         "peak: amid the backward pass, in the optimizer's step, or while the whole model is loaded, whichever is most. "

@@ -89,8 +89,8 @@ class Memory:
 def plain(sizes: Sizes, run: Run, activations: Activations, name: str = "none") -> Memory:
     """One process without DeepSpeed, or several with torch's DistributedDataParallel, which has buckets of its own."""
     buckets = sizes.trained if run.world > 1 else 0
-    # In the first micro-batch of a step gradients come to be while activations go.
-    grows = run.accumulation == 1
+    # In the only micro-batch of a step gradients come to be while activations go.
+    grows = run.accumulation == 1 and run.world == 1
     return Memory(
         engine=name,
         weights=sizes.loaded,

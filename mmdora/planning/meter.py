@@ -156,12 +156,12 @@ def _gradients_taken(model: nn.Module, take: Callable[[Tensor], None]) -> Iterat
             handle.remove()
 
 
-def measure(model: nn.Module, batch: dict[str, Tensor], loss_of: Callable[[Any], Tensor]) -> Activations:
+def measure(model: nn.Module, batch: dict[str, Any], loss_of: Callable[[Any], Tensor]) -> Activations:
     """One micro-batch of a model on the meta device, forward and backward. `batch` is real, on the CPU.
 
     `loss_of` makes the loss of what the model returns, as the trainer does.
     """
-    held = [*model.parameters(), *model.buffers(), *batch.values()]
+    held = [*model.parameters(), *model.buffers(), *tensors(batch.values())]
     with Meter(held) as meter, _fused_attention(), _gradients_taken(model, meter.take_gradient):
         loss = loss_of(model(**batch))
         saved = meter.live
