@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,6 +55,24 @@ def true_shape(tensor: Tensor) -> tuple[int, ...]:
 def local_shard(parameter: nn.Parameter) -> Tensor:
     """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
     return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes; under ZeRO-3 with offload its parameters lie elsewhere."""
+    parameter = next(model.parameters())
+    if is_partitioned(parameter) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def any_process(yes: bool) -> bool:
+    """Whether any process says yes. A collective: every process calls it."""
+    if not torch.distributed.is_initialized():
+        return yes
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    flag = torch.tensor(int(yes), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         save_steps=settings.save_every or 500,
         save_total_limit=settings.keep,
         logging_steps=1,
-        report_to=settings.report_to or "none",
+        report_to="none",  # mmdora.training.reporting does it
         run_name=output.name,
         deepspeed=deepspeed,
         dataloader_num_workers=config.data.num_workers,
