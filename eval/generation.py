@@ -107,7 +107,7 @@ def generate(
             pad_token_id=pad,
             synced_gpus=kinds is not None,
         )
-        texts = tokenizer.batch_decode(output[: len(batch), length:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)[: len(batch)]  # fillers come last
         yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
     model.train(was_training)
 

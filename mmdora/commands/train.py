@@ -46,11 +46,11 @@ from mmdora.zero import numel
 
 def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     config = load_config(name, overrides)
-    import_plugins(config.plugins)
-    check_names(config)
-    check_reports(config)
     console = make_console()
     with logged() as logs:
+        import_plugins(config.plugins)
+        check_names(config)
+        check_reports(config)
         train(config, resume, overwrite, console, logs)
 
 

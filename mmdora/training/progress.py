@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+
+SPEED_PERIOD = 3600  # seconds of steps that the time left is told from; a step of a large model may take a minute
 
 
 class TrainingDisplay:
@@ -18,17 +19,19 @@ class TrainingDisplay:
     def __init__(self, console: Console, steps: int, done: int = 0):
         self.console = console
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.training = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
+        self.training = Progress(
+            *columns, TimeRemainingColumn(), TextColumn("left"), console=console, speed_estimate_period=SPEED_PERIOD
+        )
         self.task = self.training.add_task("training", total=steps, completed=done)
         self.evaluation = Progress(*columns, console=console)
-        self.figures = Text()
+        self.figures = Figures()
         self.live = Live(Group(self.training, self.figures, self.evaluation), console=console, refresh_per_second=4)
         self.live.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
         self.training.update(self.task, completed=line["step"])
-        self.figures.plain = figures(line)
+        self.figures.shown = figures(line)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -44,7 +47,24 @@ class TrainingDisplay:
             self.console.print()
 
 
-def figures(line: Mapping[str, Any]) -> str:
+class Figures:
+    """Figures in as many lines as the terminal's width wants; none is broken in two."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[str]:
+        line = ""
+        for figure in self.shown:
+            longer = f"{line} · {figure}" if line else figure
+            if line and len(longer) > options.max_width:
+                yield line
+                longer = figure
+            line = longer
+        yield line
+
+
+def figures(line: Mapping[str, Any]) -> list[str]:
     """The figures of a line of metrics.jsonl, for people."""
     rates = line["learning_rates"]
     told = ", ".join(f"{part} {rate:.2g}" for part, rate in rates.items())
@@ -62,4 +82,4 @@ def figures(line: Mapping[str, Any]) -> str:
     ]
     if line["mfu"] is not None:
         shown.insert(5, f"MFU {line['mfu']:.1%}")
-    return " · ".join(figure.replace(" ", "\u00a0") for figure in shown)
+    return shown

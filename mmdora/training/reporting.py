@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -97,7 +98,7 @@ class Wandb(Report):
         identity.parent.mkdir(exist_ok=True)
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-        offline = not wandb.api.api_key and "WANDB_MODE" not in os.environ
+        offline = "WANDB_MODE" not in os.environ and not has_login(wandb)
         self.run = wandb.init(
             id=identity.read_text(encoding="utf-8").strip(),
             resume="allow",
@@ -129,6 +130,13 @@ class Wandb(Report):
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
+
+
+def has_login(wandb: Any) -> bool:
+    """Whether W&B knows who is here; it is not asked of its server."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False, verify=False)
+    return bool(wandb.api.api_key)  # older versions
 
 
 class TensorBoard(Report):
