@@ -17,6 +17,7 @@ from data_pipelines.dataset import read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import SampleError
 from mmdora.checkpoint import load_adapter
+from mmdora.commands.evaluating import Evaluator
 from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.rundir import load_target
@@ -147,19 +148,20 @@ def test_a_runs_own_config_gives_the_same_adapter(run, tmp_path):
     assert evaluated[0] == evaluated[1]
 
 
-def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path):
-    """The model gets worse after the second step; gone on with from there, the run still knows that it was the best."""
+def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path, monkeypatch):
+    """As if the model got worse after the second step; gone on with from there, the run knows that it was the best."""
+    monkeypatch.setattr(Evaluator, "loss", lambda _, trainer: {"loss": {2: 1.0, 4: 2.0}[trainer.state.global_step]})
     output = tmp_path / "run"
-    worse = ["parts.projector.learning_rate=0.3", "training.lr_scheduler=constant", "evaluation=[]"]
-    assert command("train", *watched(world, output, held_out), *worse) == 0
+    settings = [*watched(world, output, held_out), "evaluation=[]"]
+    assert command("train", *settings) == 0
     lines, best = lines_of(output), adapter_of(output, "best/adapter")
-    assert json.loads((output / "best" / "best.json").read_text())["step"] == 2
+    assert json.loads((output / "best" / "best.json").read_text()) == {"step": 2, "metric": "loss", "value": 1.0}
     assert not same(best, adapter_of(output))
     for name in ("adapter", "checkpoints/checkpoint-4"):
         shutil.rmtree(output / name)
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # torn by a kill
-    assert command("train", *watched(world, output, held_out), *worse, "--resume") == 0
+    assert command("train", *settings, "--resume") == 0
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 2
     assert same(best, adapter_of(output, "best/adapter"))
     timeless = [
@@ -167,6 +169,16 @@ def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path):
         for found in (lines, lines_of(output))
     ]
     assert timeless[0] == timeless[1]  # what came after the checkpoint stands there once
+
+
+def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path, monkeypatch):
+    scores = {1: 50.0, 2: 75.0, 3: 75.0, 4: 25.0}
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: {"loss": float("nan")})
+    monkeypatch.setattr(Evaluator, "scores", lambda _, trainer: {"counting": scores[trainer.state.global_step]})
+    settings = [*watched(world, tmp_path / "run", held_out), "training.evaluate_every=1", "evaluation.0.limit=1"]
+    assert command("train", *settings, "training.best=counting") == 0
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best == {"step": 2, "metric": "counting", "value": 75.0}
 
 
 def test_evaluating_leaves_no_trace(tiny):

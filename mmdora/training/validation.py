@@ -67,14 +67,14 @@ def validation_loss(
         generator=torch.Generator(),  # of its own: a loader draws a seed
         pin_memory=args.dataloader_pin_memory,
     )
-    total, tokens = 0.0, 0
+    total, tokens, at_once = 0.0, 0, args.per_device_train_batch_size * args.world_size
     with as_workers_said():
-        for batch in loader:
+        for done, batch in enumerate(loader):
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = summed_loss(trainer, batch, count)
             if count:  # else there is no mean to speak of: a batch for the others' sake
                 total, tokens = total + loss, tokens + count
-            advance(args.per_device_train_batch_size * args.world_size)
+            advance(min(at_once, samples - done * at_once))
     total, tokens = gather([total, float(tokens)], args.device).sum(0).tolist()
     if not tokens:
         raise UserError("data.validation: none of its samples can be used; skipped.jsonl says why")
