@@ -84,11 +84,12 @@ class RunLog(TrainerCallback):
 
 
 class EvaluateEvery(TrainerCallback):
-    """Every so many steps, and after the last."""
+    """Every so many steps, and after the last; not where training is told to stop, and has no time."""
 
     def __init__(self, steps: int):
         self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
+        due = state.global_step % self.steps == 0 and not control.should_training_stop
+        if due or state.global_step >= state.max_steps:
             control.should_evaluate = True
