@@ -24,7 +24,7 @@ from data_pipelines.samples import Image, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from mmdora.errors import UserError
-from mmdora.zero import any_process, device_of, is_partitioned
+from mmdora.zero import any_process, device_of, gathered, is_partitioned
 
 log = logging.getLogger(__name__)
 
@@ -100,16 +100,23 @@ def generate(
         length = inputs["input_ids"].shape[1]
         # Said in so many words: left alone, transformers keeps processes in step wherever a ZeRO-3 config exists, also
         # for whole models, and waits for ever for one that has no batch left.
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            synced_gpus=kinds is not None,
-        )
+        with gathered(outside_of_modules(model)):
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                synced_gpus=kinds is not None,
+            )
         texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)[: len(batch)]  # fillers come last
         yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
     model.train(was_training)
+
+
+def outside_of_modules(model: Any) -> list[nn.Parameter]:
+    """Parameters that the model itself holds, as LLaVA-NeXT's `image_newline`: `generate` makes pictures into features
+    before it calls the model, whose forward pass would gather them."""
+    return [p for module in (model, model.base_model) for p in module.parameters(recurse=False)]
 
 
 def _as_many(batches: Iterator[list[tuple[Question, Encoded]]]) -> Iterator[list[tuple[Question, Encoded]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ def read_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> No
 
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def give_back(engine: Any) -> None:
+    """Let ZeRO-3 finish what it fetches ahead, and partition all that is gathered.
+
+    After a pass without a backward one, weights that the trace expects next are still under way, and could neither be
+    gathered by others nor be relied on.
+    """
+    if is_partitioned(next(engine.parameters())):
+        engine.empty_partition_cache()
 
 
 def numel(parameter: nn.Parameter) -> int:

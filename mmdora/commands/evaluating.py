@@ -25,6 +25,7 @@ from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import Prediction
 from mmdora.training.trainer import AdapterTrainer
 from mmdora.training.validation import evaluating, validation_loss
+from mmdora.zero import give_back
 
 Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
 
@@ -53,6 +54,7 @@ class Evaluator:
         assert self.held_out is not None
         with self.log.bar("held-out loss", len(self.held_out)) as advance:
             loss, _ = validation_loss(trainer, self.held_out, held_out_collator(self.encoder, self.held_out), advance)
+        give_back(trainer.model_wrapped)
         return {"loss": loss}
 
     def scores(self, trainer: AdapterTrainer) -> dict[str, float]:
@@ -70,6 +72,7 @@ class Evaluator:
                 report = evaluate(
                     trainer.model, self.encoder, entry, asked, folder, advance, origin, overwrite=True, weights=weights
                 )
+            give_back(trainer.model_wrapped)
             found[entry.name] = report["scores"]["official"]["value"]
             if is_main():
                 rows = sample_predictions(folder, self.config.data.video)
