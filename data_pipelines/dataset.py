@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_pipelines.encoding import Encoded, Encoder
+from data_pipelines.encoding import Encoded, Encoder, MediaKind
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.formats.registry import recognise
 from data_pipelines.index import REJECTED, Index, open_index
@@ -126,10 +126,14 @@ def guess_format(path: Path) -> str:
     raise UserError(f"{path}: cannot tell the format from the file{keys}; say format: one of {known}")
 
 
-def ledger_names(sources: Sequence[Source]) -> list[str]:
-    """What the ledger calls each source: its path, with its place in `data.train` where a path stands there twice."""
+def ledger_names(sources: Sequence[Source], key: str = "train") -> list[str]:
+    """What the ledger calls each source: its path, with its place in the config where it is one of several of that path
+    in `data.train`, or of `data.validation`."""
     paths = [str(source.path) for source in sources]
-    return [path if paths.count(path) == 1 else f"{path} (data.train.{i})" for i, path in enumerate(paths)]
+    plain = [key == "train" and paths.count(path) == 1 for path in paths]
+    return [
+        path if alone else f"{path} (data.{key}.{i})" for i, (path, alone) in enumerate(zip(paths, plain, strict=True))
+    ]
 
 
 class TrainDataset(Dataset[Encoded]):
@@ -190,7 +194,12 @@ class TrainDataset(Dataset[Encoded]):
     def _record(self, index: int, entry: Entry) -> None:
         self.ledger.record(replace(entry, source=self.names[self._source_of(index)]))
 
-    def media_kinds(self) -> list[type[Image] | type[Video]]:
+    def media_kinds(self) -> list[MediaKind]:
         """The kinds of media that occur in the samples: pictures, videos, both or none."""
-        kinds = np.bitwise_or.reduce(self.kinds, initial=0)
-        return [kind for kind, bit in ((Image, IMAGES), (Video, VIDEOS)) if kinds & bit]
+        return kinds_in(self.kinds)
+
+
+def kinds_in(kinds: np.ndarray) -> list[MediaKind]:
+    """What an array of bits stands for."""
+    bits = int(np.bitwise_or.reduce(kinds, initial=0))
+    return [kind for kind, bit in ((Image, IMAGES), (Video, VIDEOS)) if bits & bit]

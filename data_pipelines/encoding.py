@@ -6,11 +6,11 @@ Training, evaluation and chat all come through `Encoder`, so the same conversati
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_toke
 
 Encoded = dict[str, Tensor]
 Media = PILImage.Image | VideoClip  # read from its file
+MediaKind: TypeAlias = type[Image] | type[Video]
 GREETING = Sample(
     "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
 )
@@ -142,7 +143,7 @@ class Encoder:
                 "not learn to stop; give another template with model.chat_template"
             )
 
-    def filler(self, kind: type[Image] | type[Video]) -> Encoded:
+    def filler(self, kind: MediaKind) -> Encoded:
         """A row with a blank picture or clip and no labels.
 
         Under data parallelism every rank must run the vision encoder equally often, or collective operations hang; a
@@ -152,6 +153,16 @@ class Encoder:
         encoded = self.encode_prompt(Sample("filler", (message,), "filler"))
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         return encoded
+
+    def fillers(self, kinds: Iterable[MediaKind]) -> dict[str, Encoded]:
+        """A filler of each kind, by the key of the pixels that it brings, as a Collator takes them."""
+        rows = [self.filler(kind) for kind in kinds]
+        return {next(key for key in row if key.startswith("pixel_values")): row for row in rows}
+
+    def blank(self) -> Encoded:
+        """A row of text without labels, for a process that has nothing left while others go on."""
+        encoded = self.encode_prompt(Sample("blank", (Message("user", (Text("."),)),), "blank"))
+        return encoded | {"labels": torch.full_like(encoded["input_ids"], IGNORED)}
 
     def _plain(self, text: str) -> Plain:
         bos = self.processor.tokenizer.bos_token

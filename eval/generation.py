@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.collator import Collator
-from data_pipelines.encoding import Encoded, Encoder
+from data_pipelines.encoding import Encoded, Encoder, MediaKind
 from data_pipelines.samples import Image, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from mmdora.errors import UserError
+from mmdora.zero import any_process, device_of, gathered, is_partitioned
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def answer_all(
     advance(len(known))
     mine = [q for i, q in enumerate(questions) if i % world == rank and q.id not in known]
     with (folder / f"responses.{rank}.jsonl").open("a", encoding="utf-8") as file:
-        for question, text in generate(model, encoder, mine, batch_size, max_new_tokens):
+        kinds = media_of(questions) if world > 1 and is_partitioned(next(model.parameters())) else None
+        for question, text in generate(model, encoder, mine, batch_size, max_new_tokens, kinds):
             line = {"id": question.id, "response": text, "key": keys[question.id]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -70,27 +72,63 @@ def answer_all(
     return {i: answered[i]["response"] for i in ids}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference_mode: what it makes (gathered weights, kept norms) could not be trained with
 def generate(
-    model: Any, encoder: Encoder, questions: list[Question], batch_size: int, max_new_tokens: int
+    model: Any,
+    encoder: Encoder,
+    questions: list[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    kinds: Collection[MediaKind] | None = None,
 ) -> Iterator[tuple[Question, str]]:
-    """Greedy answers, batched by length and padded on the left."""
+    """Greedy answers, batched by length and padded on the left.
+
+    `kinds` is for a model in ZeRO-3 partitions, of which every process must run each module equally often: the media
+    that any process's questions have. Every process then has as many batches as the one with
+    most, each with a blank row for the kinds that it lacks, and generates as long as any. None: each by itself.
+    """
     tokenizer = encoder.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = Collator(pad, side="left")
-    was_training, device = model.training, next(model.parameters()).device
+    fillers = encoder.fillers(kinds or ())
+    collate = Collator(pad, side="left", fillers=fillers)
+    was_training, device = model.training, device_of(model)
     model.eval()
-    for batch in _batches(encoder, questions, batch_size):
-        inputs = {k: v.to(device) for k, v in collate([row for _, row in batch]).items()}
+    batches = _batches(encoder, questions, batch_size)
+    for batch in batches if kinds is None else _as_many(batches):
+        rows = [row for _, row in batch] or ([] if fillers else [encoder.blank()])
+        inputs = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}  # a filler's
         length = inputs["input_ids"].shape[1]
-        # Left to itself, transformers keeps processes in step wherever a ZeRO-3 config exists, for whole models too,
-        # and waits for ever for one that has fewer batches.
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, synced_gpus=False
-        )
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        # Said in so many words: left alone, transformers keeps processes in step wherever a ZeRO-3 config exists, also
+        # for whole models, and waits for ever for one that has no batch left.
+        with gathered(outside_of_modules(model)):
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                synced_gpus=kinds is not None,
+            )
+        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)[: len(batch)]  # fillers come last
         yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
     model.train(was_training)
+
+
+def outside_of_modules(model: Any) -> list[nn.Parameter]:
+    """Parameters that the model itself holds, as LLaVA-NeXT's `image_newline`: `generate` makes pictures into features
+    before it calls the model, whose forward pass would gather them."""
+    return [p for module in (model, model.base_model) for p in module.parameters(recurse=False)]
+
+
+def _as_many(batches: Iterator[list[tuple[Question, Encoded]]]) -> Iterator[list[tuple[Question, Encoded]]]:
+    """This process's batches, and then empty ones as long as another has some left."""
+    while any_process(bool(batch := next(batches, []))):
+        yield batch
+
+
+def media_of(questions: list[Question]) -> list[MediaKind]:
+    """The kinds of media in the questions."""
+    found = {type(part) for question in questions for part in question.sample.media()}
+    return [kind for kind in (Image, Video) if kind in found]
 
 
 def _batches(encoder: Encoder, questions: list[Question], size: int) -> Iterator[list[tuple[Question, Encoded]]]:
@@ -138,8 +176,13 @@ def processor_digest(processor: Any) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """A digest of every weight that the model computes with, adapters included."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of tensors and their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()[:32]

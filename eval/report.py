@@ -56,12 +56,12 @@ def _section(after: Path, before: Path | None, video: VideoConfig) -> dict[str, 
     return {
         "report": read_report(after),
         "before": read_report(before) if before is not None else None,
-        "rows": [_row(s, earlier.get(s["id"]), video) for s in _choose(scores)],
+        "rows": [_row(s, earlier.get(s["id"]), video) for s in shown(scores)],
     }
 
 
-def _choose(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The page's questions: up to a third wrong ones, the rest spread over the set."""
+def shown(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The questions that people look at: up to a third wrong ones, the rest spread over the set."""
     wrong = [s for s in scores if s["official"] < 1][: SHOWN // 3]
     right = [s for s in scores if s["official"] >= 1]
     wanted = SHOWN - len(wrong)
@@ -72,7 +72,7 @@ def _choose(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConfig) -> Row:
     return Row(
         question=score["question"],
-        pictures=[address for path in score["media"] for address in _thumbnails(Path(path), video)],
+        pictures=[_jpeg(picture) for path in score["media"] for picture in thumbnails(Path(path), video)],
         reference=" / ".join(dict.fromkeys(score["references"])),
         before=earlier["response"] if earlier else None,
         after=score["response"],
@@ -81,22 +81,22 @@ def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConf
     )
 
 
-def _thumbnails(path: Path, video: VideoConfig) -> list[str]:
-    """The picture, or the frames that the model saw, as small data addresses; none for a file that is gone."""
+def thumbnails(path: Path, video: VideoConfig) -> list[PILImage.Image]:
+    """The picture, or the frames that the model saw, made small; none for a file that is gone."""
     try:
-        pictures = [load_image(path)]
+        pictures = [load_image(path).copy()]
     except MediaError:
         try:
             frames = load_video(path, video).frames
         except MediaError:
             return []
         pictures = [PILImage.fromarray(frame) for frame in frames]
-    return [_thumbnail(p) for p in pictures]
+    for picture in pictures:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return pictures
 
 
-def _thumbnail(picture: PILImage.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def _jpeg(picture: PILImage.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return _address(buffer.getvalue(), "jpeg")

@@ -36,14 +36,15 @@ def evaluate(
     advance: Callable[[int], None] = lambda _: None,
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Generate, score and report into `folder`; returns the report. `origin` says in the receipt where the model is
-    from.
+    from; `weights` is a digest of them, for a model whose weights no process has as a whole.
 
     A finished result of the very same questions and weights is returned as it is. Raises UserError where `folder`
     holds the result of another evaluation, unless `overwrite` says that it may go.
     """
-    weights = weights_digest(model)
+    weights = weights or weights_digest(model)
     limits = (config.batch_size, config.max_new_tokens)
     keys = {q.id: question_key(q, encoder, config.max_new_tokens, weights) for q in questions}
     receipt = {**(origin or {}), **_receipt(model, encoder, config, questions), "weights": weights}

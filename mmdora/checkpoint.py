@@ -38,6 +38,15 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         write_adapter(Path(folder), tensors, config, about)
 
 
+def save_best(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+    """Write the adapter as `folder`/adapter beside `best.json`, both at once. Under ZeRO every rank calls it."""
+    contents = adapter_contents(model, "default")
+    if int(os.environ.get("RANK", "0")) == 0:
+        with written_aside(folder) as aside:
+            write_adapter(aside / "adapter", *contents)
+            (aside / "best.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], about: dict[str, str]) -> None:
     """Write an adapter directory, complete or not at all."""
     with written_aside(folder) as aside:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mmdora.registry import nearest
+
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -127,6 +129,7 @@ class VideoConfig(Section):
 
 class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1)
+    validation: list[SourceConfig] = []  # held-out samples: their loss is told every training.evaluate_every steps
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # above 1: small sources are shown more often
     video: VideoConfig = VideoConfig()
     max_length: Positive | None = None  # tokens, media included; null: as long as they come
@@ -142,11 +145,18 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, data: Any) -> Any:
-        """`data.train=[FILE]` stands for one entry with the format guessed."""
-        if isinstance(data, dict) and isinstance(data.get("train"), list):
-            entries = [{"path": e} if isinstance(e, str) else e for e in data["train"]]
-            return {**data, "train": entries}
-        return data
+        """`data.train=[FILE]` stands for one entry with the format guessed; `data.validation=[FILE]` too."""
+        if not isinstance(data, dict):
+            return data
+        lists = [key for key in ("train", "validation") if isinstance(data.get(key), list)]
+        return data | {key: [{"path": e} if isinstance(e, str) else e for e in data[key]] for key in lists}
+
+    @field_validator("validation")
+    @classmethod
+    def _unweighted(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+        if any(source.weight != 1 for source in value):
+            raise ValueError("'weight' is of training data; of 'validation' every sample counts once, so leave it out")
+        return value
 
     @model_validator(mode="after")
     def _lengths(self) -> DataConfig:
@@ -179,11 +189,13 @@ class TrainingConfig(Section):
     max_bad_steps: Positive = 10  # with a loss of nan, inf or far over a guess's: not taken, and the last ends the run
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # 0.999, say: the adapter is this average over the steps
     gradient_checkpointing: bool = False
+    evaluate_every: Positive | None = None  # steps, and after the last; null: no evaluation during training
+    best: str | None = None  # `loss` of data.validation, or an `evaluation` entry: the best adapter is kept as best/
     save_every: Positive | None = None  # steps; null: at the end only
     keep: Positive = 2  # checkpoints, the newest; the best one is kept beside them
     on_sigterm: Literal["save", "stop"] = "save"  # after the step: write a checkpoint and stop, or just stop
     deepspeed: str | None = None  # zero2, zero3 … (docs/scaling.md), or a JSON's path; null: without DeepSpeed
-    report_to: list[Literal["wandb", "tensorboard"]] = []
+    report_to: list[Literal["wandb", "tensorboard"]] = []  # curves, beside those in metrics.jsonl
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -210,6 +222,7 @@ class EvaluationConfig(Section):
     where: dict[str, list[str | int | bool]] = {}
     limit: Positive | None = None
     before: bool = False  # score the base model too, before training
+    during: bool = False  # score the model every training.evaluate_every steps too
     batch_size: Positive = 16
     max_new_tokens: Positive = 16
 
@@ -227,4 +240,30 @@ class RunConfig(Section):
         names = [e.name for e in self.evaluation]
         if doubled := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"two 'evaluation' entries are named {doubled[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_during_training(self) -> RunConfig:
+        every, best = self.training.evaluate_every, self.training.best
+        during = [entry.name for entry in self.evaluation if entry.during]
+        measured = (["loss"] if self.data.validation else []) + during
+        if reserved := {"loss", "seconds"} & set(during):
+            raise ValueError(f"an 'evaluation' entry with 'during' is named {reserved.pop()!r}, as a figure of its own")
+        if every is None and best is not None:
+            raise ValueError(
+                "'training.best' needs 'training.evaluate_every', the steps after which models are compared"
+            )
+        if every is None and measured:
+            key = "data.validation" if self.data.validation else "evaluation.*.during"
+            raise ValueError(f"{key!r} needs 'training.evaluate_every', the steps after which the model is evaluated")
+        if every is not None and not measured:
+            raise ValueError(
+                "'training.evaluate_every' has nothing to evaluate: give 'data.validation', or an 'evaluation' entry "
+                "with 'during: true'"
+            )
+        if best is not None and best not in measured:
+            raise ValueError(
+                f"'training.best' {best!r} is not evaluated during training.{nearest(best, measured)} It may be: "
+                f"{', '.join(measured)}"
+            )
         return self

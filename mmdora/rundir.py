@@ -38,6 +38,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """Where `training.best` keeps the best adapter so far, and which step it is of."""
+        return self.path / "best"
+
+    @property
     def processor(self) -> Path:
         return self.path / "processor"
 
@@ -49,7 +54,10 @@ class RunDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def result(self, name: str, before: bool = False) -> Path:
+    def result(self, name: str, before: bool = False, step: int | None = None) -> Path:
+        """Of an `evaluation` entry: before training, at a step of it, or after."""
+        if step is not None:
+            return self.path / "eval" / "during" / f"step-{step}" / name
         return self.path / "eval" / "before" / name if before else self.path / "eval" / name
 
     def begin(self, config: RunConfig, resume: bool, overwrite: bool) -> None:

@@ -44,6 +44,16 @@ def read_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> No
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
+def give_back(engine: Any) -> None:
+    """Let ZeRO-3 finish what it fetches ahead, and partition all that is gathered.
+
+    After a pass without a backward one, weights that the trace expects next are still under way, and could neither be
+    gathered by others nor be relied on.
+    """
+    if is_partitioned(next(engine.parameters())):
+        engine.empty_partition_cache()
+
+
 def numel(parameter: nn.Parameter) -> int:
     """The parameter's true size; ZeRO-3 leaves `numel()` at 0 while it is partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -112,6 +122,24 @@ def begin_stage_0(engine: Any) -> None:
         for half, copy in zip(halves, copies, strict=True):
             copy.copy_(half)  # weight decay has been at it
             half.fp32_copy = copy
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes; under ZeRO-3 with offload its parameters lie elsewhere."""
+    parameter = next(model.parameters())
+    if is_partitioned(parameter) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def any_process(yes: bool) -> bool:
+    """Whether any process says yes. A collective: every process calls it."""
+    if not torch.distributed.is_initialized():
+        return yes
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    flag = torch.tensor(int(yes), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 from collections import Counter
@@ -18,9 +19,10 @@ from data_pipelines.collator import Collator
 from data_pipelines.dataset import Source, TrainDataset, ledger_names, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
+from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Ledger, from_rejected, mend
 from data_pipelines.video import VIDEO_READERS
-from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks import BENCHMARKS
 from eval.report import write_report
 from eval.run import evaluate, read_questions
 from eval.scoring import read_report
@@ -28,6 +30,8 @@ from mmdora.adapters import ADAPTERS
 from mmdora.analysis.plots import plot_loss
 from mmdora.checkpoint import save_adapter
 from mmdora.commands.console import import_plugins, is_main, make_console, make_table, progress_bar, results_table
+from mmdora.commands.evaluating import Evaluator, Questions, sample_predictions
+from mmdora.commands.logs import RunLogs, logged
 from mmdora.config import RunConfig
 from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
@@ -35,31 +39,38 @@ from mmdora.injection import InjectionReport, inject_adapters, resolve_parts
 from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
-from mmdora.training.callbacks import RunLog
+from mmdora.training.callbacks import EvaluateEvery, RunLog
 from mmdora.training.packing import check_packing, row_length
+from mmdora.training.reporting import Reports, check_reports, open_reports
 from mmdora.training.signals import StopOnSigterm
 from mmdora.training.trainer import AdapterTrainer, check_batches, optimizer_groups
 from mmdora.zero import numel
 
-Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
-
 
 def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     config = load_config(name, overrides)
-    import_plugins(config.plugins)
-    check_names(config)
     console = make_console()
+    with logged() as logs:
+        import_plugins(config.plugins)
+        check_names(config)
+        check_reports(config)
+        train(config, resume, overwrite, console, logs)
+
+
+def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, logs: RunLogs) -> None:
     run_dir = RunDir(Path(config.training.output))
     arguments = training_arguments(config, run_dir.path)  # first: it starts the process group
     set_seed(config.training.seed)
     with arguments.main_process_first(local=False):
         if is_main():
             run_dir.begin(config, resume, overwrite)
+        logs.into(run_dir.path)
         sources = [read_source(source, config.training.seed) for source in config.data.train]
         # Read now: what evaluation will want is missed before training, not after.
+        held_out = [read_source(source, config.training.seed) for source in config.data.validation]
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     checkpoint = find_checkpoint(run_dir) if resume else None
-    ledger = open_ledger(config, sources, run_dir)
+    ledger = open_ledger(config, sources, held_out, run_dir)
 
     model, processor = load_model(config.model)
     resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
@@ -76,20 +87,29 @@ def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
     report = inject_adapters(model, config.parts)
     show_adapters(console, report)
     check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
-    trainer = make_trainer(config, arguments, model, dataset, run_dir, console)
+    trainer = make_trainer(config, arguments, model, dataset)
     show_groups(console, optimizer_groups(trainer.model, config))
-    with StopOnSigterm(config.training.on_sigterm) as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.stopped:
-        tell_stopped(config, trainer.state.global_step)
-    with trainer.averaged():
-        save_adapter(trainer.model, run_dir.adapter)
+    with open_reports(config, run_dir.metrics, is_main()) as reports:
+        watched = HeldOutDataset(held_out, encoder, ledger) if held_out else None
+        log = watch(trainer, console, reports)
+        trainer.evaluator = Evaluator(config, run_dir, encoder, questions, watched, log)
+        try:
+            with StopOnSigterm(config.training.on_sigterm) as stop:
+                trainer.add_callback(stop)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            log.close()
+        if stop.stopped:
+            tell_stopped(config, trainer.state.global_step)
+        with trainer.averaged():
+            save_adapter(trainer.model, run_dir.adapter)
 
-    del trainer, model
-    gc.collect()
-    arguments.distributed_state.wait_for_everyone()
-    finish(config, questions, run_dir, ledger, console)
+        step = trainer.state.global_step
+        del trainer, model, log
+        gc.collect()
+        arguments.distributed_state.wait_for_everyone()
+        finish(config, questions, run_dir, ledger, console)
+        hand_over(config, run_dir, reports, step)
 
 
 def find_checkpoint(run_dir: RunDir) -> Path | None:
@@ -128,12 +148,13 @@ def check_names(config: RunConfig) -> None:
 
     for part, options in config.parts.items():
         check(f"parts.{part}.method", ADAPTERS, options.method)
-    for i, source in enumerate(config.data.train):
-        check(f"data.train.{i}.format", DATASET_FORMATS, source.format)
+    lists = {"train": config.data.train, "validation": config.data.validation}
+    for key, source in ((f"data.{name}.{i}", source) for name, all_ in lists.items() for i, source in enumerate(all_)):
+        check(f"{key}.format", DATASET_FORMATS, source.format)
         if source.format != "shapes" and not is_there(source.path):
-            problems.append(f"data.train.{i}.path: no such file {source.path!r}")
+            problems.append(f"{key}.path: no such file {source.path!r}")
         if source.media is not None and not find_path(source.media).is_dir():
-            problems.append(f"data.train.{i}.media: no such folder {source.media!r}")
+            problems.append(f"{key}.media: no such folder {source.media!r}")
     if config.data.video.reader != "auto":
         check("data.video.reader", VIDEO_READERS, config.data.video.reader)
     for i, entry in enumerate(config.evaluation):
@@ -193,35 +214,23 @@ def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def open_ledger(config: RunConfig, sources: list[Source], run_dir: RunDir) -> Ledger:
+def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source], run_dir: RunDir) -> Ledger:
     """The ledger with the rows that are no samples. Raises UserError where these alone are too many."""
-    ledger = Ledger(run_dir.skipped, sum(source.total for source in sources), config.data.max_skipped)
+    total = sum(source.total for source in sources + held_out)
+    ledger = Ledger(run_dir.skipped, total, config.data.max_skipped)
     if is_main():
         mend(run_dir.skipped)
-        named = zip(sources, ledger_names(sources), strict=True)
+        names = ledger_names(sources) + ledger_names(held_out, "validation")
+        named = zip(sources + held_out, names, strict=True)
         ledger.record(*(replace(from_rejected(row), source=name) for source, name in named for row in source.rejected))
     return ledger
 
 
-def make_trainer(
-    config: RunConfig,
-    arguments: Any,
-    model: Any,
-    dataset: TrainDataset,
-    run_dir: RunDir,
-    console: Console,
-) -> AdapterTrainer:
+def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
     tokenizer = encoder.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    fillers = {}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        for kind in dataset.media_kinds():
-            filler = encoder.filler(kind)
-            fillers[next(key for key in filler if key.startswith("pixel_values"))] = filler
-    if "wandb" in config.training.report_to:
-        prepare_wandb(run_dir)
-    log = RunLog(run_dir.metrics, console)
+    fillers = encoder.fillers(dataset.media_kinds()) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
     trainer = AdapterTrainer(
         config,
         model=model,
@@ -229,20 +238,17 @@ def make_trainer(
         train_dataset=dataset,
         data_collator=Collator(pad, fillers=fillers, pack=row_length(model, config.data)),
     )
-    log.trainer = trainer
-    trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def prepare_wandb(run_dir: RunDir) -> None:
-    """Files go into the run; without a login W&B records offline, where it would otherwise ask on the terminal."""
-    import wandb
-
-    os.environ.setdefault("WANDB_DIR", str(run_dir.path))
-    os.environ.setdefault("WANDB_PROJECT", "mmdora")
-    if not wandb.api.api_key:
-        os.environ.setdefault("WANDB_MODE", "offline")
+def watch(trainer: AdapterTrainer, console: Console, reports: Reports) -> RunLog:
+    """Tell what the trainer does, and have it evaluated where the config says so."""
+    log = RunLog(trainer, console, reports)
+    trainer.add_callback(log)
+    if (steps := trainer.run_config.training.evaluate_every) is not None:
+        trainer.add_callback(EvaluateEvery(steps))
+    return log
 
 
 def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Ledger, console: Console) -> None:
@@ -266,6 +272,7 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     if results:
         console.print(results_table([(read_report(a), read_report(b) if b else None) for a, b in results]))
     console.print(f"{ledger.summary()}" + (f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""))
+    show_best(console, run_dir)
     console.print(
         f"\nThe run is in {run_dir.path}. Next:\n"
         f"  open {run_dir.path}/report.html          pictures, questions, answers before and after\n"
@@ -274,3 +281,25 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
         f"  mmdora merge {run_dir.path} OUT          a plain Hugging Face model",
         soft_wrap=True,
     )
+
+
+def show_best(console: Console, run_dir: RunDir) -> None:
+    """Which step's adapter was the best, and how it is used in place of the last."""
+    if not run_dir.best.is_dir():
+        return
+    best = json.loads((run_dir.best / "best.json").read_text(encoding="utf-8"))
+    console.print(
+        f"The best of {best['metric']} was {best['value']:.4g}, after step {best['step']}; its adapter is in "
+        f"{run_dir.best}/adapter, which eval, merge and chat take in the run's place:\n"
+        f"  mmdora eval {run_dir.best}/adapter --benchmark NAME --data DIR --out DIR",
+        soft_wrap=True,
+    )
+
+
+def hand_over(config: RunConfig, run_dir: RunDir, reports: Reports, step: int) -> None:
+    """Sample predictions of the tuned model, and its adapter, to where the run reports to."""
+    if not is_main():
+        return
+    for entry in config.evaluation:
+        reports.predictions(step, entry.name, sample_predictions(run_dir.result(entry.name), config.data.video))
+    reports.adapter(run_dir.adapter)

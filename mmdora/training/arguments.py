@@ -46,7 +46,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         save_strategy="steps",  # and always at the end
         save_steps=settings.save_every or sys.maxsize,
         logging_steps=1,
-        report_to=settings.report_to or "none",
+        report_to="none",  # mmdora.training.reporting does it
         run_name=output.name,
         deepspeed=deepspeed,
         dataloader_num_workers=config.data.num_workers,

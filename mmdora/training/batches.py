@@ -8,6 +8,7 @@ is without them. The same seed and epoch give the same batches, whatever number 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,16 @@ from torch.utils.data import Sampler
 from mmdora.errors import UserError
 
 Ints = NDArray[np.integer]
+
+
+@contextmanager
+def as_workers_said() -> Iterator[None]:
+    """Raises a UserError of a loader's worker process as it was, without the traceback that torch puts around it."""
+    try:
+        yield
+    except UserError as error:
+        _, wrapped, message = str(error).rpartition("mmdora.errors.UserError: ")
+        raise UserError(message.strip()) from error if wrapped else None
 
 
 @dataclass(frozen=True)

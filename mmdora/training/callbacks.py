@@ -1,83 +1,95 @@
-"""What a run shows and writes while it trains: the progress bar, and metrics.jsonl."""
+"""What a run does beside training: it measures each step and tells it, and says when the model is to be evaluated."""
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from mmdora.training.trainer import AdapterTrainer
+from mmdora.training.progress import TrainingDisplay
+from mmdora.training.reporting import Reports
+from mmdora.training.trainer import AdapterTrainer, optimizer_groups
 
 
 class RunLog(TrainerCallback):
-    """Rank 0's bar (loss, tokens/s, share of the time spent waiting for data, time left) and one JSON line a step in
-    `metrics.jsonl`."""
+    """A line a step to the terminal and the reports, and a line an evaluation."""
 
-    def __init__(self, metrics: Path, console: Console):
-        self.metrics, self.console = metrics, console
-        self.trainer: AdapterTrainer | None = None
-        self.progress: Progress | None = None
-        self._mark = (0.0, 0, 0.0)  # the clock, tokens and seconds waited at the last line
-        self._begun = (0.0, 0.0)  # the clock and seconds waited at the first, which is behind the start-up
+    def __init__(self, trainer: AdapterTrainer, console: Console, reports: Reports):
+        self.trainer, self.console, self.reports = trainer, console, reports
+        self.parts = [group["name"] for group in optimizer_groups(trainer.model, trainer.run_config)]
+        self.rates: list[float] = []  # of the step, by optimizer group
+        self.display: TrainingDisplay | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._mark = (time.perf_counter(), 0, 0.0)
-        if not state.is_world_process_zero:
-            return
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[waited]} wait"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-        )
-        self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="–", speed="–", waited="–")
-        self.progress.start()
+        self.trainer.meter.restart()
+        self.reports.rewind(state.global_step)
+        if state.is_world_process_zero:
+            self.display = TrainingDisplay(self.console, state.max_steps, state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates = kwargs["lr_scheduler"].get_last_lr()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
-        assert self.trainer is not None
-        now, tokens, waited = time.perf_counter(), self.trainer.tokens_seen * args.world_size, self.trainer.waited
-        seconds, new, idle = now - self._mark[0], tokens - self._mark[1], waited - self._mark[2]
-        self._mark = (now, tokens, waited)
-        if not self._begun[0]:
-            self._begun = (now, waited)
+        figures = self.trainer.meter.read()
+        if not state.is_world_process_zero:
+            return
         line = {
             "step": state.global_step,
             "epoch": round(logs.get("epoch", 0.0), 4),
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
-            "tokens_per_second": round(new / seconds, 1),
-            "seconds": round(seconds, 4),
-            "seconds_waiting_for_data": round(idle, 4),
+            "learning_rates": self.rates_of_parts(),
+            **figures,
         }
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.progress is not None:
-            task = self.progress.task_ids[0]
-            share = (waited - self._begun[1]) / (now - self._begun[0]) if now > self._begun[0] else 0.0
-            self.progress.update(
-                task,
-                completed=state.global_step,
-                loss=f"{logs['loss']:.3f}",
-                speed=f"{new / seconds:,.0f}",
-                waited=f"{share:.1%}",
-            )
+        self.reports.line(line)
+        if self.display is not None:
+            self.display.step(line)
+
+    def rates_of_parts(self) -> dict[str, float]:
+        """The learning rate of each part in the last step; where its blocks have rates of their own, the highest."""
+        rates: dict[str, float] = {}
+        for part, rate in zip(self.parts, self.rates, strict=True):
+            rates[part] = max(rate, rates.get(part, 0.0))
+        return rates
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.reports.line({"step": state.global_step, "eval": dict(metrics or {})})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar beside the training's, on rank 0; yields its `advance(n)`."""
+        if self.display is None:
+            yield lambda _: None
+            return
+        with self.display.bar(label, total) as advance:
+            yield advance
+
     def close(self) -> None:
         """Leave the terminal as it was, also when training stops on an error."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        if self.display is not None:
+            self.display.close()
+            self.display = None
+
+
+class EvaluateEvery(TrainerCallback):
+    """Every so many steps, and after the last; not where training is told to stop, and has no time."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = state.global_step % self.steps == 0 and not control.should_training_stop
+        if due or state.global_step >= state.max_steps:
+            control.should_evaluate = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
 from mmdora.architectures import find_parts
 from mmdora.blocks import rate_factors
-from mmdora.checkpoint import save_adapter
+from mmdora.checkpoint import save_adapter, save_best
 from mmdora.config import PartConfig, RunConfig
-from mmdora.errors import UserError
+from mmdora.rundir import RunDir
 from mmdora.tokens import NEW_TOKENS, VALUES
 from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
-from mmdora.training.batches import Batching, MicroBatches, check_budgets
+from mmdora.training.batches import Batching, MicroBatches, as_workers_said, check_budgets
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
+from mmdora.training.flops import work_of
+from mmdora.training.meter import Meter
 from mmdora.training.packing import packed_inputs
 from mmdora.training.signals import outlive_sigterm
 from mmdora.zero import begin_stage_0, read_in_forward, true_shape
@@ -73,13 +76,14 @@ class AdapterTrainer(Trainer):
     """Trains what `inject_adapters` left trainable."""
 
     optimizer: Any
+    control: Any
 
     def __init__(self, config: RunConfig, **kwargs: Any):
         super().__init__(**kwargs)
         self.run_config = config
         self.loss_is_scaled_for_ga = True  # by `compute_loss`
-        self.tokens_seen = 0  # by this process, media tokens included
-        self.waited = 0.0  # seconds that this process had no batch to work on
+        self.meter = Meter(self.args.device, work_of(self.model))
+        self.evaluator: Callable[[AdapterTrainer], dict[str, float]] | None = None
         self.audit: Audit | None = None
         vocabulary = self.model.config.get_text_config().vocab_size
         dataset: Any = self.train_dataset
@@ -133,15 +137,13 @@ class AdapterTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises UserError as a worker process did, without the traceback that torch puts around it."""
+        """The micro-batches of a step, which are waited for and counted here. Raises UserError."""
         start = time.perf_counter()
-        try:
-            batches = super().get_batch_samples(*args, **kwargs)
-        except UserError as error:
-            _, wrapped, message = str(error).rpartition("mmdora.errors.UserError: ")
-            raise UserError(message.strip()) from error if wrapped else None
-        self.waited += time.perf_counter() - start
-        return batches
+        with as_workers_said():
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        self.meter.waited += time.perf_counter() - start
+        self.meter.count(batches, getattr(self.data_collator, "fillers", {}))
+        return batches, items
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over one group a part and decay; DeepSpeed takes it as it is, so nothing is compiled."""
@@ -171,9 +173,7 @@ class AdapterTrainer(Trainer):
         """This micro-batch's share of the mean over all tokens of the step, times the number of processes, which
         gradients are averaged over."""
         indices = inputs.pop("index", None)  # of the samples in the dataset
-        # A packed batch has no attention mask.
-        self.tokens_seen += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
-        if "attention_mask" not in inputs:
+        if "attention_mask" not in inputs:  # a packed batch
             inputs = packed_inputs(self.model, inputs)
         if self.model_accepts_loss_kwargs or num_items_in_batch is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -209,6 +209,28 @@ class AdapterTrainer(Trainer):
             parts = {id(parameter): group["name"] for group in watched for parameter in group["params"]}
             self.audit = Audit(self.model, parts, self.args.device)
         self.audit.check(self.state.global_step)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What the run's evaluator finds of the model as it is now, by name. Every process calls it."""
+        assert self.evaluator is not None
+        with self.meter.pause(), self.averaged():
+            metrics = self.evaluator(self)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Keep the adapter as the run's best where `training.best` says so: the least loss, or the highest score."""
+        best = self.run_config.training.best
+        if best is None or math.isnan(value := metrics[best]):
+            return False
+        known = self.state.best_metric
+        if known is not None and (value >= known if best == "loss" else value <= known):
+            return False
+        self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        about = {"step": self.state.global_step, "metric": best, "value": value}
+        with self.averaged():
+            save_best(self.model, RunDir(Path(self.run_config.training.output)).best, about)
+        return True
 
     # Checkpoints are our own (checkpoints.py): they hold the adapter and the optimizer's state, never the frozen base.
 

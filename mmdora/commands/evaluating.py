@@ -1,0 +1,116 @@
+"""Evaluation while a run trains: the loss on `data.validation`, and `evaluation` entries with `during: true`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image as PILImage
+
+from data_pipelines.collator import Collator
+from data_pipelines.encoding import Encoder
+from data_pipelines.held_out import HeldOutCollator, HeldOutDataset
+from eval.benchmarks import Question
+from eval.generation import tensors_digest
+from eval.report import shown, thumbnails
+from eval.run import evaluate
+from eval.scoring import read_scores
+from mmdora.checkpoint import adapter_contents
+from mmdora.commands.console import is_main
+from mmdora.config import RunConfig, VideoConfig
+from mmdora.rundir import RunDir
+from mmdora.training.callbacks import RunLog
+from mmdora.training.reporting import Prediction
+from mmdora.training.trainer import AdapterTrainer
+from mmdora.training.validation import evaluating, validation_loss
+from mmdora.zero import give_back
+
+Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What the trainer calls to evaluate its model; every process calls it."""
+
+    config: RunConfig
+    run_dir: RunDir
+    encoder: Encoder
+    questions: Questions
+    held_out: HeldOutDataset | None
+    log: RunLog
+
+    def __call__(self, trainer: AdapterTrainer) -> dict[str, float]:
+        """The figures of this step by name, as `training.best` names them: `loss`, and each benchmark's official score,
+        in percent. Training goes on as if nothing had been evaluated."""
+        start = time.perf_counter()
+        with evaluating(trainer.model):
+            metrics = self.loss(trainer) if self.held_out is not None else {}
+            metrics |= self.scores(trainer)
+        return metrics | {"seconds": round(time.perf_counter() - start, 4)}
+
+    def loss(self, trainer: AdapterTrainer) -> dict[str, float]:
+        assert self.held_out is not None
+        with self.log.bar("held-out loss", len(self.held_out)) as advance:
+            loss, _ = validation_loss(trainer, self.held_out, held_out_collator(self.encoder, self.held_out), advance)
+        give_back(trainer.model_wrapped)
+        return {"loss": loss}
+
+    def scores(self, trainer: AdapterTrainer) -> dict[str, float]:
+        entries = [entry for entry in self.config.evaluation if entry.during]
+        if not entries:
+            return {}
+        step = trainer.state.global_step
+        tensors, _, _ = adapter_contents(trainer.model, "default")
+        origin = {"model": self.config.model.path, "adapter": f"step {step}"}
+        found = {}
+        for entry in entries:
+            asked, folder = self.questions[entry.name], self.run_dir.result(entry.name, step=step)
+            with self.log.bar(entry.name, len(asked)) as advance:
+                weights = f"adapter {tensors_digest(tensors)}"  # the base stays as config.yaml names it
+                report = evaluate(
+                    trainer.model, self.encoder, entry, asked, folder, advance, origin, overwrite=True, weights=weights
+                )
+            give_back(trainer.model_wrapped)
+            found[entry.name] = report["scores"]["official"]["value"]
+            if is_main():
+                rows = sample_predictions(folder, self.config.data.video)
+                self.log.reports.predictions(step, entry.name, rows)
+        return found
+
+
+def held_out_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:
+    """Under several processes each runs the vision encoder in every batch, as in training."""
+    tokenizer = encoder.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return HeldOutCollator(
+        Collator(pad, fillers={} if alone else encoder.fillers(dataset.media_kinds())), encoder.blank()
+    )
+
+
+def sample_predictions(folder: Path, video: VideoConfig) -> list[Prediction]:
+    """Some of a result's answers, with their pictures."""
+    return [
+        Prediction(
+            row["question"],
+            " / ".join(dict.fromkeys(row["references"])),
+            row["response"],
+            row["official"],
+            beside([picture for path in row["media"] for picture in thumbnails(Path(path), video)]),
+        )
+        for row in shown(read_scores(folder))
+    ]
+
+
+def beside(pictures: list[PILImage.Image]) -> PILImage.Image | None:
+    """Pictures in a row, as one; None where there is none."""
+    if not pictures:
+        return None
+    strip = PILImage.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        strip.paste(picture, (left, 0))
+        left += picture.width
+    return strip

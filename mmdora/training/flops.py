@@ -1,0 +1,116 @@
+"""How much arithmetic a step is, and how much the device could do: model FLOPs utilization (MFU).
+
+FLOPs of a step = Σ over the vision encoder and the rest of 2·N·t (forward) + 2·N·t (the gradient of the inputs, where
+something that is trained stands before or among the weights) + 2·T·t (the gradient of the T trained weights), plus
+12·L·d·Σl² for attention (PaLM, arXiv 2204.02311, appendix B; l: tokens of a sample; 4 instead of 12 where no gradient
+flows). So a frozen weight costs 4·N·t, and a trained one 6·N·t. N counts matrices, without embedding tables; t is
+tokens for the language model, its head and the projector, and patches for the vision encoder, whose attention (a tenth
+of its work) is left out. Activations that are computed again (gradient checkpointing) do not count. Only what
+samples fill is counted, and not padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmdora.architectures import ARCHITECTURES, is_inside
+from mmdora.zero import true_shape
+
+# Dense bf16, TFLOP/s, from the vendors' data sheets; the first name that is part of the device's counts.
+PEAKS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("GH200", 989.4),
+    ("H200", 989.4),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("H800", 989.4),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX 6000 Ada", 364.2),
+    ("RTX A6000", 154.8),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("A40", 149.7),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("MI300X", 1307.4),
+    ("MI250X", 383.0),
+)
+
+
+def peak_flops(name: str) -> float | None:
+    """FLOP/s of a device by its name, in dense bf16; None where it is not known."""
+    return next((tera * 1e12 for part, tera in PEAKS if part in name), None)
+
+
+def device_peak(device: torch.device) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step costs: FLOPs a token, a patch of a picture or frame, and a token for each token of its sample."""
+
+    per_token: float
+    per_patch: float
+    per_pair: float
+    pixels: int  # values of a patch
+
+    def flops(self, tokens: float, squares: float, pixels: float) -> float:
+        """Of `tokens`, whose samples' lengths squared add up to `squares`, and so many values of pictures."""
+        return self.per_token * tokens + self.per_pair * squares + self.per_patch * pixels / self.pixels
+
+
+def work_of(model: Any) -> Work:
+    """Counted from the model's weights, adapters included, and which of them are trained."""
+    parts = ARCHITECTURES[model.config.model_type].parts if model.config.model_type in ARCHITECTURES else {}
+    vision, projector = parts.get("vision", ()), parts.get("projector", ())
+    sizes = {True: [0.0, 0.0], False: [0.0, 0.0]}  # by whether it is the vision encoder's: all, trained
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()
+    tables -= {id(head.weight)} if head is not None else set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in tables or len(true_shape(parameter)) < 2:
+            continue
+        count = _active(model.config, parameter)
+        inside = (any(is_inside(name, root) for root in roots) for roots in (vision, projector))
+        size = sizes[next(inside) and not next(inside)]
+        size[0] += count
+        size[1] += count * parameter.requires_grad
+    flows_in_vision = sizes[True][1] > 0
+    flows = flows_in_vision or any(parameter.requires_grad for parameter in model.parameters())
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return Work(
+        per_token=(4.0 if flows else 2.0) * sizes[False][0] + 2 * sizes[False][1],
+        per_patch=(4.0 if flows_in_vision else 2.0) * sizes[True][0] + 2 * sizes[True][1],
+        per_pair=(12.0 if flows else 4.0) * text.num_hidden_layers * heads,
+        pixels=_patch_values(model.config),
+    )
+
+
+def _active(config: Any, parameter: nn.Parameter) -> float:
+    """Weights that one token meets: all, but of experts only those that it is sent to."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or true_shape(parameter)
+    text = config.get_text_config()
+    experts, chosen = getattr(text, "num_experts", None), getattr(text, "num_experts_per_tok", None)
+    share = chosen / experts if experts and chosen and len(shape) == 3 and shape[0] == experts else 1.0
+    return math.prod(shape) * share
+
+
+def _patch_values(config: Any) -> int:
+    """Values of a picture that make one position of the vision encoder: 3 × the patch's sides and frames."""
+    vision = getattr(config, "vision_config", None)
+    size = getattr(vision, "patch_size", 14)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return 3 * height * width * int(getattr(vision, "temporal_patch_size", 1) or 1)

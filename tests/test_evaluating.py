@@ -1,0 +1,272 @@
+"""Evaluation while a run trains: exact, without a trace in the training, the same on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data_pipelines.dataset import read_source
+from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.samples import SampleError
+from mmdora.checkpoint import load_adapter
+from mmdora.commands.evaluating import Evaluator
+from mmdora.config_files import load_config
+from mmdora.errors import UserError
+from mmdora.rundir import load_target
+from mmdora.training.validation import batches_of, evaluating
+from tests.test_runs import command, small
+from tests.test_zero import LAUNCHERS, launch
+
+PLUGIN = """
+import logging, warnings
+warnings.warn("a warning of all processes")
+logging.getLogger("transformers.models").warning("a note of all processes")
+"""
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """Samples without a picture, samples with one, one whose picture is missing, and one more: 9, in batches of 4."""
+    folder = tmp_path_factory.mktemp("held_out")
+    rows = []
+    for i in range(9):
+        answer = ("red", "a blue square", "two", "left of it")[i % 4]
+        said = [{"from": "human", "value": f"What is number {i}?"}, {"from": "gpt", "value": answer}]
+        row = {"id": f"row-{i}", "conversations": said}
+        if 4 <= i < 8:
+            said[0]["value"] = f"<image>\n{said[0]['value']}"
+            row["image"] = f"{i}.png"
+            if i != 6:
+                Image.new("RGB", (48, 48), (40 * i % 256, 20 * i, 255 - 20 * i)).save(folder / f"{i}.png")
+        rows.append(row)
+    (folder / "held_out.json").write_text(json.dumps(rows))
+    return folder / "held_out.json"
+
+
+def watched(world: Path, output: Path, held_out: Path) -> list[str]:
+    """A small run that is evaluated after its second and its fourth step."""
+    counting = f"name: counting, benchmark: vqa, data: {world}/counting_held_out.json, format: shapes"
+    return [
+        *small(world, output),
+        f"data.validation=[{held_out}]",
+        "data.max_skipped=0.1",
+        "training.evaluate_every=2",
+        "training.best=loss",
+        f"evaluation=[{{{counting}, limit: 5, batch_size: 2, during: true}}]",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(world, held_out, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "watched"
+    assert command("train", *watched(world, output, held_out)) == 0
+    return output
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_of(run: Path, folder: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(run / folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_every_sample_is_in_one_batch_of_one_process():
+    for samples, size, world in [(9, 4, 2), (8, 4, 2), (1, 4, 3), (7, 1, 2), (5, 8, 1)]:
+        shares = [batches_of(samples, size, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(i for share in shares for batch in share for i in batch) == list(range(samples))
+
+
+def test_the_loss_is_the_mean_over_all_supervised_tokens(run, held_out):
+    """As sample by sample, with the adapter of the last step; the sample without its picture is in the ledger."""
+    loaded = load_target(str(run))
+    encoder, total, tokens = Encoder(loaded.processor, loaded.video), 0.0, 0
+    source = read_source(load_config("quickstart", [f"data.train=[{held_out}]"]).data.train[0])
+    for sample in source:
+        try:
+            row = encoder.encode(sample)
+        except SampleError:
+            continue
+        count = int((row["labels"] != IGNORED).sum())
+        with torch.no_grad():
+            total, tokens = total + float(loaded.model(**row).loss) * count, tokens + count
+    (second, fourth) = [line for line in lines_of(run) if "eval" in line]
+    assert (second["step"], fourth["step"]) == (2, 4)
+    assert fourth["eval"]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert second["eval"]["loss"] != fourth["eval"]["loss"]
+    (skipped,) = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert skipped["id"] == "row-6"
+    assert skipped["source"] == f"{held_out} (data.validation.0)"
+
+
+def test_benchmarks_are_scored_during_training(run):
+    for line in (line for line in lines_of(run) if "eval" in line):
+        folder = run / "eval" / "during" / f"step-{line['step']}" / "counting"
+        report = json.loads((folder / "report.json").read_text())
+        assert report["n"] == 5
+        assert report["scores"]["official"]["value"] == line["eval"]["counting"]
+        assert report["receipt"]["adapter"] == f"step {line['step']}"
+    # The last evaluation saw the model that was saved: the same answers as when it is loaded.
+    answers = [(run / "eval" / where / "scores.jsonl").read_text() for where in ("during/step-4/counting", "counting")]
+    assert answers[0] == answers[1]
+    assert "during" not in {p.name for p in (run / "eval" / "counting").iterdir()}
+
+
+def test_the_best_adapter_is_kept(run, tiny):
+    evaluated = {line["step"]: line["eval"]["loss"] for line in lines_of(run) if "eval" in line}
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert best == {"step": min(evaluated, key=evaluated.get), "metric": "loss", "value": min(evaluated.values())}
+    load_adapter(tiny[0], run / "best" / "adapter")
+    assert same(adapter_of(run, "best/adapter"), adapter_of(run)) == (best["step"] == 4)
+
+
+def test_training_does_not_know_that_it_was_evaluated(run, world, tmp_path):
+    assert command("train", *small(world, tmp_path / "alone"), "evaluation=[]") == 0
+    assert same(adapter_of(tmp_path / "alone"), adapter_of(run))
+    losses = [[line["loss"] for line in lines_of(r) if "loss" in line] for r in (run, tmp_path / "alone")]
+    assert losses[0] == losses[1]
+
+
+def test_a_runs_own_config_gives_the_same_adapter(run, tmp_path):
+    assert command("train", str(run / "config.yaml"), f"training.output={tmp_path / 'again'}") == 0
+    assert same(adapter_of(tmp_path / "again"), adapter_of(run))
+    assert same(adapter_of(tmp_path / "again", "best/adapter"), adapter_of(run, "best/adapter"))
+    evaluated = [[line["eval"]["loss"] for line in lines_of(r) if "eval" in line] for r in (run, tmp_path / "again")]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path, monkeypatch):
+    """As if the model got worse after the second step; gone on with from there, the run knows that it was the best."""
+    monkeypatch.setattr(Evaluator, "loss", lambda _, trainer: {"loss": {2: 1.0, 4: 2.0}[trainer.state.global_step]})
+    output = tmp_path / "run"
+    settings = [*watched(world, output, held_out), "evaluation=[]"]
+    assert command("train", *settings) == 0
+    lines, best = lines_of(output), adapter_of(output, "best/adapter")
+    assert json.loads((output / "best" / "best.json").read_text()) == {"step": 2, "metric": "loss", "value": 1.0}
+    assert not same(best, adapter_of(output))
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(output / name)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # torn by a kill
+    assert command("train", *settings, "--resume") == 0
+    assert json.loads((output / "best" / "best.json").read_text())["step"] == 2
+    assert same(best, adapter_of(output, "best/adapter"))
+    timeless = [
+        [(line["step"], line.get("loss"), line.get("eval", {}).get("loss")) for line in found]
+        for found in (lines, lines_of(output))
+    ]
+    assert timeless[0] == timeless[1]  # what came after the checkpoint stands there once
+
+
+def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path, monkeypatch):
+    scores = {1: 50.0, 2: 75.0, 3: 75.0, 4: 25.0}
+    monkeypatch.setattr(Evaluator, "loss", lambda *_: {"loss": float("nan")})
+    monkeypatch.setattr(Evaluator, "scores", lambda _, trainer: {"counting": scores[trainer.state.global_step]})
+    settings = [*watched(world, tmp_path / "run", held_out), "training.evaluate_every=1", "evaluation.0.limit=1"]
+    assert command("train", *settings, "training.best=counting") == 0
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best == {"step": 2, "metric": "counting", "value": 75.0}
+
+
+def test_evaluating_leaves_no_trace(tiny):
+    model, _ = tiny
+    model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    with evaluating(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        drawn = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1))  # noqa: NPY002
+    assert before[0] != random.getstate()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.evaluate_every=2"], r"has nothing to evaluate: give 'data.validation', or an 'evaluation' entry"),
+        (["data.validation=[x.json]"], r"'data.validation' needs 'training.evaluate_every'"),
+        (["evaluation.0.during=true"], r"'evaluation.\*.during' needs 'training.evaluate_every'"),
+        (["training.best=loss"], r"'training.best' needs 'training.evaluate_every'"),
+        (
+            ["training.evaluate_every=2", "evaluation.0.during=true", "training.best=loss"],
+            r"'training.best' 'loss' is not evaluated during training. It may be: counting",
+        ),
+        (
+            ["training.evaluate_every=2", "evaluation.0.during=true", "training.best=countin"],
+            r"Did you mean 'counting'\?",
+        ),
+        (
+            ["training.evaluate_every=2", "evaluation.0={name: loss, benchmark: vqa, data: x, during: true}"],
+            r"with 'during' is named 'loss'",
+        ),
+        (
+            ["training.evaluate_every=2", "data.validation=[{path: x.json, weight: 2}]"],
+            r"'weight' is of training data",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_at_once(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", overrides)
+
+
+def test_held_out_files_that_are_not_there_are_told_before_anything_is_loaded(world, tmp_path, capsys):
+    settings = [*small(world, tmp_path / "run"), "data.validation=[{path: gone.json, media: nowhere, format: lava}]"]
+    assert command("train", *settings, "training.evaluate_every=2") == 2
+    error = capsys.readouterr().err
+    assert "data.validation.0.path: no such file 'gone.json'" in error
+    assert "data.validation.0.media: no such folder 'nowhere'" in error
+    assert "data.validation.0.format" in error
+
+
+def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, tmp_path, monkeypatch):
+    """Batches with and without pictures side by side, a process that has none left, odd numbers of questions: the same
+    losses and answers; and each process has its log."""
+    (tmp_path / "a_plugin.py").write_text(PLUGIN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    output = tmp_path / "two"
+    settings = [*watched(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
+    done = launch(LAUNCHERS["zero3"](), [*settings, "evaluation.0.before=true", "evaluation.0.batch_size=1"], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ours, theirs = lines_of(output), lines_of(run)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 2, 3, 4, 4]
+    for mine, other in zip(ours, theirs, strict=True):
+        if "eval" in mine:
+            assert mine["eval"]["loss"] == pytest.approx(other["eval"]["loss"], rel=1e-4)
+            assert mine["eval"]["counting"] == other["eval"]["counting"]
+            continue
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["learning_rates"] == pytest.approx(other["learning_rates"])
+        for figure in ("tokens", "samples", "frames"):  # of all processes
+            made = [line[f"{figure}_per_second"] * line["seconds"] for line in (mine, other)]
+            assert made[0] == pytest.approx(made[1], rel=0.02)
+    answers = [
+        [json.loads(line)["response"] for line in (r / "eval/during/step-4/counting/scores.jsonl").open()]
+        for r in (output, run)
+    ]
+    assert answers[0] == answers[1]
+    assert json.loads((output / "best" / "best.json").read_text())["step"] == 4
+    assert done.stderr.count("a warning of all processes") == 1
+    assert "a note of all processes" not in done.stdout + done.stderr
+    for rank in (0, 1):
+        log = (output / "logs" / f"rank-{rank}.log").read_text()
+        assert f"process {rank} of 2" in log
+        assert "a warning of all processes" in log
+        assert "a note of all processes" in log

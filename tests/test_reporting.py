@@ -1,0 +1,325 @@
+"""What a run tells while it trains: its figures are true, of all processes, and reach every place asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmdora
+from data_pipelines.collator import Collator
+from data_pipelines.encoding import Encoder
+from data_pipelines.samples import Image, Message, Sample, Text, Video
+from mmdora.commands.logs import logged
+from mmdora.config_files import load_config
+from mmdora.training.flops import peak_flops, work_of
+from mmdora.training.meter import Counts, Meter
+from mmdora.training.progress import TrainingDisplay
+from mmdora.training.reporting import MetricsFile, curves
+from tests.conftest import ROOT
+from tests.test_evaluating import lines_of
+from tests.test_runs import command, small
+from tests.wandb_files import history, records
+
+LINE = {
+    "step": 12,
+    "loss": 1.2345,
+    "learning_rates": {"vision": 1e-3, "projector": 2e-3, "language": 1e-3},
+    "tokens_per_second": 12345.6,
+    "samples_per_second": 123.45,
+    "frames_per_second": 456.7,
+    "mfu": 0.4321,
+    "memory_gib": 71.234,
+    "seconds": 2.0,
+    "seconds_waiting_for_data": 0.01,
+}
+
+
+def rows(encoder: Encoder, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Two samples with a picture, one without."""
+    from PIL import Image as PILImage
+
+    PILImage.new("RGB", (48, 48), "red").save(folder / "red.png")
+    shown = Message("user", (Image(folder / "red.png"), Text("What colour is it?")))
+    asked = Message("user", (Text("And what is the sky's?"),))
+    said = [Message("assistant", (Text(text),)) for text in ("red", "a very deep red", "blue")]
+    pairs = zip((shown, shown, asked), said, strict=True)
+    return [encoder.encode(Sample(f"s{i}", pair, "test")) for i, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("pack", [None, 10_000])
+def test_padding_and_fillers_do_not_count(tiny, tmp_path, pack):
+    _, processor = tiny
+    encoder = Encoder(processor)
+    samples, counts = rows(encoder, tmp_path), Counts()
+    fillers = encoder.fillers([Image, Video])
+    collate = Collator(processor.tokenizer.pad_token_id, fillers=fillers, pack=pack)
+    counts.add(collate(samples), fillers)  # a filler for videos
+    counts.add(collate(samples[2:]), fillers)  # fillers for both
+    lengths = [row["input_ids"].shape[1] for row in [*samples, samples[2]]]
+    pixels = [row["pixel_values"] for row in samples[:2]]
+    assert counts.tokens == sum(lengths)
+    assert counts.squares == sum(length**2 for length in lengths)
+    assert counts.samples == 4
+    assert counts.frames == sum(p.shape[:-3].numel() for p in pixels)
+    assert counts.pixels == sum(p.numel() for p in pixels)
+
+
+def test_frames_of_patches_are_told_from_their_grid():
+    ids = torch.tensor([[5, 6]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"pixel_values": torch.zeros(32, 1176), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+    batch |= {"pixel_values_videos": torch.zeros(48, 1176), "video_grid_thw": torch.tensor([[3, 4, 4]])}
+    counts = Counts()
+    counts.add(batch, {})
+    assert counts.frames == 2 + 6  # a clip's frames go in pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA A10G", 70.0),
+    ],
+)
+def test_a_devices_peak_is_known_by_its_name(name, tera):
+    assert peak_flops(name) == tera * 1e12
+
+
+def test_an_unknown_device_has_no_utilization(tiny):
+    assert peak_flops("GeForce 256") is None
+    meter = Meter(torch.device("cpu"), work_of(tiny[0]))
+    assert meter.read()["mfu"] is None
+
+
+def test_utilization_is_the_steps_arithmetic_over_the_peak(tiny, tmp_path):
+    model, processor = tiny
+    meter = Meter(torch.device("cpu"), work_of(model))
+    meter.peak = 1e9
+    meter.count([Collator(0)(rows(Encoder(processor), tmp_path))], {})
+    counts = meter.total
+    figures = meter.read()
+    flops = meter.work.flops(counts.tokens, counts.squares, counts.pixels)
+    assert figures["mfu"] == pytest.approx(flops / figures["seconds"] / 1e9, rel=0.05)
+
+
+PARTS = {
+    "dora everywhere": {"vision": {"method": "dora"}, "projector": {"method": "full"}, "language": {"method": "dora"}},
+    "projector alone": {"projector": {"method": "full"}},
+    "all in full": {"vision": {"method": "full"}, "projector": {"method": "full"}, "language": {"method": "full"}},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_the_formula_is_about_what_the_model_computes(tiny, tmp_path, parts):
+    """Against every matrix product that PyTorch runs, forward and backward; the formula leaves out norms and DoRA's
+    own products."""
+    model, processor = tiny
+    mmdora.inject_adapters(model, parts)
+    batch = Collator(processor.tokenizer.pad_token_id)(rows(Encoder(processor), tmp_path)[:1])
+    counts = Counts()
+    counts.add(batch, {})
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    told = work_of(model).flops(counts.tokens, counts.squares, counts.pixels)
+    assert told == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_a_frozen_model_costs_less_than_one_that_learns(tiny):
+    model, _ = tiny
+    model.requires_grad_(False)
+    frozen = work_of(model)
+    model.requires_grad_(True)
+    full = work_of(model)
+    assert full.per_token == 3 * frozen.per_token
+    assert full.per_patch == 3 * frozen.per_patch
+    assert full.per_pair == 3 * frozen.per_pair
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    projector = work_of(model)
+    trained = sum(p.numel() for p in model.model.multi_modal_projector.parameters() if p.dim() == 2)
+    assert projector.per_patch == frozen.per_patch  # nothing flows back into the vision encoder
+    assert projector.per_token == 2 * frozen.per_token + 2 * trained
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_figures_fit_the_terminal(width):
+    out = io.StringIO()
+    display = TrainingDisplay(Console(file=out, width=width), 100)
+    display.step(LINE)
+    with display.bar("counting", 8) as advance:
+        advance(3)
+    display.close()
+    shown = out.getvalue().splitlines()
+    assert max(map(len, shown)) <= width
+    text = " ".join(shown)
+    for figure in ("12/100", "loss 1.234", "vision 0.001, projector 0.002, language 0.001", "12,346 tokens/s"):
+        assert figure in text
+    for figure in ("123.5 samples/s", "456.7 frames/s", "MFU 43.2%", "71.2 GiB", "0.5% waiting for data"):
+        assert figure in text
+
+
+def test_what_a_device_cannot_tell_is_not_shown():
+    out = io.StringIO()
+    display = TrainingDisplay(Console(file=out, width=100), 100)
+    display.step(LINE | {"mfu": None, "learning_rates": {"vision": 1e-3, "language": 1e-3}})
+    display.close()
+    assert "MFU" not in out.getvalue()
+    assert "rate 0.001 ·" in out.getvalue()
+
+
+def test_a_line_has_flat_names_for_curves():
+    assert curves({"step": 3, "loss": 1.0, "mfu": None, "learning_rates": {"vision": 0.1}}) == {
+        "loss": 1.0,
+        "learning_rates/vision": 0.1,
+    }
+    assert curves({"step": 3, "eval": {"loss": 1.0, "counting": 50.0}}) == {"eval/loss": 1.0, "eval/counting": 50.0}
+
+
+def test_what_came_after_a_checkpoint_is_taken_back(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.rewind(0)  # none yet
+    for step in (1, 2, 3):
+        file.line({"step": step, "loss": 1.0})
+    with file.path.open("a") as torn:
+        torn.write('{"step": 4, ')
+    file.rewind(2)
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_speaks_and_every_rank_writes(rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    hub, ours = logging.getLogger("transformers.models"), logging.getLogger("mmdora.training")
+    handlers = list(logging.getLogger("transformers").handlers)
+    with logged() as logs, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        ours.warning("before there is a run")
+        logs.into(tmp_path)
+        ours.warning("of ours")
+        ours.info("a note")
+        hub.warning("a warning of the hub")
+        hub.error("an error of the hub")
+        warnings.warn("something old", stacklevel=1)
+        (written,) = (tmp_path / "logs").iterdir()
+        assert written.name == f"rank-{rank}.log"
+        told = (
+            "before there is a run",
+            "of ours",
+            "a note",
+            "a warning of the hub",
+            "an error of the hub",
+            "something old",
+        )
+        assert [text in written.read_text() for text in told] == [True] * 6
+    shown = capsys.readouterr().err
+    assert [text in shown for text in told] == ([True, True, False, False, True, True] if rank == 0 else [False] * 6)
+    assert logging.getLogger("transformers").handlers == handlers
+    ours.warning("after it")
+    assert "after it" not in written.read_text()
+
+
+@pytest.fixture(scope="module")
+def reported(world, tmp_path_factory) -> Path:
+    """A run that reports everywhere, stopped after two of four steps and resumed."""
+    pytest.importorskip("tensorboard")
+    output = tmp_path_factory.mktemp("reports") / "run"
+    held_out = f"path: {world}/counting_held_out.json, format: shapes, take: first:5"
+    benchmark = f"name: counting, benchmark: vqa, data: {world}/counting_held_out.json, format: shapes"
+    settings = [
+        *small(world, output),
+        f"data.validation=[{{{held_out}}}]",
+        "training.evaluate_every=2",
+        f"evaluation=[{{{benchmark}, limit: 4, during: true}}]",
+        "training.report_to=[wandb, tensorboard]",
+    ]
+    assert command("train", *settings, "training.max_steps=2") == 0
+    assert command("train", *settings, "--resume") == 0
+    return output
+
+
+def test_a_step_has_every_figure(reported):
+    line = lines_of(reported)[0]
+    assert set(line) == {
+        *("step", "epoch", "loss", "grad_norm", "learning_rate", "learning_rates", "mfu", "memory_gib"),
+        *("tokens_per_second", "samples_per_second", "frames_per_second", "seconds", "seconds_waiting_for_data"),
+    }
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in line if f"`{name}`" not in page] == []
+    assert line["learning_rates"] == {"vision": 3e-3, "projector": 2e-3, "language": 3e-3}
+    assert line["samples_per_second"] * line["seconds"] == pytest.approx(8, rel=0.02)
+    assert 0.1 < line["memory_gib"] < 100
+    assert 0 <= line["seconds_waiting_for_data"] <= line["seconds"]
+    assert line["mfu"] is None
+
+
+def test_wandb_gets_config_curves_predictions_and_the_adapter(reported):
+    first, second = sorted((reported / "wandb").glob("offline-run-*"))
+    found = [records(next(folder.glob("*.wandb"))) for folder in (first, second)]
+    runs = [next(r.run for r in rs if r.WhichOneof("record_type") == "run") for rs in found]
+    assert runs[0].run_id == runs[1].run_id == (reported / "wandb" / "id").read_text().strip()
+    config = {update.key: json.loads(update.value_json) for update in runs[0].config.update if update.key != "_wandb"}
+    said = load_config(str(reported / "config.yaml")).model_dump(mode="json", by_alias=True)
+    assert config == said
+    rows = [row for rs in found for row in history(rs)]
+    for line in lines_of(reported):
+        flat = curves(line)
+        assert any(row.get("step") == line["step"] and flat.items() <= row.items() for row in rows), line
+    artifacts = [r.artifact for rs in found for r in rs if r.WhichOneof("record_type") == "artifact"]
+    files = {a.type: {entry.path for entry in a.manifest.contents} for a in artifacts}
+    assert files["adapter"] == {"adapter_config.json", "adapter_model.safetensors"}
+    assert sum(path.startswith("media/images/") for path in files["run_table"]) >= 1
+    (table, *_) = first.rglob("counting_*.table.json")
+    table = json.loads(table.read_text())
+    assert table["columns"] == ["step", "question", "answer", "prediction", "score", "picture"]
+    answers = (reported / "eval" / "during" / "step-2" / "counting" / "scores.jsonl").read_text().splitlines()
+    assert table["data"][0][3] in {json.loads(answer)["response"] for answer in answers}
+
+
+def test_tensorboard_gets_the_same_curves(reported):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(reported / "tensorboard"))
+    events.Reload()
+    for line in lines_of(reported):
+        for name, value in curves(line).items():
+            told = {event.step: event.value for event in events.Scalars(name)}
+            assert told[line["step"]] == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_picture_of_the_loss_shows_held_out_samples_too(reported, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from mmdora.analysis.plots import plot_loss
+
+    drawn = {}
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.update({k["label"]: a}) or plot(self, *a, **k))
+    plot_loss(reported / "metrics.jsonl", reported / "loss.png")
+    lines = lines_of(reported)
+    assert list(drawn["loss"][1]) == [line["loss"] for line in lines if "loss" in line]
+    assert drawn["held out"] == ((2, 4), tuple(line["eval"]["loss"] for line in lines if "eval" in line))
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_what_is_not_installed_is_told_before_training(name, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert command("train", *small(world, tmp_path / "run"), f"training.report_to={name}") == 2
+    printed, error = capsys.readouterr()
+    assert f"training.report_to: {name} is not installed; pip install" in error
+    assert not (tmp_path / "run").exists()
+    assert "what is tuned" not in printed
