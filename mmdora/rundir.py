@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,18 +104,6 @@ class RunDir:
             raise UserError(f"no checkpoint is whole:\n{listed}\n--overwrite moves the run aside and begins anew")
         return None
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop what metrics.jsonl says of steps after `step`, which will be taken again, and a line cut short."""
-        if self.metrics.exists():
-            kept = []
-            for line in self.metrics.read_text(encoding="utf-8").split("\n"):
-                with suppress(ValueError):
-                    if json.loads(line).get("step", 0) <= step:
-                        kept.append(f"{line}\n")
-            aside = self.metrics.with_suffix(".new")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(self.metrics)
-
     def config(self, trust_remote_code: bool = False) -> RunConfig:
         """The run's config as data: its plugins are not imported, and remote code is trusted only if said so again."""
         tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
@@ -139,10 +126,13 @@ NEUTRAL = (
     "data.num_workers",
     "data.max_skipped",
     "data.max_tokens",
+    "data.validation",
     "data.video.timeout",
     "training.output",
     "training.micro_batch_size",
     "training.gradient_checkpointing",
+    "training.evaluate_every",
+    "training.max_bad_steps",
     "training.save_every",
     "training.keep",
     "training.on_sigterm",

@@ -29,7 +29,7 @@ from mmdora.errors import UserError
 from mmdora.loading import load_model, save_model
 from mmdora.rundir import load_target
 from mmdora.tokens import token_rows
-from mmdora.training.trainer import optimizer_groups
+from mmdora.training.optimizer import optimizer_groups
 from tests.media import write_image
 from tests.tiny_models import write_tokenizer
 

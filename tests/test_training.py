@@ -13,7 +13,7 @@ from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_model
 from mmdora.training.arguments import micro_batches
-from mmdora.training.trainer import optimizer_groups
+from mmdora.training.optimizer import optimizer_groups
 
 
 @pytest.mark.parametrize(

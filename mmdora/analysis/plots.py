@@ -14,7 +14,7 @@ def plot_loss(metrics: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps, losses = zip(*[(r["step"], r["loss"]) for r in rows if "loss" in r], strict=True)
+    steps, losses = zip(*[(r["step"], r["loss"]) for r in rows if r.get("loss") is not None], strict=True)
     held_out = [(r["step"], r["eval"]["loss"]) for r in rows if "loss" in r.get("eval", {})]
     smooth, mean = [], losses[0]
     for loss in losses:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmdora.errors import UserError
+from mmdora.injection import InjectionReport
+from mmdora.rundir import RunDir
+from mmdora.zero import numel
 
 
 def is_main() -> bool:
@@ -79,3 +84,38 @@ def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -
         baseline = after["majority_baseline"]
         table.add_row(after["name"], str(after["n"]), *shown, "–" if baseline is None else f"{baseline:.1f}")
     return table
+
+
+def show_adapters(console: Console, report: InjectionReport) -> None:
+    """What was adapted, and what was not."""
+    table = make_table("what is tuned", "part", "method", "modules", "left", "trainable", "of", "share")
+    for part in report.parts:
+        share = f"{100 * part.trainable / part.total:.2f}%"
+        counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
+        table.add_row(part.name, part.method, *counts, share)
+    table.add_row("all", "", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}%")
+    console.print(table)
+
+
+def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
+    """How fast each part learns: the optimizer's groups."""
+    table = make_table("how it learns", "part", "parameters", "learning rate", "weight decay")
+    counts: Counter[tuple[str, float, float]] = Counter()
+    for group in groups:
+        counts[group["name"], group["lr"], group["weight_decay"]] += sum(numel(p) for p in group["params"])
+    for (part, rate, decay), count in sorted(counts.items()):
+        table.add_row(part, f"{count:,}", f"{rate:.3g}", f"{decay:g}")
+    console.print(table)
+
+
+def show_best(console: Console, run_dir: RunDir) -> None:
+    """Which step's adapter was the best, and how it is used in place of the last."""
+    if not run_dir.best.is_dir():
+        return
+    best = json.loads((run_dir.best / "best.json").read_text(encoding="utf-8"))
+    console.print(
+        f"The best of {best['metric']} was {best['value']:.4g}, after step {best['step']}; its adapter is in "
+        f"{run_dir.best}/adapter, which eval, merge and chat take in the run's place:\n"
+        f"  mmdora eval {run_dir.best}/adapter --benchmark NAME --data DIR --out DIR",
+        soft_wrap=True,
+    )

@@ -26,8 +26,8 @@ from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_processor
 from mmdora.training.arguments import micro_batches
+from mmdora.training.batches import check_batches
 from mmdora.training.packing import check_packing
-from mmdora.training.trainer import check_batches
 
 FEW_LEARNT = 0.02  # a smaller share of supervised tokens than this is worth a look
 GRAVITY = {"error": "red", "warning": "yellow", "note": "cyan"}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,22 +27,32 @@ from eval.scoring import read_report
 from mmdora.adapters import ADAPTERS
 from mmdora.analysis.plots import plot_loss
 from mmdora.checkpoint import save_adapter
-from mmdora.commands.console import import_plugins, is_main, make_console, make_table, progress_bar, results_table
+from mmdora.commands.console import (
+    import_plugins,
+    is_main,
+    make_console,
+    progress_bar,
+    results_table,
+    show_adapters,
+    show_best,
+    show_groups,
+)
 from mmdora.commands.evaluating import Evaluator, Questions, sample_predictions
 from mmdora.commands.logs import RunLogs, logged
 from mmdora.config import RunConfig
 from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
-from mmdora.injection import InjectionReport, inject_adapters, resolve_parts
+from mmdora.injection import inject_adapters, resolve_parts
 from mmdora.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
+from mmdora.training.batches import check_batches
 from mmdora.training.callbacks import EvaluateEvery, RunLog
+from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import check_packing, row_length
 from mmdora.training.reporting import Reports, check_reports, open_reports
 from mmdora.training.signals import StopOnSigterm
-from mmdora.training.trainer import AdapterTrainer, check_batches, optimizer_groups
-from mmdora.zero import numel
+from mmdora.training.trainer import AdapterTrainer
 
 
 def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
@@ -113,14 +121,13 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
 
 
 def find_checkpoint(run_dir: RunDir) -> Path | None:
-    """The checkpoint that all processes go on from, as rank 0 finds it, which also cuts what was recorded after it.
+    """The checkpoint that all processes go on from, as rank 0 finds it.
 
     Raises UserError where none is whole, or where this process cannot see it.
     """
     found: list[Path | None] = [None]
     if is_main():
         found = [run_dir.checkpoint()]
-        run_dir.cut_metrics(int(found[0].name.removeprefix("checkpoint-")) if found[0] else 0)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
     if found[0] is not None and not found[0].is_dir():
@@ -192,28 +199,6 @@ def evaluate_base(
                 evaluate(model, encoder, entry, asked, folder, advance, origin)
 
 
-def show_adapters(console: Console, report: InjectionReport) -> None:
-    """What was adapted, and what was not."""
-    table = make_table("what is tuned", "part", "method", "modules", "left", "trainable", "of", "share")
-    for part in report.parts:
-        share = f"{100 * part.trainable / part.total:.2f}%"
-        counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
-        table.add_row(part.name, part.method, *counts, share)
-    table.add_row("all", "", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}%")
-    console.print(table)
-
-
-def show_groups(console: Console, groups: list[dict[str, Any]]) -> None:
-    """How fast each part learns: the optimizer's groups."""
-    table = make_table("how it learns", "part", "parameters", "learning rate", "weight decay")
-    counts: Counter[tuple[str, float, float]] = Counter()
-    for group in groups:
-        counts[group["name"], group["lr"], group["weight_decay"]] += sum(numel(p) for p in group["params"])
-    for (part, rate, decay), count in sorted(counts.items()):
-        table.add_row(part, f"{count:,}", f"{rate:.3g}", f"{decay:g}")
-    console.print(table)
-
-
 def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source], run_dir: RunDir) -> Ledger:
     """The ledger with the rows that are no samples. Raises UserError where these alone are too many."""
     total = sum(source.total for source in sources + held_out)
@@ -279,19 +264,6 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
         f"  mmdora eval {run_dir.path}               its scores again\n"
         f"  mmdora chat {run_dir.path} --image FILE  talk with it\n"
         f"  mmdora merge {run_dir.path} OUT          a plain Hugging Face model",
-        soft_wrap=True,
-    )
-
-
-def show_best(console: Console, run_dir: RunDir) -> None:
-    """Which step's adapter was the best, and how it is used in place of the last."""
-    if not run_dir.best.is_dir():
-        return
-    best = json.loads((run_dir.best / "best.json").read_text(encoding="utf-8"))
-    console.print(
-        f"The best of {best['metric']} was {best['value']:.4g}, after step {best['step']}; its adapter is in "
-        f"{run_dir.best}/adapter, which eval, merge and chat take in the run's place:\n"
-        f"  mmdora eval {run_dir.best}/adapter --benchmark NAME --data DIR --out DIR",
         soft_wrap=True,
     )
 

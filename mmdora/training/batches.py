@@ -7,16 +7,18 @@ is without them. The same seed and epoch give the same batches, whatever number 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from mmdora.config import RunConfig
 from mmdora.errors import UserError
 
 Ints = NDArray[np.integer]
@@ -171,3 +173,38 @@ class MicroBatches(Sampler[list[int]]):
         for step in step_samples(self.batching, self.epoch):
             for group in micro_batches_of(self.batching, step)[self.rank :: self.batching.world]:
                 yield group.tolist()
+
+
+def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:
+    """Raise UserError where `data.max_tokens` cannot be held in some epoch of the run."""
+    plan = batching(config, micro, world, dataset)
+    epochs = math.ceil(config.training.epochs)
+    if config.training.max_steps is not None:
+        epochs = math.ceil(config.training.max_steps / plan.steps)
+    check_budgets(plan, epochs)
+
+
+def batching(config: RunConfig, micro: int, world: int, dataset: Any) -> Batching:
+    """How the run's batches, of at most `micro` samples a process, are made of the dataset.
+
+    Its `lengths` (about, in tokens) and `kinds` (bits: 1 pictures, 2 videos) are for grouping and budgets alone.
+    """
+    data = config.data
+    described = {}
+    if data.group_by is not None or data.max_tokens is not None:
+        most = data.max_length or np.iinfo(np.int64).max
+        described = {
+            "lengths": np.minimum(np.asarray(dataset.lengths, np.int64), most),
+            "kinds": np.asarray(dataset.kinds),
+        }
+    return Batching(
+        samples=len(dataset),
+        batch_size=config.training.batch_size,
+        micro_batch_size=micro,
+        world=world,
+        seed=config.training.seed,
+        group_by=data.group_by,
+        max_tokens=data.max_tokens,
+        packed=data.packing,
+        **described,
+    )

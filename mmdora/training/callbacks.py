@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.progress import TrainingDisplay
 from mmdora.training.reporting import Reports
-from mmdora.training.trainer import AdapterTrainer, optimizer_groups
+from mmdora.training.trainer import AdapterTrainer
 
 
 class RunLog(TrainerCallback):
@@ -41,12 +43,14 @@ class RunLog(TrainerCallback):
         line = {
             "step": state.global_step,
             "epoch": round(logs.get("epoch", 0.0), 4),
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
+            "loss": finite(logs["loss"]),
+            "grad_norm": finite(logs.get("grad_norm")),
             "learning_rate": logs.get("learning_rate"),
             "learning_rates": self.rates_of_parts(),
             **figures,
         }
+        if self.trainer.bad_steps.reason is not None:
+            line["not_taken"] = self.trainer.bad_steps.reason
         self.reports.line(line)
         if self.display is not None:
             self.display.step(line)
@@ -81,6 +85,11 @@ class RunLog(TrainerCallback):
         if self.display is not None:
             self.display.close()
             self.display = None
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return None if value is None or not math.isfinite(value) else value
 
 
 class EvaluateEvery(TrainerCallback):

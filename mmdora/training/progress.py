@@ -72,7 +72,7 @@ def figures(line: Mapping[str, Any]) -> list[str]:
         told = f"{next(iter(rates.values())):.2g}"
     share = line["seconds_waiting_for_data"] / line["seconds"] if line["seconds"] else 0.0
     shown = [
-        f"loss {line['loss']:.3f}",
+        f"loss {line['loss']:.3f}" if line["loss"] is not None else "loss not finite",
         f"rate {told}",
         f"{line['tokens_per_second']:,.0f} tokens/s",
         f"{line['samples_per_second']:,.1f} samples/s",

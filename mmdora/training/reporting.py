@@ -78,7 +78,7 @@ def curves(line: Mapping[str, Any]) -> dict[str, float]:
     for key, value in line.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}/{name}": number for name, number in value.items()}
-        elif value is not None and key != "step":
+        elif isinstance(value, (int, float)) and key != "step":
             flat[key] = value
     return flat
 

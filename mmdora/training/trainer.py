@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,22 +18,21 @@ from transformers import Trainer, TrainerCallback
 
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
-from mmdora.architectures import find_parts
-from mmdora.blocks import rate_factors
 from mmdora.checkpoint import save_adapter, save_best
-from mmdora.config import PartConfig, RunConfig
+from mmdora.config import RunConfig
 from mmdora.rundir import RunDir
-from mmdora.tokens import NEW_TOKENS, VALUES
+from mmdora.tokens import NEW_TOKENS
 from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
-from mmdora.training.batches import Batching, MicroBatches, as_workers_said, check_budgets
+from mmdora.training.batches import MicroBatches, as_workers_said, batching
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.flops import work_of
 from mmdora.training.meter import Meter
+from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
 from mmdora.training.signals import outlive_sigterm
-from mmdora.zero import begin_stage_0, read_in_forward, true_shape
+from mmdora.zero import begin_stage_0, read_in_forward
 
 IGNORED = -100  # a label that the loss skips
 
@@ -279,67 +277,3 @@ class AdapterTrainer(Trainer):
 def supervised(labels: torch.Tensor) -> torch.Tensor:
     """How many tokens of `labels` [rows, tokens] count in the loss: a row's first has none before it to follow from."""
     return (labels[..., 1:] != IGNORED).sum()
-
-
-def check_batches(config: RunConfig, micro: int, world: int, dataset: Any) -> None:
-    """Raise UserError where `data.max_tokens` cannot be held in some epoch of the run."""
-    plan = batching(config, micro, world, dataset)
-    epochs = math.ceil(config.training.epochs)
-    if config.training.max_steps is not None:
-        epochs = math.ceil(config.training.max_steps / plan.steps)
-    check_budgets(plan, epochs)
-
-
-def batching(config: RunConfig, micro: int, world: int, dataset: Any) -> Batching:
-    """How the run's batches, of at most `micro` samples a process, are made of the dataset.
-
-    Its `lengths` (about, in tokens) and `kinds` (bits: 1 pictures, 2 videos) are for grouping and budgets alone.
-    """
-    data = config.data
-    described = {}
-    if data.group_by is not None or data.max_tokens is not None:
-        most = data.max_length or np.iinfo(np.int64).max
-        described = {
-            "lengths": np.minimum(np.asarray(dataset.lengths, np.int64), most),
-            "kinds": np.asarray(dataset.kinds),
-        }
-    return Batching(
-        samples=len(dataset),
-        batch_size=config.training.batch_size,
-        micro_batch_size=micro,
-        world=world,
-        seed=config.training.seed,
-        group_by=data.group_by,
-        max_tokens=data.max_tokens,
-        packed=data.packing,
-        **described,
-    )
-
-
-def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
-
-    Norms, biases, magnitudes and the rows of new tokens are not decayed.
-    """
-    settings = config.training
-    regions = find_parts(model, config.parts)
-    decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
-    factors = {part: rate_factors(model, part, regions[part], decay) for part, decay in decays.items()}
-    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith(VALUES):
-            part, options = NEW_TOKENS, PartConfig(method="full", weight_decay=0.0)
-        else:
-            inside = [part for part, region in regions.items() if region.holds(name)]
-            part = max(inside, key=lambda p: len(regions[p].path))
-            options = config.parts[part]
-        is_matrix = len(true_shape(parameter)) >= 2
-        decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
-        rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
-        rate *= factors[part][name] if part in factors else 1.0
-        decay = settings.weight_decay if options.weight_decay is None else options.weight_decay
-        group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
-        groups.setdefault((part, decayed, rate), group)["params"].append(parameter)
-    return list(groups.values())

@@ -1,0 +1,42 @@
+"""What the optimizer gets: how fast each part learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mmdora.architectures import find_parts
+from mmdora.blocks import rate_factors
+from mmdora.config import PartConfig, RunConfig
+from mmdora.tokens import NEW_TOKENS, VALUES
+from mmdora.zero import true_shape
+
+
+def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
+
+    Norms, biases, magnitudes and the rows of new tokens are not decayed.
+    """
+    settings = config.training
+    regions = find_parts(model, config.parts)
+    decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
+    factors = {part: rate_factors(model, part, regions[part], decay) for part, decay in decays.items()}
+    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith(VALUES):
+            part, options = NEW_TOKENS, PartConfig(method="full", weight_decay=0.0)
+        else:
+            inside = [part for part, region in regions.items() if region.holds(name)]
+            part = max(inside, key=lambda p: len(regions[p].path))
+            options = config.parts[part]
+        is_matrix = len(true_shape(parameter)) >= 2
+        decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
+        rate = settings.learning_rate if options.learning_rate is None else options.learning_rate
+        rate *= factors[part][name] if part in factors else 1.0
+        decay = settings.weight_decay if options.weight_decay is None else options.weight_decay
+        group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
+        groups.setdefault((part, decayed, rate), group)["params"].append(parameter)
+    return list(groups.values())
