@@ -165,7 +165,7 @@ def half(tmp_path_factory) -> Grid:
 
 @pytest.mark.parametrize("run", [*ENGINES[1:], "smaller"])
 def test_bfloat16_differs_by_its_rounding(half, run):
-    """Measured: 0.08% between splits at one stage, 0.28% at stage 3, where each layer multiplies by itself; an Adam that
-    counts one step too many, 5%."""
+    """Measured: 0.08% between splits at one stage, 0.28% at stage 3, where each layer multiplies by itself; an Adam
+    that counts one step too many, 5%."""
     assert half.largest_difference(run, "zero2") <= 1e-2
     half.check_adapter(run, "zero2", tolerance=0.5)
