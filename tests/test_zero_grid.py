@@ -154,19 +154,18 @@ def test_other_families(families, family, engine):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Grid:
-    """bfloat16. How far runs differ by rounding alone: stage 2 on one sample at a time, and on all at once."""
+    """bfloat16, whose rounding differs with the order of sums: between splits of one batch too."""
     grid, engines = new_grid(tmp_path_factory.mktemp("half"), "mixed", [*TWENTY, "model.dtype=bfloat16"])
     for engine in ENGINES[1:]:
         grid.add(engine, engines[engine], record=False)
-    for micro in (1, 2):
-        grid.add(f"rounding{micro}", engines["zero2"], f"training.micro_batch_size={micro}", record=False)
+    grid.add("smaller", engines["zero2"], "training.micro_batch_size=2", record=False)
     grid.run(processes=2)
     return grid
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
-def test_bfloat16_differs_by_its_rounding(half, engine):
-    """Measured: 0.4% between splits of one batch at one stage."""
-    rounding = max(half.largest_difference(f"rounding{micro}", "zero2") for micro in (1, 2))
-    assert half.largest_difference(engine, "zero2") <= 3 * rounding
-    half.check_adapter(engine, "zero2", tolerance=0.5)
+@pytest.mark.parametrize("run", [*ENGINES[1:], "smaller"])
+def test_bfloat16_differs_by_its_rounding(half, run):
+    """Measured: 0.08% between splits at one stage, 0.28% at stage 3, where each layer multiplies by itself; an Adam
+    that counts one step too many, 5%."""
+    assert half.largest_difference(run, "zero2") <= 1e-2
+    half.check_adapter(run, "zero2", tolerance=0.5)
