@@ -32,6 +32,22 @@ def gathered(parameters: Iterable[Tensor], write: bool = False) -> Iterator[None
         yield
 
 
+@torch.no_grad()
+def partition(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Split a whole model on the CPU among the processes, parameter by parameter, as ZeRO-3 trains it in `dtype`.
+
+    Left to itself, DeepSpeed first moves all of it to the GPU, which it need not fit on. Every process calls it.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(), dtype=dtype)
+
+
 def read_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Let ZeRO-3 gather `parameters`, which children of `module` hold, for the forward and backward pass of `module`.
 

@@ -169,7 +169,7 @@ def test_sigterm_ends_the_run_after_a_whole_step(settings, whole, tmp_path, acti
     """To the whole process group, as Slurm does it: the workers bring the step's samples all the same."""
     run, more = tmp_path / "run", (f"training.on_sigterm={action}", "data.num_workers=2")
     done = apart(settings(run, *more), "forward 5 TERM")
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.returncode == 143, done.stdout + done.stderr
     assert "stopped by SIGTERM after step 3; " in done.stderr
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data_pipelines.collator import Collator
 from data_pipelines.dataset import Source, TrainDataset, ledger_names, read_source
@@ -90,7 +92,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
     check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
     if is_main():
         processor.save_pretrained(run_dir.processor)
-    evaluate_base(config, questions, on_device(model), encoder, run_dir, console)
+    evaluate_base(config, questions, model, encoder, run_dir, console)
 
     report = inject_adapters(model, config.parts)
     show_adapters(console, report)
@@ -136,11 +138,11 @@ def find_checkpoint(run_dir: RunDir) -> Path | None:
 
 
 def tell_stopped(config: RunConfig, step: int) -> None:
-    """End the command after SIGTERM: exit code 1."""
+    """End the command after SIGTERM, with the exit code that shells tell of it."""
     saved = f"a checkpoint of step {step} is written" if config.training.on_sigterm == "save" else "nothing is written"
     if is_main():
         sys.stderr.write(f"stopped by SIGTERM after step {step}; {saved}. The same command with --resume goes on\n")
-    sys.exit(1)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def check_names(config: RunConfig) -> None:
@@ -190,13 +192,19 @@ def stop_tokens(model: Any, processor: Any) -> set[int]:
 def evaluate_base(
     config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
 ) -> None:
-    """Score the model as it is, for the entries that say `before: true`."""
+    """Score the model as it is, for the entries that say `before: true`. Only for these is a model on the GPU as a
+    whole that ZeRO-3 is to partition: it need not fit there."""
+    partitioned = is_deepspeed_zero3_enabled()
+    if not partitioned or any(entry.before for entry in config.evaluation):
+        on_device(model)
     for entry in config.evaluation:
         folder = run_dir.result(entry.name, before=True)
         if entry.before:
             asked, origin = questions[entry.name], {"model": config.model.path, "adapter": None}
             with progress_bar(console, f"{entry.name}, before", len(asked)) as advance:
                 evaluate(model, encoder, entry, asked, folder, advance, origin)
+    if partitioned:
+        model.to("cpu")
 
 
 def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source], run_dir: RunDir) -> Ledger:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
@@ -32,7 +33,7 @@ from mmdora.training.meter import Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
 from mmdora.training.signals import outlive_sigterm
-from mmdora.zero import begin_stage_0, read_in_forward
+from mmdora.zero import begin_stage_0, partition, read_in_forward
 
 IGNORED = -100  # a label that the loss skips
 
@@ -262,6 +263,9 @@ class AdapterTrainer(Trainer):
                 read_in_forward(layer, [p for name in layer.specs for p in layer.adapter_tensors(name).values()])
             if resume_from_checkpoint is not None:  # before the engine takes the weights over
                 self._load_from_checkpoint(resume_from_checkpoint)
+            if is_deepspeed_zero3_enabled():
+                half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+                partition(self.model, half, self.args.device)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.is_deepspeed_enabled:
             begin_stage_0(self.model_wrapped)
