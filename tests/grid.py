@@ -70,8 +70,8 @@ def write_combinations(folder: Path) -> Path:
 
 
 def deepspeed_file(folder: Path, name: str, stage: int, **settings: Any) -> Path:
-    """A DeepSpeed config, made of the shipped one of the stage next to it."""
-    tree = json.loads((ROOT / f"configs/deepspeed/zero{3 if stage == 3 else 2}.json").read_text())
+    """The shipped DeepSpeed config of the stage, with other settings; stage 0 has none."""
+    tree = json.loads((ROOT / f"configs/deepspeed/zero{stage or 1}.json").read_text())
     tree["zero_optimization"] |= {"stage": stage} | settings
     path = folder / f"{name}.json"
     path.write_text(json.dumps(tree))
