@@ -263,7 +263,7 @@ def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, 
     ]
     assert answers[0] == answers[1]
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 4
-    assert done.stderr.count("a warning of all processes") == 1
+    assert done.stderr.count("UserWarning: a warning of all processes") == 1
     assert "a note of all processes" not in done.stdout + done.stderr
     for rank in (0, 1):
         log = (output / "logs" / f"rank-{rank}.log").read_text()
