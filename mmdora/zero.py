@@ -45,6 +45,7 @@ def partition(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
         parameter.data = parameter.data.to(dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+    deepspeed.init_distributed()  # else its config takes this process for the only one
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(), dtype=dtype)
 
 

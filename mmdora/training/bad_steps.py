@@ -47,6 +47,8 @@ class BadSteps(TrainerCallback):
 
     def refuses(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the step is not to be taken. DeepSpeed asks once for each group of parameters."""
+        if self._total is None:
+            return False  # DeepSpeed's own, at stage 0: see `begin_stage_0`
         if self.reason is None:
             self.reason = self._trouble() or trouble_of_gradients(parameters)
         return self.reason is not None
