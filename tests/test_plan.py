@@ -274,6 +274,17 @@ def test_what_is_shared_among_processes(sizes):
     assert {found[n].disk for n in found if n != "zero3_nvme"} == {0}
 
 
+def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_fp32():
+    model, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype="bfloat16"))
+    mmdora.inject_adapters(model, {"projector": {"method": "full"}})
+    sizes = sizes_of(model, hidden_size(model))
+    assert sizes.trained == 2 * sizes.trained_parameters
+    found = plain(sizes, Run(1, 1, 2, 2), Activations(0, 0, 0))
+    assert found.weights == sizes.frozen + 4 * sizes.trained_parameters
+    assert (found.gradients, found.optimizer) == (4 * sizes.trained_parameters, 8 * sizes.trained_parameters)
+    assert found.activations == 2 * sizes.trained_parameters
+
+
 def test_both_steps_of_a_run_are_looked_at(sizes):
     """Accumulated gradients stand beside all activations; the weights are whole while they are loaded."""
     activations = Activations(100, 1000, 1000 + sizes.trained // 2)

@@ -87,18 +87,22 @@ class Memory:
 
 
 def plain(sizes: Sizes, run: Run, activations: Activations, name: str = "none") -> Memory:
-    """One process without DeepSpeed, or several with torch's DistributedDataParallel, which has buckets of its own."""
-    buckets = sizes.trained if run.world > 1 else 0
+    """One process without DeepSpeed, or several with torch's DistributedDataParallel, which has buckets of its own.
+
+    What is trained is in fp32 there, and autograd keeps the half-precision copies that autocast makes of full parts.
+    """
+    trained = FP32 * sizes.trained_parameters
+    copies = trained - sizes.trained
     # In the only micro-batch of a step gradients come to be while activations go.
     grows = run.accumulation == 1 and run.world == 1
     return Memory(
         engine=name,
-        weights=sizes.loaded,
-        gradients=sizes.trained,
-        optimizer=MOMENTS * sizes.trained,
-        buffers=buckets,
-        activations=(activations.peak_with_gradients - sizes.trained) if grows else activations.peak,
-        step=sizes.trained,  # the square roots of all second moments at once
+        weights=sizes.frozen + trained,
+        gradients=trained,
+        optimizer=MOMENTS * trained,
+        buffers=trained if run.world > 1 else 0,
+        activations=copies + (activations.peak_with_gradients - sizes.trained if grows else activations.peak),
+        step=trained,  # the square roots of all second moments at once
         loading=sizes.loaded,
         host=run.per_node * sizes.loaded,
         disk=0,
