@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.ledger import Ledger
 from mmdora.config_files import load_config
+from mmdora.training import bad_steps
 from mmdora.training.bad_steps import BadSteps
 from mmdora.training.batches import Batching, step_samples
 from tests.grid import launch
@@ -147,6 +149,28 @@ def test_what_makes_a_step_bad(loss, gradient, reason):
     weight.grad = torch.full((2,), gradient)
     assert guard.refuses([weight]) == (reason is not None)
     assert guard.reason == reason
+
+
+@pytest.mark.parametrize(("loss", "counted"), [(5.0, 0), (float("nan"), 1)])
+def test_in_float16_gradients_may_overflow_and_the_loss_may_not(loss, counted):
+    """DeepSpeed and torch skip such steps themselves, and nobody else is asked."""
+    guard = BadSteps(3, 20.0, lambda indices, why: [])
+    guard.on_step_begin(None, None, None)
+    guard.saw(torch.tensor(loss), torch.tensor([0]), last=True)
+    args, engine = SimpleNamespace(fp16=True), SimpleNamespace(step_was_skipped=True)
+    guard.on_step_end(args, SimpleNamespace(global_step=1), None, optimizer=engine)
+    assert guard.count == counted
+
+
+def test_a_process_refuses_what_another_does(monkeypatch):
+    """Of gradients that only another's partition shows to be not finite."""
+    monkeypatch.setattr(bad_steps, "any_process", lambda mine: True)
+    guard = BadSteps(3, 20.0, lambda indices, why: [])
+    guard.on_step_begin(None, None, None)
+    guard.saw(torch.tensor(5.0), torch.tensor([0]), last=True)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    assert guard.refuses([weight])
 
 
 def test_the_average_is_the_runs_adapter(world, tmp_path):

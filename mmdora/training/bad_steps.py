@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mmdora.errors import RunError
+from mmdora.zero import any_process
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,9 @@ class BadSteps(TrainerCallback):
         if self._total is None:
             return False  # DeepSpeed's own, at stage 0: see `begin_stage_0`
         if self.reason is None:
-            self.reason = self._trouble() or trouble_of_gradients(parameters)
+            self.reason = self._trouble()
+        if self.reason is None and any_process(trouble_of_gradients(parameters)):  # under ZeRO each sees its own
+            self.reason = "its gradients are not finite"
         return self.reason is not None
 
     def _trouble(self) -> str | None:
@@ -66,8 +69,9 @@ class BadSteps(TrainerCallback):
         trouble = self._trouble()
         engine = kwargs["optimizer"]
         if self.reason is None and getattr(engine, "step_was_skipped", False):
-            # DeepSpeed asked nobody: it saw the gradients itself. In half precision that is how it finds its scale.
-            self.reason = None if args.fp16 else trouble or "its gradients are not finite"
+            # Nobody was asked: the gradients were seen before. In float16 that is how the loss's scale is found; the
+            # loss itself is not scaled.
+            self.reason = trouble or (None if args.fp16 else "its gradients are not finite")
         if self.reason is None:
             return
         self.count += 1
@@ -99,8 +103,7 @@ class GuardedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def trouble_of_gradients(parameters: Sequence[Tensor]) -> str | None:
+def trouble_of_gradients(parameters: Sequence[Tensor]) -> bool:
+    """Whether some gradient is not finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
-        return "its gradients are not finite"
-    return None
+    return bool(gradients) and not math.isfinite(torch.nn.utils.get_total_norm(gradients).item())
