@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import shutil
+import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import TrainerControl
 
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import IGNORED, Encoder
@@ -21,9 +28,13 @@ from mmdora.commands.evaluating import Evaluator
 from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.rundir import load_target
-from mmdora.training.validation import batches_of, evaluating
+from mmdora.training.callbacks import RunLog
+from mmdora.training.reporting import MetricsFile, curves
+from mmdora.training.signals import StopOnSigterm
+from mmdora.training.validation import batches_of, evaluating, validation_loss
+from tests.grid import launch
 from tests.test_runs import command, small
-from tests.test_zero import LAUNCHERS, launch
+from tests.test_zero import torchrun
 
 PLUGIN = """
 import logging, warnings
@@ -60,6 +71,7 @@ def watched(world: Path, output: Path, held_out: Path) -> list[str]:
         "data.max_skipped=0.1",
         "training.evaluate_every=2",
         "training.best=loss",
+        "training.ema=0.5",
         f"evaluation=[{{{counting}, limit: 5, batch_size: 2, during: true}}]",
     ]
 
@@ -134,7 +146,7 @@ def test_the_best_adapter_is_kept(run, tiny):
 
 
 def test_training_does_not_know_that_it_was_evaluated(run, world, tmp_path):
-    assert command("train", *small(world, tmp_path / "alone"), "evaluation=[]") == 0
+    assert command("train", *small(world, tmp_path / "alone"), "evaluation=[]", "training.ema=0.5") == 0
     assert same(adapter_of(tmp_path / "alone"), adapter_of(run))
     losses = [[line["loss"] for line in lines_of(r) if "loss" in line] for r in (run, tmp_path / "alone")]
     assert losses[0] == losses[1]
@@ -179,6 +191,63 @@ def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path,
     assert command("train", *settings, "training.best=counting") == 0
     best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     assert best == {"step": 2, "metric": "counting", "value": 75.0}
+
+
+def test_a_model_in_half_precision_is_evaluated_as_it_is_trained(world, held_out, tmp_path):
+    """What is trained is in fp32, under autocast: pictures meet a full projector before `generate` calls the model."""
+    settings = [*watched(world, tmp_path / "run", held_out), "model.dtype=bfloat16", "training.max_steps=2"]
+    assert command("train", *settings) == 0
+    (line,) = [line for line in lines_of(tmp_path / "run") if "eval" in line]
+    assert {"loss", "counting"} <= line["eval"].keys()
+    trained = {str(tensor.dtype) for tensor in adapter_of(tmp_path / "run").values()}
+    assert trained == {"torch.float32"}
+
+
+class Interrupted(Dataset):
+    """Its worker gets SIGTERM, as all of a process group do."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.zeros(1, 3, dtype=torch.long)}
+
+
+def test_the_loss_is_found_though_sigterm_came():
+    args = SimpleNamespace(
+        per_device_train_batch_size=1,
+        process_index=0,
+        world_size=1,
+        dataloader_num_workers=1,
+        dataloader_pin_memory=False,
+        device=torch.device("cpu"),
+    )
+    trainer = SimpleNamespace(
+        args=args,
+        model=lambda **_: SimpleNamespace(loss=1.5),
+        model_accepts_loss_kwargs=False,
+        _prepare_inputs=lambda batch: batch,
+        compute_loss_context_manager=nullcontext,
+    )
+    assert validation_loss(trainer, Interrupted(), lambda rows: rows[0]) == (1.5, 4)
+
+
+def test_sigterm_in_an_evaluation_ends_the_run_after_it():
+    stop, control = StopOnSigterm("save"), TrainerControl()
+    stop.received = True
+    stop.on_evaluate(SimpleNamespace(device="cpu"), None, control)
+    assert control.should_training_stop
+    assert control.should_save
+
+
+def test_figures_that_are_no_numbers_are_null(tmp_path):
+    told = SimpleNamespace(reports=MetricsFile(tmp_path / "metrics.jsonl"))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    RunLog.on_evaluate(told, None, state, None, {"loss": math.nan, "counting": 50.0})
+    (line,) = lines_of(tmp_path)
+    assert line == {"step": 3, "eval": {"loss": None, "counting": 50.0}}
+    assert curves(line) == {"eval/counting": 50.0}
 
 
 def test_evaluating_leaves_no_trace(tiny):
@@ -243,7 +312,8 @@ def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     output = tmp_path / "two"
     settings = [*watched(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
-    done = launch(LAUNCHERS["zero3"](), [*settings, "evaluation.0.before=true", "evaluation.0.batch_size=1"], tmp_path)
+    settings += ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
+    done = launch([*torchrun(), "train.py", *settings], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ours, theirs = lines_of(output), lines_of(run)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 2, 3, 4, 4]

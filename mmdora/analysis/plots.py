@@ -15,7 +15,7 @@ def plot_loss(metrics: Path, out: Path) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps, losses = zip(*[(r["step"], r["loss"]) for r in rows if r.get("loss") is not None], strict=True)
-    held_out = [(r["step"], r["eval"]["loss"]) for r in rows if "loss" in r.get("eval", {})]
+    held_out = [(r["step"], r["eval"]["loss"]) for r in rows if r.get("eval", {}).get("loss") is not None]
     smooth, mean = [], losses[0]
     for loss in losses:
         mean = 0.9 * mean + 0.1 * loss

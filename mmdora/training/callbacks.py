@@ -66,7 +66,8 @@ class RunLog(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.reports.line({"step": state.global_step, "eval": dict(metrics or {})})
+            figures = {name: finite(value) for name, value in (metrics or {}).items()}
+            self.reports.line({"step": state.global_step, "eval": figures})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -77,7 +77,7 @@ def curves(line: Mapping[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
-            flat |= {f"{key}/{name}": number for name, number in value.items()}
+            flat |= {f"{key}/{name}": number for name, number in value.items() if number is not None}
         elif isinstance(value, (int, float)) and key != "step":
             flat[key] = value
     return flat

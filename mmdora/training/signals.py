@@ -38,6 +38,10 @@ class StopOnSigterm(TrainerCallback):
             self.stopped = control.should_training_stop = True
             control.should_save = control.should_save or self.action == "save"
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation may have taken long: no other step is taken after it."""
+        self.on_step_end(args, state, control)
+
 
 def outlive_sigterm(worker: int = 0) -> None:
     """For a process that loads data: SIGTERM goes to whole process groups, and the last step needs its samples. It ends

@@ -16,6 +16,7 @@ from mmdora.adapters.norms import weights_fixed
 from mmdora.errors import UserError
 from mmdora.training.batches import as_workers_said
 from mmdora.training.meter import IGNORED, gather
+from mmdora.training.signals import outlive_sigterm
 
 
 @contextmanager
@@ -66,6 +67,7 @@ def validation_loss(
         num_workers=args.dataloader_num_workers,
         generator=torch.Generator(),  # of its own: a loader draws a seed
         pin_memory=args.dataloader_pin_memory,
+        worker_init_fn=outlive_sigterm,
     )
     total, tokens, at_once = 0.0, 0, args.per_device_train_batch_size * args.world_size
     with as_workers_said():
