@@ -24,7 +24,9 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     if config.model.quantization and deepspeed and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise UserError("model.quantization: ZeRO-3 cannot partition quantized weights; take zero2 or less")
     micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
-    half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
+    half = config.model.dtype
+    if half == "float16" and not deepspeed and not torch.cuda.is_available():
+        half = "float32"  # no scaling of gradients on a CPU: what is trained stays in the model's dtype
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro,

@@ -29,13 +29,15 @@ from mmdora.training.bad_steps import BadSteps, GuardedAdamW
 from mmdora.training.batches import MicroBatches, as_workers_said, batching
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.flops import work_of
-from mmdora.training.meter import Meter
+from mmdora.training.meter import IGNORED, Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
 from mmdora.training.signals import outlive_sigterm
-from mmdora.zero import begin_stage_0, partition, read_in_forward
+from mmdora.zero import begin_stage_0, give_back, partition, read_in_forward
 
-IGNORED = -100  # a label that the loss skips
+# Before transformers had `loss_is_scaled_for_ga`, its Trainer divided the loss of some families by the micro-batches of
+# a step, whoever had scaled it.
+DIVIDES_AGAIN = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, config: RunConfig, **kwargs: Any):
         super().__init__(**kwargs)
         self.run_config = config
-        self.loss_is_scaled_for_ga = True  # by `compute_loss`
+        self.loss_is_scaled_for_ga = not DIVIDES_AGAIN  # by `compute_loss`
         self.meter = Meter(self.args.device, work_of(self.model))
         self.evaluator: Callable[[AdapterTrainer], dict[str, float]] | None = None
         self.audit: Audit | None = None
@@ -97,7 +99,7 @@ class AdapterTrainer(Trainer):
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
         if self.average is not None:
             self.add_callback(self.average)
-        if not self.is_deepspeed_enabled:  # which keeps fp32 copies itself
+        if self.accelerator.native_amp:  # under autocast; DeepSpeed keeps fp32 copies itself
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # a bf16 weight is too coarse for AdamW's small steps
@@ -184,6 +186,8 @@ class AdapterTrainer(Trainer):
             loss.requires_grad_()  # nothing that is trained was reached, as by text where the projector alone is
         if model.training:
             self.bad_steps.saw(loss, indices, last=self.accelerator.sync_gradients)
+        if DIVIDES_AGAIN and not self.model_accepts_loss_kwargs:
+            loss = loss * self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -212,7 +216,9 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What the run's evaluator finds of the model as it is now, by name. Every process calls it."""
         assert self.evaluator is not None
-        with self.meter.pause(), self.averaged():
+        give_back(self.model_wrapped)  # small weights that ZeRO-3 keeps gathered would not be the average's
+        # `generate` makes pictures into features outside of the forward pass, in which accelerate has autocast on.
+        with self.meter.pause(), self.averaged(), self.accelerator.autocast():
             metrics = self.evaluator(self)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
