@@ -22,8 +22,9 @@ from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.rundir import load_target
 from mmdora.training.validation import batches_of, evaluating
+from tests.grid import launch
 from tests.test_runs import command, small
-from tests.test_zero import LAUNCHERS, launch
+from tests.test_zero import torchrun
 
 PLUGIN = """
 import logging, warnings
@@ -181,6 +182,19 @@ def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path,
     assert best == {"step": 2, "metric": "counting", "value": 75.0}
 
 
+def test_a_part_in_full_learns_in_fp32_beside_a_half_precision_base(world, tmp_path):
+    """Steps too small for bfloat16's eight bits add up; and the model answers while it trains."""
+    output = tmp_path / "run"
+    rates = [f"parts.{part}.learning_rate=1e-6" for part in ("vision", "projector", "language")]
+    settings = [*small(world, output), "model.dtype=bfloat16", "training.evaluate_every=4", "evaluation.0.during=true"]
+    assert command("train", *settings, "training.lr_scheduler=constant", *rates) == 0
+    projector = {k: v for k, v in adapter_of(output).items() if "projector" in k and k.endswith("weight")}
+    assert projector
+    for key, weight in projector.items():
+        assert weight.dtype == torch.float32, key
+        assert (weight != weight.bfloat16()).float().mean() > 0.5, key
+
+
 def test_evaluating_leaves_no_trace(tiny):
     model, _ = tiny
     model.train()
@@ -243,7 +257,8 @@ def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     output = tmp_path / "two"
     settings = [*watched(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
-    done = launch(LAUNCHERS["zero3"](), [*settings, "evaluation.0.before=true", "evaluation.0.batch_size=1"], tmp_path)
+    asked = ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
+    done = launch([*torchrun(), "train.py", *settings, *asked], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ours, theirs = lines_of(output), lines_of(run)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 2, 3, 4, 4]

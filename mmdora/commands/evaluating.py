@@ -45,7 +45,7 @@ class Evaluator:
         """The figures of this step by name, as `training.best` names them: `loss`, and each benchmark's official score,
         in percent. Training goes on as if nothing had been evaluated."""
         start = time.perf_counter()
-        with evaluating(trainer.model):
+        with evaluating(trainer.model), trainer.accelerator.autocast():  # as in training
             metrics = self.loss(trainer) if self.held_out is not None else {}
             metrics |= self.scores(trainer)
         return metrics | {"seconds": round(time.perf_counter() - start, 4)}

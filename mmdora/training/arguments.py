@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from mmdora.config import RunConfig, TrainingConfig
 from mmdora.config_files import find_path, shipped_path
 from mmdora.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """Build these before the model is loaded: under ZeRO-3 their existence makes it load in partitions."""
@@ -24,8 +27,10 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     if config.model.quantization and deepspeed and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise UserError("model.quantization: ZeRO-3 cannot partition quantized weights; take zero2 or less")
     micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
-    half = config.model.dtype if deepspeed or torch.cuda.is_available() else "float32"
-    return TrainingArguments(
+    half = config.model.dtype
+    if half == "float16" and not deepspeed and not torch.cuda.is_available():
+        half = "float32"  # no autocast: CPUs have it for bfloat16 alone
+    arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -58,6 +63,16 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+    use_one_gpu(arguments)
+    return arguments
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """One process works on one GPU: left to itself, the Trainer spreads a batch over all of them by DataParallel, of
+    which no part of this library knows."""
+    if arguments.n_gpu > 1:
+        log.warning("%d GPUs are here, and one is used: torchrun uses them all (docs/scaling.md)", arguments.n_gpu)
+        arguments._n_gpu = 1
 
 
 def micro_batches(settings: TrainingConfig, world: int) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class AdapterTrainer(Trainer):
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
         if self.average is not None:
             self.add_callback(self.average)
-        if not self.is_deepspeed_enabled:  # which keeps fp32 copies itself
+        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:  # which keeps fp32 copies itself
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # a bf16 weight is too coarse for AdamW's small steps
