@@ -193,14 +193,17 @@ def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path,
     assert best == {"step": 2, "metric": "counting", "value": 75.0}
 
 
-def test_a_model_in_half_precision_is_evaluated_as_it_is_trained(world, held_out, tmp_path):
-    """What is trained is in fp32, under autocast: pictures meet a full projector before `generate` calls the model."""
-    settings = [*watched(world, tmp_path / "run", held_out), "model.dtype=bfloat16", "training.max_steps=2"]
-    assert command("train", *settings) == 0
-    (line,) = [line for line in lines_of(tmp_path / "run") if "eval" in line]
-    assert {"loss", "counting"} <= line["eval"].keys()
-    trained = {str(tensor.dtype) for tensor in adapter_of(tmp_path / "run").values()}
-    assert trained == {"torch.float32"}
+def test_a_part_in_full_learns_in_fp32_beside_a_half_precision_base(world, tmp_path):
+    """Steps too small for bfloat16's eight bits add up; and the model answers while it trains."""
+    output = tmp_path / "run"
+    rates = [f"parts.{part}.learning_rate=1e-6" for part in ("vision", "projector", "language")]
+    settings = [*small(world, output), "model.dtype=bfloat16", "training.evaluate_every=4", "evaluation.0.during=true"]
+    assert command("train", *settings, "training.lr_scheduler=constant", *rates) == 0
+    projector = {k: v for k, v in adapter_of(output).items() if "projector" in k and k.endswith("weight")}
+    assert projector
+    for key, weight in projector.items():
+        assert weight.dtype == torch.float32, key
+        assert (weight != weight.bfloat16()).float().mean() > 0.5, key
 
 
 class Interrupted(Dataset):
@@ -312,8 +315,8 @@ def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     output = tmp_path / "two"
     settings = [*watched(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
-    settings += ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
-    done = launch([*torchrun(), "train.py", *settings], tmp_path, limit=500)
+    asked = ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
+    done = launch([*torchrun(), "train.py", *settings, *asked], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ours, theirs = lines_of(output), lines_of(run)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 2, 3, 4, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import mmdora
 from mmdora.architectures import find_part
@@ -12,7 +13,7 @@ from mmdora.config import ModelConfig, PartConfig
 from mmdora.config_files import load_config
 from mmdora.errors import UserError
 from mmdora.loading import load_model
-from mmdora.training.arguments import micro_batches
+from mmdora.training.arguments import micro_batches, use_one_gpu
 from mmdora.training.optimizer import optimizer_groups
 
 
@@ -28,6 +29,16 @@ def test_the_global_batch_is_kept_over_processes(world, batch, micro, expected):
 def test_a_batch_that_cannot_be_split_is_an_error():
     with pytest.raises(UserError, match=r"batch_size 32 cannot be split over 3 processes.*a multiple of 30"):
         micro_batches(load_config("quickstart", ["training.batch_size=32"]).training, 3)
+
+
+def test_one_process_uses_one_gpu(caplog):
+    arguments = TrainingArguments(use_cpu=True)
+    use_one_gpu(arguments)
+    assert not caplog.messages
+    arguments._n_gpu = 4
+    use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+    assert "4 GPUs are here, and one is used" in caplog.text
 
 
 def test_each_part_trains_with_its_own_rate_and_decay(tiny):

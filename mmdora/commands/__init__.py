@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     except RunError as error:
         _stop(str(error), 1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the run"
         _stop(f"no disk space left on device while writing {where}; free some and go on with --resume", 2)

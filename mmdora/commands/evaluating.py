@@ -45,7 +45,8 @@ class Evaluator:
         """The figures of this step by name, as `training.best` names them: `loss`, and each benchmark's official score,
         in percent. Training goes on as if nothing had been evaluated."""
         start = time.perf_counter()
-        with evaluating(trainer.model):
+        # As in training: `generate` makes pictures into features outside of the forward pass, which has it on by itself.
+        with evaluating(trainer.model), trainer.accelerator.autocast():
             metrics = self.loss(trainer) if self.held_out is not None else {}
             metrics |= self.scores(trainer)
         return metrics | {"seconds": round(time.perf_counter() - start, 4)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ from mmdora.config import RunConfig, TrainingConfig
 from mmdora.config_files import find_path, shipped_path
 from mmdora.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """Build these before the model is loaded: under ZeRO-3 their existence makes it load in partitions."""
@@ -26,8 +29,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
     half = config.model.dtype
     if half == "float16" and not deepspeed and not torch.cuda.is_available():
-        half = "float32"  # no scaling of gradients on a CPU: what is trained stays in the model's dtype
-    return TrainingArguments(
+        half = "float32"  # no autocast: CPUs have it for bfloat16 alone
+    arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -60,6 +63,16 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+    use_one_gpu(arguments)
+    return arguments
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """One process works on one GPU: left to itself, the Trainer spreads a batch over all of them by DataParallel, of
+    which no part of this library knows."""
+    if arguments.n_gpu > 1:
+        log.warning("%d GPUs are here, and one is used: torchrun uses them all (docs/scaling.md)", arguments.n_gpu)
+        arguments._n_gpu = 1
 
 
 def micro_batches(settings: TrainingConfig, world: int) -> tuple[int, int]:

@@ -99,7 +99,7 @@ class AdapterTrainer(Trainer):
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
         if self.average is not None:
             self.add_callback(self.average)
-        if self.accelerator.native_amp:  # under autocast; DeepSpeed keeps fp32 copies itself
+        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:  # which keeps fp32 copies itself
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()  # a bf16 weight is too coarse for AdamW's small steps
@@ -217,8 +217,7 @@ class AdapterTrainer(Trainer):
         """What the run's evaluator finds of the model as it is now, by name. Every process calls it."""
         assert self.evaluator is not None
         give_back(self.model_wrapped)  # small weights that ZeRO-3 keeps gathered would not be the average's
-        # `generate` makes pictures into features outside of the forward pass, in which accelerate has autocast on.
-        with self.meter.pause(), self.averaged(), self.accelerator.autocast():
+        with self.meter.pause(), self.averaged():
             metrics = self.evaluator(self)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
