@@ -45,7 +45,7 @@ class Evaluator:
         """The figures of this step by name, as `training.best` names them: `loss`, and each benchmark's official score,
         in percent. Training goes on as if nothing had been evaluated."""
         start = time.perf_counter()
-        # As in training: `generate` makes pictures into features outside of the forward pass, which has it on by itself.
+        # As in training: `generate` makes pictures into features outside of the forward pass, which has it by itself.
         with evaluating(trainer.model), trainer.accelerator.autocast():
             metrics = self.loss(trainer) if self.held_out is not None else {}
             metrics |= self.scores(trainer)
