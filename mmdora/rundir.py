@@ -149,7 +149,9 @@ def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
     """
     old, new = flat_keys(begun.model_dump(mode="json")), flat_keys(config.model_dump(mode="json"))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in NEUTRAL)]
+    compared = "data.validation" if begun.training.best == "loss" else "evaluation"
+    neutral = [name for name in NEUTRAL if name != compared or measure(begun) == measure(config)]
+    changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in neutral)]
     steady = config.training.lr_scheduler == "constant" and config.training.warmup_ratio == 0
     if steady and all(old[key] is not None and new[key] is not None for key in changed if key in LENGTH):
         changed = [key for key in changed if key not in LENGTH or new[key] < old[key]]
@@ -160,6 +162,14 @@ def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
             f"--resume: {run} was begun with other settings, without which it would not be the same run:\n{listed}\n"
             f"Give them as they were, or another training.output{longer if set(changed) & {*LENGTH} else ''}"
         )
+
+
+def measure(config: RunConfig) -> Any:
+    """By what `training.best` compares models: the best so far says nothing about a loss or a score on other data."""
+    best = config.training.best
+    if best == "loss":
+        return config.data.validation
+    return next((entry for entry in config.evaluation if entry.name == best), None)
 
 
 def flat_keys(tree: Any, prefix: str = "") -> dict[str, Any]:

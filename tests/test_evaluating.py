@@ -27,7 +27,7 @@ from mmdora.checkpoint import load_adapter
 from mmdora.commands.evaluating import Evaluator
 from mmdora.config_files import load_config
 from mmdora.errors import UserError
-from mmdora.rundir import load_target
+from mmdora.rundir import check_resumable, load_target
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import MetricsFile, curves
 from mmdora.training.signals import StopOnSigterm
@@ -181,6 +181,20 @@ def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path, monkeypa
         for found in (lines, lines_of(output))
     ]
     assert timeless[0] == timeless[1]  # what came after the checkpoint stands there once
+
+
+@pytest.mark.parametrize(
+    ("best", "changed"), [("loss", "data.validation.0.take"), ("counting", "evaluation.0.limit"), ("loss", None)]
+)
+def test_the_best_so_far_is_of_the_same_data(world, held_out, best, changed):
+    arguments = [*watched(world, Path("run"), held_out), f"training.best={best}"]
+    begun = load_config(arguments[0], arguments[1:])
+    if changed is None:  # no model is chosen by it
+        return check_resumable(begun, load_config(arguments[0], [*arguments[1:], "evaluation.0.limit=3"]), Path("run"))
+    value = "first:3" if "take" in changed else "3"
+    with pytest.raises(UserError, match=changed):
+        check_resumable(begun, load_config(arguments[0], [*arguments[1:], f"{changed}={value}"]), Path("run"))
+    return None
 
 
 def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_micro_batches_do_not_change_the_loss(name, tmp_path):
 
 
 def test_a_trainer_that_divides_the_loss_again(tmp_path, monkeypatch):
-    """As transformers' did before 5.20, of families that give the mean of what they are handed."""
+    """As transformers' does in 5.17, of families that give the mean of what they are handed."""
     grads, image = [], Image(write_image(tmp_path / "image.png"))
     for divides in (False, True):
         monkeypatch.setattr(trainers, "DIVIDES_AGAIN", divides)
