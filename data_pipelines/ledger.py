@@ -41,7 +41,7 @@ class Ledger:
 
     def __init__(self, path: Path, total: int, max_skipped: float):
         self.path, self.total, self.max_skipped = path, total, max_skipped
-        self.entries: dict[tuple[str, str, bool], Entry] = {}
+        self.entries: dict[tuple[str, str, bool, bool], Entry] = {}
         self._read = 0  # bytes of the file
 
     def record(self, *entries: Entry) -> None:
@@ -83,8 +83,9 @@ class Ledger:
             self.entries.setdefault(_key(entry), entry)
 
 
-def _key(entry: Entry) -> tuple[str, str, bool]:
-    return entry.source, entry.id, entry.changed
+def _key(entry: Entry) -> tuple[str, str, bool, bool]:
+    """A sample that was shortened, say, is told again where a step of it was not taken."""
+    return entry.source, entry.id, entry.changed, entry.stage == "train"
 
 
 def _cut(entry: Entry) -> Entry:

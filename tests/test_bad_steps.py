@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
-from data_pipelines.ledger import Ledger
+from data_pipelines.ledger import Entry, Ledger
 from mmdora.config_files import load_config
 from mmdora.training import bad_steps
 from mmdora.training.bad_steps import BadSteps
@@ -160,6 +160,14 @@ def test_in_float16_gradients_may_overflow_and_the_loss_may_not(loss, counted):
     args, engine = SimpleNamespace(fp16=True), SimpleNamespace(step_was_skipped=True)
     guard.on_step_end(args, SimpleNamespace(global_step=1), None, optimizer=engine)
     assert guard.count == counted
+
+
+def test_a_sample_that_was_changed_is_told_of_its_bad_step_too(tmp_path):
+    (tmp_path / "skipped.jsonl").touch()
+    told = Ledger(tmp_path / "skipped.jsonl", 9, 1.0)
+    for stage in ("encode", "train", "train"):
+        told.record(Entry("a", "data.json", stage, "a reason", changed=True))
+    assert [entry["stage"] for entry in ledger(tmp_path)] == ["encode", "train"]
 
 
 def test_a_process_refuses_what_another_does(monkeypatch):
