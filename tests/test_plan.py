@@ -293,5 +293,7 @@ def test_both_steps_of_a_run_are_looked_at(sizes):
     large = Activations(100, 10 * sizes.trained, 10 * sizes.trained + sizes.trained // 2)
     once, more = (plain(sizes, Run(1, 1, accumulation, 4), large) for accumulation in (1, 2))
     assert more.peak - once.peak == sizes.trained - sizes.trained // 2
-    zero3 = deepspeed(sizes, Run(1000, 8, 1, 4), Activations(0, 0, 0), "zero3", read_deepspeed("zero3_offload")[1])
-    assert zero3.peak >= sizes.loaded
+    tree, nothing = read_deepspeed("zero3_offload")[1], Activations(0, 0, 0)
+    parts, whole = (deepspeed(sizes, Run(1000, 8, 1, 4, before), nothing, "zero3", tree) for before in (False, True))
+    assert (parts.loading, whole.loading) == (0, sizes.loaded)  # from the CPU, unless the base is scored first
+    assert deepspeed(sizes, Run(2, 2, 1, 4), nothing, "zero2", read_deepspeed("zero2")[1]).loading == sizes.loaded

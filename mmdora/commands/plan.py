@@ -157,7 +157,8 @@ class Planner:
         """Measured at this micro-batch."""
         accumulation = self.config.training.batch_size // (micro * self.cluster.gpus)
         weight = 4 if self.config.model.dtype == "float32" else 2
-        run = Run(self.cluster.gpus, self.cluster.per_node, accumulation, weight)
+        before = any(entry.before for entry in self.config.evaluation)
+        run = Run(self.cluster.gpus, self.cluster.per_node, accumulation, weight, before)
         if engine == "none":
             return plain(self.sizes, run, self.meter(micro))
         return deepspeed(self.sizes, run, self.meter(micro), engine, self.trees[engine])

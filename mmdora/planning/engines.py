@@ -59,6 +59,7 @@ class Run:
     per_node: int  # GPUs
     accumulation: int  # micro-batches a step
     weight: int  # bytes of a weight under DeepSpeed: 2, or 4 in fp32
+    before: bool = False  # the base model is scored first: whole on each GPU, under ZeRO-3 too
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Memory:
     buffers: int  # of communication, and parameters that ZeRO-3 has gathered
     activations: int
     step: int  # temporaries of the optimizer's step
-    loading: int  # the whole model, which is on each GPU before an engine takes it apart
+    loading: int  # the whole model, which is on each GPU before an engine takes it apart; ZeRO-3 does so on the CPU
     host: int  # a node's memory
     disk: int  # a node's
 
@@ -142,7 +143,7 @@ def deepspeed(sizes: Sizes, run: Run, activations: Activations, name: str, tree:
         buffers=bucket + gathered,
         activations=activations.peak,
         step=0 if optimizer_away else 2 * FP32 * updated,  # its gradients in fp32, and the square roots
-        loading=sizes.loaded,
+        loading=sizes.loaded if stage < 3 or run.before else 0,
         host=max(host, run.per_node * sizes.loaded),
         disk=disk,
     )
