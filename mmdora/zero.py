@@ -46,7 +46,15 @@ def partition(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Non
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
     deepspeed.init_distributed()  # else its config takes this process for the only one
-    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config(), dtype=dtype)
+    config = deepspeed_config()
+    offload = config["zero_optimization"].get("offload_param") or {}
+    deepspeed.zero.Init(
+        module=model,
+        config_dict_or_path=config,
+        dtype=dtype,
+        remote_device=offload.get("device"),
+        pin_memory=offload.get("pin_memory", False) and torch.cuda.is_available(),
+    )
 
 
 def read_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -84,6 +92,11 @@ def true_shape(tensor: Tensor) -> tuple[int, ...]:
 def local_shard(parameter: Tensor) -> Tensor:
     """What this process holds of the parameter: all of it, or its ZeRO-3 partition."""
     return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def is_at_hand(parameter: Tensor) -> bool:
+    """Whether `local_shard` is in memory; what ZeRO-3 keeps on NVMe is not."""
+    return not is_partitioned(parameter) or local_shard(parameter).numel() > 0
 
 
 def shard_of(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -316,6 +316,14 @@ def test_the_picture_of_the_loss_shows_held_out_samples_too(reported, monkeypatc
     assert drawn["held out"] == ((2, 4), tuple(line["eval"]["loss"] for line in lines if "eval" in line))
 
 
+def test_a_run_whose_every_loss_is_no_number_has_a_picture(tmp_path):
+    from mmdora.analysis.plots import plot_loss
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_what_is_not_installed_is_told_before_training(name, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)

@@ -151,6 +151,17 @@ def test_a_disk_is_named_by_the_environment(tmp_path, monkeypatch):
     assert read_deepspeed("zero3_nvme")[1]["zero_optimization"]["offload_param"]["nvme_path"] == "${MMDORA_NVME}"
 
 
+@linux
+def test_an_average_of_what_is_on_a_disk_is_refused(tmp_path, monkeypatch):
+    from mmdora.training import arguments
+
+    monkeypatch.setenv("MMDORA_NVME", str(tmp_path))
+    monkeypatch.setattr(arguments, "_check_async_io", lambda path: None)  # not what is in question here
+    config = load_config("quickstart", ["training.deepspeed=zero3_nvme", "training.ema=0.9"])
+    with pytest.raises(UserError, match=r"training\.ema: weights that are kept on NVMe"):
+        arguments.training_arguments(config, tmp_path)
+
+
 def start(arguments: list[str], launcher: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "torch.distributed.run", *launcher, "train.py", *arguments]

@@ -14,9 +14,10 @@ def plot_loss(metrics: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps, losses = zip(*[(r["step"], r["loss"]) for r in rows if r.get("loss") is not None], strict=True)
+    told = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    steps, losses = [step for step, _ in told], [loss for _, loss in told]
     held_out = [(r["step"], r["eval"]["loss"]) for r in rows if r.get("eval", {}).get("loss") is not None]
-    smooth, mean = [], losses[0]
+    smooth, mean = [], losses[0] if losses else 0.0
     for loss in losses:
         mean = 0.9 * mean + 0.1 * loss
         smooth.append(mean)

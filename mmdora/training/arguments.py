@@ -26,6 +26,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     deepspeed = deepspeed_config(settings.deepspeed) if settings.deepspeed else None
     if config.model.quantization and deepspeed and deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise UserError("model.quantization: ZeRO-3 cannot partition quantized weights; take zero2 or less")
+    if settings.ema is not None and deepspeed and _on_nvme(deepspeed, "offload_param"):
+        raise UserError("training.ema: weights that are kept on NVMe cannot be averaged; take zero3_offload, or no ema")
     micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
     half = config.model.dtype
     if half == "float16" and not deepspeed and not torch.cuda.is_available():
@@ -97,12 +99,16 @@ def deepspeed_config(name: str) -> dict[str, Any]:
     path, tree = read_deepspeed(name)
     _prepare_deepspeed()
     zero = tree.get("zero_optimization", {})
-    on_disk = [zero[key] for key in ("offload_optimizer", "offload_param") if zero.get(key, {}).get("device") == "nvme"]
+    on_disk = [zero[key] for key in ("offload_optimizer", "offload_param") if _on_nvme(tree, key)]
     for offload in on_disk:
         offload["nvme_path"] = _disk_folder(path, str(offload.get("nvme_path", "")))
     if on_disk:
         _check_async_io(path)
     return tree
+
+
+def _on_nvme(tree: dict[str, Any], key: str) -> bool:
+    return (tree.get("zero_optimization", {}).get(key) or {}).get("device") == "nvme"
 
 
 def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:

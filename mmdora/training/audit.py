@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.errors import RunError
-from mmdora.zero import local_shard
+from mmdora.zero import is_at_hand, local_shard
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient a step after B's
 PROBES = 8  # parameters of a part that are looked at until one of them has moved
@@ -25,7 +25,7 @@ class Audit:
         self.since: dict[str, int] = {}
         self.last = -1
         for name, parameter in model.named_parameters():
-            if id(parameter) in parts:
+            if id(parameter) in parts and is_at_hand(parameter):
                 self.starts.setdefault(parts[id(parameter)], {})[name] = local_shard(parameter).clone()
 
     def check(self, step: int) -> None:
