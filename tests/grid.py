@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.grid_worker import LIMIT, Case
 from tests.media import write_image, write_video
 
+WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells its processes
 KINDS = ("image", "video", "text", "both")
 WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "three"]
 ANSWERS = (1, 2, 5, 40)  # words, unlike enough that a mean over means would show
@@ -152,7 +153,9 @@ def launch(command: list[str], folder: Path, limit: float) -> subprocess.Complet
         (hidden / tool).write_text("#!/bin/sh\nexit 1\n")
         (hidden / tool).chmod(0o755)
     venv = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    # A test before this one may have been a world of its own, in this process, and listens at its port.
+    own = {name: value for name, value in os.environ.items() if name not in WORLD}
+    environment = {**own, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
 
