@@ -24,7 +24,8 @@ from data_pipelines.samples import Image, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from mmdora.errors import UserError
-from mmdora.zero import any_process, device_of, gathered, is_partitioned
+from mmdora.ranks import any_process
+from mmdora.zero import device_of, gathered, is_partitioned
 
 log = logging.getLogger(__name__)
 

@@ -162,16 +162,6 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
-def any_process(yes: bool) -> bool:
-    """Whether any process says yes. A collective: every process calls it."""
-    if not torch.distributed.is_initialized():
-        return yes
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    flag = torch.tensor(int(yes), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
-
-
 @contextmanager
 def whole_models() -> Iterator[None]:
     """Models loaded inside the block are whole, though a ZeRO-3 TrainingArguments exists.

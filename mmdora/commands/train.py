@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -46,6 +45,7 @@ from mmdora.config_files import find_path, load_config
 from mmdora.errors import UserError
 from mmdora.injection import inject_adapters, resolve_parts
 from mmdora.loading import load_model
+from mmdora.ranks import from_main
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches
@@ -127,14 +127,10 @@ def find_checkpoint(run_dir: RunDir) -> Path | None:
 
     Raises UserError where none is whole, or where this process cannot see it.
     """
-    found: list[Path | None] = [None]
-    if is_main():
-        found = [run_dir.checkpoint()]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    if found[0] is not None and not found[0].is_dir():
-        raise UserError(f"--resume: {found[0]} is not on this machine; training.output must be a folder that all share")
-    return found[0]
+    found: Path | None = from_main(run_dir.checkpoint() if is_main() else None)
+    if found is not None and not found.is_dir():
+        raise UserError(f"--resume: {found} is not on this machine; training.output must be a folder that all share")
+    return found
 
 
 def tell_stopped(config: RunConfig, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.errors import RunError
+from mmdora.ranks import which_in_any
 from mmdora.zero import is_at_hand, local_shard
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient a step after B's
@@ -58,7 +59,5 @@ class Audit:
         """Those of the parameters that differ from their start, in any process."""
         parameters, starts = dict(self.model.named_parameters()), self.starts[part]
         moved = [not torch.equal(local_shard(parameters[name]), starts[name]) for name in names]
-        flags = torch.tensor(moved, dtype=torch.float32, device=self.device)
-        if torch.distributed.is_initialized():  # under ZeRO-3 a rank's share of a small tensor may be padding alone
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        return {name for name, yes in zip(names, flags.tolist(), strict=True) if yes}
+        # Under ZeRO-3 a rank's share of a small tensor may be padding alone.
+        return {name for name, yes in zip(names, which_in_any(moved, self.device), strict=True) if yes}

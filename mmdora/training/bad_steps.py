@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mmdora.errors import RunError
-from mmdora.zero import any_process
+from mmdora.ranks import any_process
 
 log = logging.getLogger(__name__)
 

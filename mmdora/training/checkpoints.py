@@ -34,6 +34,7 @@ from transformers import set_seed
 from mmdora.atomic import remove, write_manifest, written_aside
 from mmdora.checkpoint import adapter_contents, load_weights, write_adapter
 from mmdora.errors import UserError
+from mmdora.ranks import from_main, objects_of_all
 from mmdora.rundir import checkpoints_in
 from mmdora.training.optimizer_state import MASTER, Kinds, state_of
 
@@ -46,7 +47,7 @@ DEEPSPEED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresi
 
 def save_checkpoint(trainer: Any, folder: Path) -> None:
     """Write a checkpoint, whole or not at all. Raises UserError in every process where it cannot be written."""
-    about, ranks = _state(trainer), _gathered(_random_state())
+    about, ranks = _state(trainer), objects_of_all(_random_state())
     weights = adapter_contents(trainer.model, "default")
     tensors = optimizer_tensors(trainer)
     problem = ""
@@ -68,7 +69,7 @@ def save_checkpoint(trainer: Any, folder: Path) -> None:
             )
     for _ in tensors:  # gathering takes all processes, also where rank 0 has given up
         pass
-    if problem := _from_main(problem):
+    if problem := from_main(problem):
         raise UserError(problem)
 
 
@@ -264,19 +265,6 @@ def _set_scale(trainer: Any, saved: dict[str, Any] | None) -> None:
     elif torchs is not None and torchs.is_enabled():
         known = torchs.state_dict()
         torchs.load_state_dict(known | {key: value for key, value in saved.items() if key in known})
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """What every process has, by rank."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
-
-
-def _from_main(mine: str) -> str:
-    return _gathered(mine)[0]
 
 
 def _dump(path: Path, content: Any) -> None:

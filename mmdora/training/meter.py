@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from mmdora.ranks import figures_of_all
 from mmdora.training.flops import Work, device_peak
 
 IGNORED = -100
@@ -105,7 +106,7 @@ class Meter:
         total, seconds = self.total, time.perf_counter() - self.start - self.paused
         flops = self.work.flops(total.tokens, total.squares, total.pixels)
         mine = [total.tokens, total.samples, total.frames, flops, self.waited, memory_gib(self.device)]
-        everyone = gather(mine, self.device)
+        everyone = figures_of_all(mine, self.device)
         tokens, samples, frames, flops = everyone[:, :4].sum(0).tolist()
         waited, memory = everyone[:, 4:].amax(0).tolist()
         self.restart()
@@ -119,13 +120,3 @@ class Meter:
             "seconds": round(seconds, 4),
             "seconds_waiting_for_data": round(min(waited, seconds), 4),
         }
-
-
-def gather(values: list[float], device: torch.device) -> Tensor:
-    """The same figures of all processes, float64 [processes, figures]."""
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    if not torch.distributed.is_initialized():
-        return mine[None].cpu()
-    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyone, mine)
-    return torch.stack(everyone).cpu()

@@ -8,8 +8,9 @@ import threading
 from types import FrameType
 from typing import Any, Literal
 
-import torch
 from transformers import TrainerCallback
+
+from mmdora.ranks import any_process
 
 
 class StopOnSigterm(TrainerCallback):
@@ -31,10 +32,7 @@ class StopOnSigterm(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        received = torch.tensor(float(self.received), device=args.device)
-        if torch.distributed.is_initialized():  # a launcher may reach the processes in different steps
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        if received.item():
+        if any_process(self.received):  # a launcher may reach the processes in different steps
             self.stopped = control.should_training_stop = True
             control.should_save = control.should_save or self.action == "save"
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmdora.adapters.norms import weights_fixed
 from mmdora.errors import UserError
+from mmdora.ranks import figures_of_all
 from mmdora.training.batches import as_workers_said
-from mmdora.training.meter import IGNORED, gather
+from mmdora.training.meter import IGNORED
 from mmdora.training.signals import outlive_sigterm
 
 
@@ -77,7 +78,7 @@ def validation_loss(
             if count:  # else there is no mean to speak of: a batch for the others' sake
                 total, tokens = total + loss, tokens + count
             advance(min(at_once, samples - done * at_once))
-    total, tokens = gather([total, float(tokens)], args.device).sum(0).tolist()
+    total, tokens = figures_of_all([total, float(tokens)], args.device).sum(0).tolist()
     if not tokens:
         raise UserError("data.validation: none of its samples can be used; skipped.jsonl says why")
     return total / tokens, int(tokens)
