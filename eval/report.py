@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import load_video
-from eval.scoring import read_report, read_scores
+from eval.results import read_report, read_scores
 from mmdora.config import VideoConfig
 
 SHOWN = 12  # questions of each benchmark
@@ -62,8 +62,8 @@ def _section(after: Path, before: Path | None, video: VideoConfig) -> dict[str, 
 
 def shown(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The questions that people look at: up to a third wrong ones, the rest spread over the set."""
-    wrong = [s for s in scores if s["official"] < 1][: SHOWN // 3]
-    right = [s for s in scores if s["official"] >= 1]
+    wrong = [s for s in scores if s["official"] is not None and s["official"] < 1][: SHOWN // 3]
+    right = [s for s in scores if s["official"] is None or s["official"] >= 1]
     wanted = SHOWN - len(wrong)
     step = max(1, len(right) // wanted)
     return right[::step][:wanted] + wrong
@@ -76,8 +76,8 @@ def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConf
         reference=" / ".join(dict.fromkeys(score["references"])),
         before=earlier["response"] if earlier else None,
         after=score["response"],
-        before_right=bool(earlier and earlier["official"] >= 0.5),
-        after_right=score["official"] >= 0.5,
+        before_right=bool(earlier and (earlier["official"] or 0) >= 0.5),
+        after_right=(score["official"] or 0) >= 0.5,
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,39 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import BENCHMARKS, Question
 from eval.generation import answer_all, question_key, weights_digest
-from eval.scoring import make_report, read_report, score_all, write_results
+from eval.results import read_report
+from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
 
 def read_questions(config: EvaluationConfig) -> list[Question]:
-    """The benchmark's questions, cut to `limit`. Raises UserError for data that is missing or of another layout."""
-    return BENCHMARKS[config.benchmark]().questions(config)[: config.limit]
+    """The benchmark's questions, cut to `limit`; their media are there.
+
+    Raises UserError for data that is missing or of another layout.
+    """
+    questions = ask_nothing_twice(BENCHMARKS[config.benchmark]().questions(config), config)[: config.limit]
+    media = {part.path for q in questions for part in q.sample.media() if part.data is None}
+    if absent := sorted(path for path in media if not path.exists()):
+        layout = BENCHMARKS[config.benchmark].layout
+        expected = f"; expected layout:\n{layout}" if layout else ""
+        raise UserError(f"{len(absent)} of {len(media)} media files are missing, such as {absent[0]}{expected}")
+    return questions
+
+
+def ask_nothing_twice(questions: list[Question], config: EvaluationConfig) -> list[Question]:
+    """The questions as they are. Raises UserError where there are none, or two have the same id."""
+    if not questions:
+        raise UserError(f"{config.data}: no questions for {config.benchmark}")
+    doubled = [i for i, count in Counter(q.id for q in questions).items() if count > 1]
+    if doubled:
+        raise UserError(f"{config.data}: {len(doubled)} ids are given to several questions, such as {doubled[0]!r}")
+    return questions
+
+
+def length_of_answers(config: EvaluationConfig) -> int:
+    """In tokens: the config's, or the benchmark's own."""
+    return config.max_new_tokens or BENCHMARKS[config.benchmark].max_new_tokens
 
 
 def evaluate(
@@ -45,8 +71,8 @@ def evaluate(
     holds the result of another evaluation, unless `overwrite` says that it may go.
     """
     weights = weights or weights_digest(model)
-    limits = (config.batch_size, config.max_new_tokens)
-    keys = {q.id: question_key(q, encoder, config.max_new_tokens, weights) for q in questions}
+    limits = (config.batch_size, length_of_answers(config))
+    keys = {q.id: question_key(q, encoder, length_of_answers(config), weights) for q in questions}
     receipt = {**(origin or {}), **_receipt(model, encoder, config, questions), "weights": weights}
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
     if (folder / "report.json").exists() and not overwrite:
@@ -71,11 +97,13 @@ def _receipt(model: Any, encoder: Encoder, config: EvaluationConfig, questions: 
     """What the numbers depend on, for people to read."""
     return {
         "data": config.data,
+        "split": config.split,
         "limit": config.limit,
+        "prompt_template": config.prompt or BENCHMARKS[config.benchmark].prompt,
         "prompt": encoder.render(questions[0].sample, add_generation_prompt=True),
         "num_frames": encoder.video.num_frames,
         "video_reader": resolve_reader(encoder.video.reader),
-        "decoding": f"greedy, at most {config.max_new_tokens} new tokens",
+        "decoding": f"greedy, at most {length_of_answers(config)} new tokens",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {
             "python": platform.python_version(),

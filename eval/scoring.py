@@ -2,69 +2,114 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks import BENCHMARKS, Question, Score
-from eval.metrics import cluster_bootstrap, majority_share
+from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
+from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
 from mmdora.config import EvaluationConfig
 
+Figure = dict[str, float] | None  # {"value", "low", "high"}; None where it means nothing
 
-def score_all(benchmark: str, responses: Mapping[str, str], questions: list[Question]) -> dict[str, Score]:
-    """Every question's score by id. No model, no randomness: scoring again never changes a number."""
-    scorer = BENCHMARKS[benchmark]()
-    return {q.id: scorer.score(responses[q.id], q) for q in questions}
+
+def score_all(benchmark: str, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
+    """Every question's score by id; none where the split's answers are not public.
+
+    No model, no randomness: scoring again never changes a number.
+    """
+    if not all(q.references for q in questions):
+        return {}
+    return BENCHMARKS[benchmark]().score_all(responses, questions)
 
 
 def make_report(
     config: EvaluationConfig,
     responses: Mapping[str, str],
-    questions: list[Question],
+    questions: Sequence[Question],
     scores: Mapping[str, Score],
     receipt: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `report.json` holds. Values are percent, `low` and `high` the 95% interval (clusters of one image or
-    video)."""
-    clusters = [q.cluster for q in questions]
-
-    def estimate(kind: str, chosen: list[int]) -> dict[str, float]:
-        values = [getattr(scores[questions[i].id], kind) for i in chosen]
-        result = asdict(cluster_bootstrap(values, [clusters[i] for i in chosen]))
-        return {k: round(v, 4) for k, v in result.items()}
-
-    everything = list(range(len(questions)))
-    categories: dict[str, list[int]] = defaultdict(list)
-    for i, q in enumerate(questions):
-        if q.category is not None:
-            categories[q.category].append(i)
-    single = all(len(q.references) == 1 for q in questions)
-    return {
+    """What `report.json` holds. Values are in the benchmark's own unit (accuracy in percent), `low` and `high` the 95%
+    interval (clusters of one image or video)."""
+    benchmark = BENCHMARKS[config.benchmark]()
+    report = {
         "name": config.name,
         "benchmark": config.benchmark,
         "n": len(questions),
-        "scores": {kind: estimate(kind, everything) for kind in ("official", "strict")},
-        "unparsed_rate": sum(scores[q.id].unparsed for q in questions) / len(questions),
-        "majority_baseline": round(100 * majority_share([q.references[0] for q in questions]), 4) if single else None,
-        "categories": {
-            name: {"n": len(chosen), **estimate("official", chosen)} for name, chosen in sorted(categories.items())
-        },
-        **BENCHMARKS[config.benchmark]().extras(responses, questions),
-        "receipt": dict(receipt),
+        "scores": {"official": None, "strict": None},
+        "unparsed_rate": None,
+        "majority_baseline": None,
+        "categories": {},
+        "metrics": {},
+        "receipt": {**receipt, "scorer_version": benchmark.version, "question_set": question_set(questions)},
     }
+    if not scores:
+        return report
+    categories: dict[str, list[Question]] = defaultdict(list)
+    for q in questions:
+        for category in q.categories:
+            categories[category].append(q)
+    strict, unparsed, majority = None, None, None
+    if benchmark.has_strict:
+        strict = figure(benchmark, questions, scores, "strict")
+        unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
+        if all(len(q.references) == 1 for q in questions):
+            majority = 100 * majority_share([q.references[0] for q in questions])
+    return report | {
+        "scores": {"official": figure(benchmark, questions, scores, "official"), "strict": strict},
+        "unparsed_rate": unparsed,
+        "majority_baseline": majority,
+        "categories": {
+            name: {"n": len(chosen), **(figure(benchmark, chosen, scores, "official") or {"value": None})}
+            for name, chosen in sorted(categories.items())
+        },
+        "metrics": benchmark.extras(responses, questions),
+    }
+
+
+def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[str, Score], kind: str) -> Figure:
+    """The benchmark's headline over some questions, with its interval."""
+    clusters = [q.cluster for q in questions]
+    chosen = [scores[q.id] for q in questions]
+    if type(benchmark).headline is Benchmark.headline:
+        return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters))
+    found = estimate(score_table([asdict(s) for s in chosen], clusters), partial(benchmark.headline, kind=kind))
+    return asdict(found) if found is not None else None
+
+
+def score_table(scores: Sequence[Mapping[str, Any]], clusters: Sequence[str]) -> Table:
+    """What `Benchmark.headline` sums: of scores as they stand in `scores.jsonl`."""
+    names = sorted({name for score in scores for name in score["counts"]})
+    columns = {name: [score["counts"].get(name, 0.0) for score in scores] for name in names}
+    fixed = {kind: [float(score[kind]) for score in scores] for kind in ("official", "strict")}
+    return Table(columns | fixed | {"n": [1.0] * len(scores)}, clusters)
+
+
+def question_set(questions: Iterable[Question]) -> str:
+    """A digest of what was asked, whoever answers: ids, words, media by name, and references."""
+    rows = [
+        (q.id, [m.text for m in q.sample.messages], [part.path.name for part in q.sample.media()], q.references)
+        for q in questions
+    ]
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:32]
 
 
 def write_results(
     folder: Path,
     responses: Mapping[str, str],
-    questions: list[Question],
+    questions: Sequence[Question],
     scores: Mapping[str, Score],
     report: Mapping[str, Any],
 ) -> None:
     """`scores.jsonl`, one line a question, and then `report.json`, whose presence says that the result is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unscored: dict[str, Any] = {"official": None, "strict": None, "unparsed": None, "counts": {}}
     lines = [
         {
             "id": q.id,
@@ -73,8 +118,9 @@ def write_results(
             "references": list(q.references),
             "response": responses[q.id],
             "cluster": q.cluster,
-            "category": q.category,
-            **asdict(scores[q.id]),
+            "categories": list(q.categories),
+            "details": dict(q.details),
+            **(asdict(scores[q.id]) if scores else unscored),
         }
         for q in questions
     ]
@@ -83,11 +129,3 @@ def write_results(
     aside = folder / ".report.json"
     aside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(folder / "report.json")
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
-
-def read_scores(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "scores.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -220,11 +220,13 @@ class EvaluationConfig(Section):
     format: str | None = None
     media: str | None = None
     where: dict[str, list[str | int | bool]] = {}
+    split: str | None = None  # of the benchmark's official splits; None: its first
+    prompt: str | None = None  # the words around {question} in place of the benchmark's own
     limit: Positive | None = None
     before: bool = False  # score the base model too, before training
     during: bool = False  # score the model every training.evaluate_every steps too
     batch_size: Positive = 16
-    max_new_tokens: Positive = 16
+    max_new_tokens: Positive | None = None  # None: as many as the benchmark's answers take
 
 
 class RunConfig(Section):

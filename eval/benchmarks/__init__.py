@@ -1,6 +1,11 @@
 """Benchmarks, one file each (or one for a family that shares its scorer); importing the package registers them all."""
 
-from eval.benchmarks import nlvr, vqa
-from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["BENCHMARKS", "Benchmark", "Question", "Score", "nlvr", "vqa"]
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+
+__all__ = ["BENCHMARKS", "Benchmark", "Question", "Score", "conversation"]
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,14 +1,29 @@
-"""What a benchmark is: questions read from files, and a scorer of one answer. BENCHMARKS names them all."""
+"""What a benchmark is: questions read from its official files, a scorer, and the file that its leaderboard takes.
+BENCHMARKS names them all.
+
+A benchmark is one class in one file of this folder (a family that shares its scorer is one file). It says how its
+questions are read (`questions`), what an answer is worth (`score`, or `score_all` where answers are worth something
+only together), how worths become the official figure (`headline`, the mean unless it says otherwise), and how
+predictions are read and handed in (`read_predictions`, `write_submission`). It holds no state and touches no model.
+"""
 
 from __future__ import annotations
 
+import string
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
-from data_pipelines.samples import Sample
+import numpy as np
+
+from data_pipelines.samples import Image, Message, Sample, Text, Video
+from eval.layout import read_answers
+from eval.metrics import Totals
+from eval.results import Result
 from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
 from mmdora.registry import Registry
 
 
@@ -16,42 +31,113 @@ from mmdora.registry import Registry
 class Question:
     """One question: the conversation up to the answer, and what the answer is held against.
 
-    `cluster` names what questions share (their image or video): intervals resample clusters.
+    `references` is empty where the split's answers are not public. `cluster` names what questions share (their image
+    or video): intervals resample clusters. `categories` are the breakdowns it counts in, as "duration: short".
+    `details` is what else the scorer or the leaderboard's file needs, of JSON's types.
     """
 
     id: str
     sample: Sample
     references: tuple[str, ...]
     cluster: str
-    category: str | None = None
+    categories: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's worth, from 0 to 1: as the official code counts it, and with what cannot be parsed counted as
-    wrong."""
+    """One answer's worth: as the official code counts it, and with what cannot be parsed counted as wrong.
+
+    `counts` are further numbers that `headline` finds summed over the questions.
+    """
 
     official: float
     strict: float
     unparsed: bool = False
+    counts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
-    """A benchmark is stateless; its docstring names the official scorer."""
+    """A benchmark is stateless; its docstring's first line says what it is and names the official scorer."""
 
-    verified = False  # whether its layout was tried on the real files, or is known from documentation only
+    verified: ClassVar[bool] = False  # whether its layout was tried on the real files, or is from documentation only
+    version: ClassVar[int] = 1  # goes up when the same answers would score otherwise: such results are not compared
+    layout: ClassVar[str] = ""  # the official files as downloaded, told to whoever has them elsewhere
+    splits: ClassVar[tuple[str, ...]] = ()  # that `split` may name; the first is taken where it names none
+    prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
+    max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
+    has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
+    missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        """Read `config.data`. Raises UserError that names a missing or misplaced file and the layout expected."""
+        """Read `config.data`, the folder as downloaded or its questions' file, without opening any media.
+
+        Raises UserError that names a missing or misplaced file and the layout expected.
+        """
 
     @abstractmethod
     def score(self, response: str, question: Question) -> Score:
-        """Pure: the same answer always scores the same."""
+        """Pure: the same answer always scores the same. Never raises, whatever was said."""
 
-    def extras(self, responses: Mapping[str, str], questions: list[Question]) -> dict[str, Any]:
-        """Further official figures over the whole set, for report.json."""
+    def score_all(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
+        """Every question's score by id. For benchmarks whose answers are worth something only together."""
+        return {q.id: self.score(responses[q.id], q) for q in questions}
+
+    def headline(self, totals: Totals, kind: str) -> np.ndarray:
+        """The figure that leaderboards show, in their unit, from sums over questions.
+
+        `totals` holds "n", "official", "strict" and every name in `Score.counts`, each an array [draws]; `kind` is
+        "official" or "strict". The default is the mean in percent.
+        """
+        return 100 * totals[kind] / totals["n"]
+
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
+        """Further official figures over the whole set, for `metrics` in report.json."""
         return {}
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """(question id, response) as they stand in a file of the official format; ours (responses.jsonl) by default."""
+        return read_answers(path)
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """The file that the leaderboard takes. Raises UserError where the results are not what it wants."""
+        raise UserError(f"{results[0].folder}: this benchmark has no leaderboard to hand answers in to")
+
+    def judge_prompt(self, response: str, question: Question) -> str | None:
+        """What a judge (a language model) is asked about an answer; None: the benchmark is not judged."""
+        return None
+
+    def judge_score(self, verdict: str) -> float | None:
+        """A verdict's worth from 0 to 1; None where it cannot be read."""
+        raise NotImplementedError
+
+    def split(self, config: EvaluationConfig) -> str:
+        """The split asked for, or the first. Raises UserError for one that the benchmark has not."""
+        if config.split is None:
+            return self.splits[0]
+        if config.split not in self.splits:
+            raise UserError(f"split {config.split!r}: {config.benchmark} has {', '.join(self.splits) or 'no splits'}")
+        return config.split
+
+    def ask(self, config: EvaluationConfig, **fields: str) -> str:
+        """The user's words: the prompt, the benchmark's own or `config.prompt`, with `{question}` and such filled in.
+
+        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`.
+        """
+        template = config.prompt or self.prompt
+        named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        if unknown := named - fields.keys():
+            known = ", ".join(f"{{{name}}}" for name in fields)
+            raise UserError(f"prompt: {config.benchmark} fills in {known}, not {{{sorted(unknown)[0]}}}")
+        if "question" not in named:
+            raise UserError(f"prompt: {template!r} has no {{question}}")
+        return template.format(**fields)
+
+
+def conversation(question_id: str, text: str, media: Sequence[Image | Video] = (), source: str = "") -> Sample:
+    """A single user message: the media first, and then the words."""
+    return Sample(question_id, (Message("user", (*media, Text(text))),), source)
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark")

@@ -8,7 +8,7 @@ the split's JSON-lines file or the folder that holds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class NLVR(Benchmark):
             context = type(sample)(sample.id, sample.messages[:1], sample.source, sample.category)
             # "dev-1085-3-0.png": the four examples of presentation 1085 share their sentence
             cluster = sample.id.split("-")[1]
-            questions.append(Question(sample.id, context, (reference,), cluster, sample.category))
+            categories = () if sample.category is None else (sample.category,)
+            questions.append(Question(sample.id, context, (reference,), cluster, categories))
         return questions
 
     def score(self, response: str, question: Question) -> Score:
@@ -42,7 +43,7 @@ class NLVR(Benchmark):
         right = float(said == question.references[0])
         return Score(right, right, unparsed=said not in ("true", "false"))
 
-    def extras(self, responses: Mapping[str, str], questions: list[Question]) -> dict[str, Any]:
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         sentences: dict[str, bool] = {}
         for q in questions:
             right = responses[q.id].strip().lower() == q.references[0]

@@ -9,13 +9,10 @@ single reference, as in one's own data, is right or wrong, normalised on both si
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
-from data_pipelines.dataset import read_source
-from data_pipelines.samples import Sample
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.errors import UserError
+from eval.benchmarks.own_data import conversation_questions
+from mmdora.config import EvaluationConfig
 
 ARTICLES = {"a", "an", "the"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -77,25 +74,6 @@ def vqa_accuracy(response: str, references: tuple[str, ...]) -> float:
         answer, gold = normalize(answer), [normalize(g) for g in gold]
     matches = sum(g == answer for g in gold)
     return sum(min(1.0, (matches - (g == answer)) / 3) for g in gold) / len(gold)
-
-
-def conversation_questions(config: EvaluationConfig) -> list[Question]:
-    """A question for each assistant turn of a dataset; what was said before it is its context."""
-    source = read_source(SourceConfig(path=config.data, format=config.format, media=config.media, where=config.where))
-    if source.rejected:
-        first = source.rejected[0]
-        why = f"row {first.id!r} cannot be asked ({first.reason})"
-        raise UserError(f"{config.data}: {why}; mend it, or leave it out by `where`")
-    questions = []
-    for sample in source:
-        turns = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
-        for number, turn in enumerate(turns):
-            question_id = sample.id if len(turns) == 1 else f"{sample.id}/{number}"
-            context: Sample = replace(sample, id=question_id, messages=sample.messages[:turn])
-            cluster = " ".join(str(part.path) for part in context.media()) or sample.id
-            references = sample.answers or (sample.messages[turn].text,)
-            questions.append(Question(question_id, context, references, cluster, sample.category))
-    return questions
 
 
 @BENCHMARKS.register("vqa")

@@ -27,6 +27,7 @@ SHARED_ERROR = 3.0  # seconds within which rank 0 tells an error that all proces
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped config such as quickstart.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings to change.")]
 Target = Annotated[str, typer.Argument(help="A run directory, an adapter directory, or a model (directory or hub id).")]
+Split = Annotated[str | None, typer.Option(help="Which of the benchmark's splits, if not its first.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A module to import first.")]
 
@@ -80,6 +81,8 @@ def evaluate(
     data_format: Annotated[
         str | None, typer.Option("--format", help="The data's format, if it cannot be told.")
     ] = None,
+    split: Split = None,
+    prompt: Annotated[str | None, typer.Option(help="The words around {question}, if not the benchmark's own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results go; a model without a run needs it.")] = None,
@@ -90,8 +93,37 @@ def evaluate(
     """Score a run's own benchmarks, or any benchmark on any model."""
     from mmdora.commands.eval import Request, run
 
-    request = Request(target, only, benchmark, data, data_format, limit, batch_size, out, overwrite)
+    request = Request(target, only, benchmark, data, data_format, split, prompt, limit, batch_size, out, overwrite)
     run(request, trust_remote_code, plugin or [])
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark by name.")],
+    predictions: Annotated[Path, typer.Option(help="The answers, in the benchmark's official format or ours.")],
+    annotations: Annotated[str, typer.Option(help="The benchmark's official files: their folder, or the one file.")],
+    split: Split = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write a result directory too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Score answers that are already there, without a model."""
+    from mmdora.commands.score import run
+
+    run(benchmark, predictions, annotations, split, as_json, out, overwrite, plugin or [])
+
+
+@app.command()
+def submit(
+    results: Annotated[list[Path], typer.Argument(help="Result directories; one, or one a split.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    plugin: Plugins = None,
+) -> None:
+    """Write the file that a benchmark's leaderboard takes."""
+    from mmdora.commands.submit import run
+
+    run(results, out, plugin or [])
 
 
 @app.command()

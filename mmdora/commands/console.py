@@ -69,7 +69,9 @@ def make_table(title: str, *columns: str) -> Table:
 
 def estimate(scores: dict[str, float] | None) -> str:
     """`98.7 [97.4, 99.7]`"""
-    return "–" if scores is None else f"{scores['value']:.1f} [{scores['low']:.1f}, {scores['high']:.1f}]"
+    if scores is None or scores["value"] is None:
+        return "–"
+    return f"{scores['value']:.1f} [{scores['low']:.1f}, {scores['high']:.1f}]"
 
 
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:

@@ -23,6 +23,8 @@ class Request:
     benchmark: str | None = None
     data: str | None = None
     format: str | None = None
+    split: str | None = None
+    prompt: str | None = None
     limit: int | None = None
     batch_size: int | None = None
     out: Path | None = None
@@ -60,7 +62,7 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
         if request.data is None:
             raise UserError("--benchmark needs --data, the folder or file with its questions")
         name = request.only or request.benchmark
-        return [EvaluationConfig(name=name, benchmark=request.benchmark, data=request.data, format=request.format)]
+        return [EvaluationConfig(name=name, benchmark=request.benchmark, data=request.data)]
     if config is None:
         raise UserError(f"{request.target} is not a run; say --benchmark NAME --data DIR --out DIR")
     names = [entry.name for entry in config.evaluation]
@@ -75,5 +77,5 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
 
 
 def _limited(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
-    changes = {"limit": request.limit, "batch_size": request.batch_size}
+    changes = {key: getattr(request, key) for key in ("format", "split", "prompt", "limit", "batch_size")}
     return EvaluationConfig.model_validate(entry.model_dump() | {k: v for k, v in changes.items() if v is not None})

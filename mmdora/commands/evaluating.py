@@ -15,8 +15,8 @@ from data_pipelines.held_out import HeldOutCollator, HeldOutDataset
 from eval.benchmarks import Question
 from eval.generation import tensors_digest
 from eval.report import shown, thumbnails
+from eval.results import read_scores
 from eval.run import evaluate
-from eval.scoring import read_scores
 from mmdora.checkpoint import adapter_contents
 from mmdora.commands.console import is_main
 from mmdora.config import RunConfig, VideoConfig

@@ -23,8 +23,8 @@ from data_pipelines.ledger import Ledger, from_rejected, mend
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
 from eval.report import write_report
+from eval.results import read_report
 from eval.run import evaluate, read_questions
-from eval.scoring import read_report
 from mmdora.adapters import ADAPTERS
 from mmdora.analysis.plots import plot_loss
 from mmdora.checkpoint import save_adapter

@@ -1,0 +1,72 @@
+"""`mmdora score`: answers that are already there, held against a benchmark's official files; no model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from pathlib import Path
+
+from eval.benchmarks import BENCHMARKS, Benchmark, Question
+from eval.generation import file_digest
+from eval.run import ask_nothing_twice
+from eval.scoring import make_report, score_all, write_results
+from mmdora.commands.console import import_plugins, make_console, results_table
+from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    benchmark: str,
+    predictions: Path,
+    annotations: str,
+    split: str | None,
+    as_json: bool,
+    out: Path | None,
+    overwrite: bool,
+    plugins: list[str],
+) -> None:
+    import_plugins(plugins)
+    if out is not None and (out / "report.json").exists() and not overwrite:
+        raise UserError(f"{out} holds a finished result; --overwrite replaces it")
+    scorer = BENCHMARKS[benchmark]()
+    config = EvaluationConfig(name=benchmark, benchmark=benchmark, data=annotations, split=split)
+    questions = ask_nothing_twice(scorer.questions(config), config)
+    responses = answers_to(questions, scorer, predictions)
+    if not all(q.references for q in questions):
+        raise UserError(f"{annotations}: the answers of this split are not public, so nothing can be scored")
+    scores = score_all(benchmark, responses, questions)
+    receipt = {"data": annotations, "split": split, "predictions": str(predictions), "file": file_digest(predictions)}
+    report = make_report(config, responses, questions, scores, receipt)
+    if out is not None:
+        write_results(out, responses, questions, scores, report)
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        return
+    console = make_console()
+    console.print(results_table([(report, None)]))
+    for name, value in report["metrics"].items():
+        console.print(f"{name}: {value}")
+
+
+def answers_to(questions: list[Question], benchmark: Benchmark, predictions: Path) -> dict[str, str]:
+    """Every question's answer by id. Raises UserError that names duplicate, foreign and missing ids."""
+    if not predictions.is_file() and not predictions.is_dir():
+        raise UserError(f"{predictions}: no such file")
+    pairs = benchmark.read_predictions(predictions, questions)
+    answers, asked = dict(pairs), {q.id for q in questions}
+    doubled = [i for i, count in Counter(i for i, _ in pairs).items() if count > 1]
+    foreign = [i for i in answers if i not in asked]
+    missing = [q.id for q in questions if q.id not in answers]
+    faults = []
+    for ids, what in ((doubled, "answered twice"), (foreign, "of no question"), (missing, "without an answer")):
+        if ids and not (ids is missing and benchmark.missing_is_wrong):
+            faults.append(f"{len(ids)} {what}: {', '.join(ids[:5])}{' …' if len(ids) > 5 else ''}")
+    if faults:
+        raise UserError(f"{predictions}: ids {'; '.join(faults)}")
+    if missing:
+        log.warning("%s: %d ids without an answer count as wrong, such as %s", predictions, len(missing), missing[0])
+    return answers | dict.fromkeys(missing, "")
