@@ -88,7 +88,6 @@ class Benchmark(ABC):
 
     def require(self, config: EvaluationConfig) -> None:
         """Raise UserError where a file is missing that asking needs, beside the media, and scoring does not."""
-        return None
 
     def prediction(self, response: str) -> str:
         """A model's words as they are handed to the official scorer and to the leaderboard: as they are, or as LLaVA's

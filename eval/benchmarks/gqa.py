@@ -8,7 +8,8 @@ Validity and plausibility (is the answer one that could be given?) need the choi
 the questions; `distribution` is the chi-square distance of answers to the true ones, lower is better. Grounding, the
 official scorer's use of scene graphs, needs attention maps, which is not what models here have.
 
-A model's words are put in lower case and lose their last full stops first, as in LLaVA's scripts/convert_gqa_for_eval.py.
+A model's words are put in lower case and lose their last full stops first, as in LLaVA's
+scripts/convert_gqa_for_eval.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from eval.metrics import Totals
 from eval.results import Result
 from eval.submission import unanswered_split, write_json
 from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 NO_STEPS = ("exist", "query: name", "choose name")  # operations that are no step of reasoning
@@ -117,7 +119,7 @@ def annotation(row: dict[str, Any], path: Path, where: str) -> tuple[str, tuple[
         "balanced": balanced,
         "group": groups.get("global"),
         "common": "Common" in typed(types, path, where, "detailed", str),
-        "entailed": [other for other in typed(row, path, where, "entailed", list)],
+        "entailed": [str(other) for other in typed(row, path, where, "entailed", list)],
     }
     steps = [
         f"{typed(step, path, where, 'operation', str)}: {typed(step, path, where, 'argument', str)}"
@@ -138,9 +140,10 @@ def choices_file(questions: Path, data: str) -> Path | None:
     """The answers that could be given, where the folder has them: `testdev_balanced_choices.json` or
     `val_choices.json`."""
     split = questions.stem.removesuffix("_questions")
-    for root in (Path(data) if Path(data).is_dir() else questions.parent, questions.parent):
+    root = find_path(data)
+    for folder in (root if root.is_dir() else questions.parent, questions.parent):
         for name in (split, split.partition("_")[0]):
-            if found := sorted({*root.glob(f"{name}_choices.json"), *root.glob(f"*/{name}_choices.json")}):
+            if found := sorted({*folder.glob(f"{name}_choices.json"), *folder.glob(f"*/{name}_choices.json")}):
                 return found[0]
     return None
 

@@ -83,8 +83,8 @@ def leave_one_out(answer: str, gold: Sequence[str]) -> float:
 
 
 def evalai_normalize(text: str) -> str:
-    """As EvalAI's servers normalise answers: the words cut as TextVQA's vocabulary was, then normalised as above
-    (facebookresearch/mmf, mmf/utils/m4c_evaluators.py, EvalAIAnswerProcessor, which LLaVA applies before handing in)."""
+    """As TextVQA's scorer has it, and LLaVA for what it hands in to EvalAI: without commas and question marks, and
+    then as above (facebookresearch/mmf, mmf/utils/m4c_evaluators.py, EvalAIAnswerProcessor)."""
     return normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 

@@ -26,7 +26,6 @@ from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
-
 Asked: TypeAlias = dict[str, tuple[int, str]]  # (image id, words) by question id
 
 
