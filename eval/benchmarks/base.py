@@ -86,8 +86,9 @@ class Benchmark(ABC):
         """Every question's score by id. For benchmarks whose answers are worth something only together."""
         return {q.id: self.score(responses[q.id], q) for q in questions}
 
-    def require(self, config: EvaluationConfig) -> None:
-        """Raise UserError where a file is missing that asking needs, beside the media, and scoring does not."""
+    def lacks(self, config: EvaluationConfig) -> str | None:
+        """What is missing that asking needs, beside the media, and scoring does not; in words that say what to do."""
+        return None
 
     def prediction(self, response: str) -> str:
         """A model's words as they are handed to the official scorer and to the leaderboard: as they are, or as LLaVA's

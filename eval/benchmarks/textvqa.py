@@ -74,16 +74,17 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
         root = root.parent if root.is_file() else root
         return next(iter(sorted(root.glob(f"*/{name}"))), root / name)
 
-    def require(self, config: EvaluationConfig) -> None:
+    def lacks(self, config: EvaluationConfig) -> str | None:
         path = self.ocr_file(config)
-        if path is not None and not path.is_file():
-            raise UserError(
-                f"{path}: no such file, and the prompt has {{ocr}}, the words that OCR found, as LLaVA-1.5's has; put "
-                f"the file there, or set a prompt without {{ocr}}; expected layout:\n{self.layout}"
-            )
+        if path is None or path.is_file():
+            return None
+        return (
+            f"{path}: no such file, and the prompt has {{ocr}}, the words that OCR found, as LLaVA-1.5's has; put it "
+            f"there, or set a prompt without {{ocr}}; expected layout:\n{self.layout}"
+        )
 
     def ocr_tokens(self, config: EvaluationConfig, annotations: Path) -> dict[str, list[str]]:
-        """By image; none where the file is missing, which only `require` minds: scores need no prompt."""
+        """By image; none where the file is missing, which is for `lacks` to say: scores need no prompt."""
         path = self.ocr_file(config)
         if path is None or not path.is_file():
             return {}

@@ -152,9 +152,7 @@ def read_annotations(content: Any, path: Path) -> dict[str, Annotation]:
         given = tuple(typed(answer, path, where, "answer", str) for answer in typed(row, path, where, "answers", list))
         if not given or question_id in answers:
             raise UserError(f"{path}, {where}: {'question_id is there twice' if given else 'no answers'}")
-        types = {"question type": row.get("question_type"), "answer type": row.get("answer_type")}
-        categories = tuple(
-            f"{kind}: {names.get(str(value), value)}" for kind, value in types.items() if value is not None
-        )
+        types = [(kind, row[kind]) for kind in ("question_type", "answer_type") if kind in row]
+        categories = tuple(f"{kind.replace('_', ' ')}: {names.get(str(value), value)}" for kind, value in types)
         answers[question_id] = Annotation(typed(row, path, where, "image_id", int), given, categories)
     return answers
