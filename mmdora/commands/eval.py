@@ -8,7 +8,7 @@ from pathlib import Path
 from data_pipelines.encoding import Encoder
 from eval.run import evaluate, read_questions
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
-from mmdora.config import EvaluationConfig, RunConfig
+from mmdora.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.errors import UserError
 from mmdora.registry import nearest
 from mmdora.rundir import RunDir, load_target
@@ -29,6 +29,7 @@ class Request:
     batch_size: int | None = None
     out: Path | None = None
     overwrite: bool = False
+    judge: JudgeConfig | None = None
 
 
 def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
@@ -77,5 +78,5 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
 
 
 def _limited(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
-    changes = {key: getattr(request, key) for key in ("format", "split", "prompt", "limit", "batch_size")}
+    changes = {key: getattr(request, key) for key in ("format", "split", "prompt", "limit", "batch_size", "judge")}
     return EvaluationConfig.model_validate(entry.model_dump() | {k: v for k, v in changes.items() if v is not None})
