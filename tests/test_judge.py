@@ -233,6 +233,7 @@ def test_a_model_is_asked_and_judged(tiny, mmvet, server):
         {"model": "m"},
         {"url": "http://x", "model": "m", "verdicts": "f"},
         {"url": "x", "model": "m"},
+        {"url": "http://key@x", "model": "m"},
     ],
 )
 def test_a_judge_is_an_address_or_a_file(wrong):

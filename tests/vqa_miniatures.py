@@ -116,9 +116,6 @@ def gqa(folder: Path) -> None:
         "12": gqa_question(2, "left", "choose"),
     }
     write(folder / "questions1.2" / "testdev_balanced_questions.json", questions)
-    write(
-        folder / "questions1.2" / "val_all_questions.json", questions | {"13": gqa_question(3, "no", "verify", False)}
-    )
     choices = {key: {"valid": ["red", "yes"], "plausible": ["red"]} for key in questions}
     write(folder / "eval" / "testdev_balanced_choices.json", choices)
     hidden = {key: {"question": "What?", "imageId": "n0", "isBalanced": True} for key in ("20", "21")}
@@ -144,6 +141,12 @@ def named(key: str, value: str, number: bool = False) -> Callable[[list[dict[str
     return lambda rows: [{key: int(r["id"]) if number else r["id"], value: r["response"]} for r in rows]
 
 
+def among_all_test_questions(rows: list[dict[str, Any]]) -> Any:
+    """VQAv2's file: of every test2015 question, those outside of test-dev empty."""
+    answers = {row["id"]: row["response"] for row in rows}
+    return [{"question_id": i, "answer": answers.get(str(i), "")} for i in (5, 6, 7)]
+
+
 LLAVA = "\nAnswer the question using a single word or phrase."
 VQA_ANSWERS = [{"question_id": i, "answer": answer} for i, answer in enumerate(["Yes", "Red.", "two"])]
 MINIATURES = {
@@ -155,10 +158,7 @@ MINIATURES = {
         200 / 3,
         f"Is it 0?{LLAVA}",
         "test-dev2015",
-        lambda rows: [
-            {"question_id": i, "answer": dict((r["id"], r["response"]) for r in rows).get(str(i), "")}
-            for i in (5, 6, 7)
-        ],
+        among_all_test_questions,
     ),
     "okvqa": Miniature(
         lambda folder: coco(folder, "", {"val2014": [0, 1, 2]}),

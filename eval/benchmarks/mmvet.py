@@ -27,9 +27,9 @@ PROMPT = """You grade an answer to a question about a picture against the refere
 reference is right.
 
 Give a grade of 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0: how much of what the reference says the \
-answer says too, in whatever words. 1.0 is wholly right and 0.0 wholly wrong. Where the reference joins parts by <AND>, the \
-answer is wholly right only if it has them all; where it joins them by <OR>, any one of them will do. What the answer \
-says beyond the reference costs nothing, unless it contradicts it.
+answer says too, in whatever words. 1.0 is wholly right and 0.0 wholly wrong. Where the reference joins parts by \
+<AND>, the answer is wholly right only if it has them all; where it joins them by <OR>, any one of them will do. \
+What the answer says beyond the reference costs nothing, unless it contradicts it.
 
 Examples:
 Question: Which two cities does the sign name?

@@ -19,7 +19,14 @@ from typing import Any
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.vqa import EXPANDED, evalai_normalize, leave_one_out, normalize
+from eval.benchmarks.vqa import (
+    EXPANDED,
+    evalai_normalize,
+    leave_one_out,
+    process_digits_and_articles,
+    process_punctuation,
+    strip_whitespace,
+)
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
 from eval.submission import unanswered_split, write_json
@@ -54,15 +61,16 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
         for number, row in enumerate(rows):
             where = f"row {number}"
             name, words = (typed(row, path, where, key, str) for key in ("image", "question"))
-            answers, categories, details = (), (), {}
-            if "answers" in row:
-                given = typed(row, path, where, "answers", list)
-                if not given:
-                    raise UserError(f"{path}, {where}: no answers")
-                answers = tuple(typed(answer, path, where, "answer", str) for answer in given)
-                categories = (f"answer type: {row['answer_type']}",) if "answer_type" in row else ()
-                details = {"answerable": typed(row, path, where, "answerable", int)}
             sample = conversation(name, self.ask(config, question=words), [Image(folder / name)])
+            if "answers" not in row:
+                found.append(Question(name, sample, (), name))
+                continue
+            given = typed(row, path, where, "answers", list)
+            answers = tuple(typed(answer, path, where, "answer", str) for answer in given)
+            if not answers:
+                raise UserError(f"{path}, {where}: no answers")
+            categories = (f"answer type: {row['answer_type']}",) if "answer_type" in row else ()
+            details = {"answerable": typed(row, path, where, "answerable", int)}
             found.append(Question(name, sample, answers, name, categories, details))
         return found
 
@@ -75,7 +83,7 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
         return Score(value, 0.0 if unparsed else value, unparsed)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
-        told = [normalize(responses[q.id], CONTRACTIONS) == UNANSWERABLE for q in questions]
+        told = [normalize(responses[q.id]) == UNANSWERABLE for q in questions]
         return {"unanswerability": unanswerability(told, [not q.details["answerable"] for q in questions])}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
@@ -90,9 +98,13 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
         write_json(out, [{"image": row["id"], "answer": row["response"]} for row in result.rows])
 
 
+def normalize(prediction: str) -> str:
+    return process_digits_and_articles(process_punctuation(strip_whitespace(prediction)), CONTRACTIONS)
+
+
 def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """0 to 1, the prediction normalised and the answers not."""
-    return leave_one_out(normalize(prediction, CONTRACTIONS), answers)
+    return leave_one_out(normalize(prediction), answers)
 
 
 def unanswerability(told: Sequence[bool], true: Sequence[bool]) -> dict[str, float]:

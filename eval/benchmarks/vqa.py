@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
 from eval.benchmarks.own_data import conversation_questions
@@ -64,8 +65,9 @@ def process_digits_and_articles(text: str, contractions: Mapping[str, str] = EXP
     return " ".join(contractions.get(word, word) for word in kept)
 
 
-def normalize(text: str, contractions: Mapping[str, str] = EXPANDED) -> str:
-    return process_digits_and_articles(process_punctuation(strip_whitespace(text)), contractions)
+@lru_cache(maxsize=100_000)  # VQAv2's two million answers repeat each other
+def normalize(text: str) -> str:
+    return process_digits_and_articles(process_punctuation(strip_whitespace(text)))
 
 
 def vqa_accuracy(response: str, references: Sequence[str]) -> float:

@@ -58,25 +58,35 @@ class CocoQuestions(Benchmark):
     def read(self, config: EvaluationConfig) -> tuple[Asked, dict[str, Annotation], str]:
         """Questions and annotations by id, and the split: of the folder, or of the file of questions or annotations
         that `config.data` is. Annotations alone will do to score: they come without the questions' words."""
-        split, root = self.split(config), find_path(config.data)
-        path = root if root.is_file() else self.find(root, self.questions_file, split)
+        split, root, path = self.split(config), find_path(config.data), self.source(config)
         content = read_json(path)
         if root.is_file() and isinstance(content, dict):
             split = str(content.get("data_subtype", split))
-            if "annotations" in content:
-                answers = read_annotations(content, root)
-                return {i: (annotation.image_id, "") for i, annotation in answers.items()}, answers, split
+        if has_answers_alone(content):
+            answers = read_annotations(content, path)
+            return {i: (annotation.image_id, "") for i, annotation in answers.items()}, answers, split
         asked = read_questions(content, path)
         if split.startswith("test"):
             return asked, {}, split
-        beside = self.find(root.parent if root.is_file() else root, self.answers_file, split)
+        beside = self.find(root.parent if root.is_file() else root, split, self.answers_file)
         answers = read_annotations(read_json(beside), beside)
         if missing := asked.keys() - answers.keys():
             raise UserError(f"{beside}: {len(missing)} questions have no annotation, such as {min(missing)}")
         return asked, answers, split
 
-    def find(self, folder: Path, name: str, split: str) -> Path:
-        return find_file(str(folder), [name.format(split), f"*/{name.format(split)}"], self.layout)
+    def source(self, config: EvaluationConfig) -> Path:
+        """The questions' file, or the annotations' where there is no other."""
+        return self.find(find_path(config.data), self.split(config), self.questions_file, self.answers_file)
+
+    def lacks(self, config: EvaluationConfig) -> str | None:
+        path = self.source(config)
+        if path.name == self.questions_file.format(self.split(config)) or not has_answers_alone(read_json(path)):
+            return None
+        return f"{path}: it has the answers, but not the questions' words; expected layout:\n{self.layout}"
+
+    def find(self, folder: Path, split: str, *names: str) -> Path:
+        candidates = [f"{place}{name.format(split)}" for name in names for place in ("", "*/")]
+        return find_file(str(folder), candidates, self.layout)
 
     def prediction(self, response: str) -> str:
         return evalai_normalize(response)
@@ -110,7 +120,7 @@ val2014/COCO_val2014_000000262148.jpg   (or in images/; test2015/ for both test 
         result = unanswered_split(results, "test-dev2015 or test2015")
         answers = {row["id"]: row["response"] for row in result.rows}
         root = find_path(result.receipt["data"])
-        path = self.find(root.parent if root.is_file() else root, self.questions_file, "test2015")
+        path = self.find(root.parent if root.is_file() else root, "test2015", self.questions_file)
         asked = read_questions(read_json(path), path)
         if foreign := answers.keys() - asked.keys():
             raise UserError(f"{result.folder}: {len(foreign)} answers are to no question of {path}: {min(foreign)}")
@@ -128,6 +138,10 @@ mscoco_val2014_annotations.json   (or in a folder of its own)
 val2014/COCO_val2014_000000297147.jpg   (or in images/)"""
     questions_file = "OpenEnded_mscoco_{}_questions.json"
     answers_file = "mscoco_{}_annotations.json"
+
+
+def has_answers_alone(content: Any) -> bool:
+    return isinstance(content, dict) and "annotations" in content and "questions" not in content
 
 
 def read_questions(content: Any, path: Path) -> Asked:

@@ -77,9 +77,8 @@ def estimate(scores: dict[str, float] | None) -> str:
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:
     """A row a benchmark: the score before, where there is one, and now; and what one constant answer would score."""
     earlier = any(before is not None for _, before in reports)
-    columns = ("before", "after") if earlier else ("score",)
-    if judged := any(after["scores"].get("judged") for after, _ in reports):
-        columns += ("judged",)
+    judged = any(after["scores"].get("judged") for after, _ in reports)
+    columns = [*(("before", "after") if earlier else ("score",)), *(("judged",) if judged else ())]
     table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest")
     for after, before in reports:
         shown = [estimate(after["scores"]["official"])]

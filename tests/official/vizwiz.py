@@ -7,8 +7,7 @@ import tempfile
 from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS
-from eval.benchmarks.vizwiz import CONTRACTIONS, vizwiz_accuracy
-from eval.benchmarks.vqa import normalize
+from eval.benchmarks.vizwiz import normalize, vizwiz_accuracy
 from eval.scoring import make_report, score_all
 from mmdora.config import EvaluationConfig
 from tests.official import official
@@ -16,7 +15,7 @@ from tests.official import official
 
 @official("vizwiz", "normalize_prediction")
 def normalized(text):
-    return normalize(text, CONTRACTIONS)
+    return normalize(text)
 
 
 @official("vizwiz", "question")
