@@ -86,8 +86,8 @@ def evaluate(
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
     if (folder / "report.json").exists() and not overwrite:
         report = read_report(folder)
-        same = all(report["receipt"].get(key) == receipt.get(key) for key in ("questions", "judge"))
-        if report["benchmark"] == config.benchmark and same:
+        same = (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"])
+        if same and (config.judge is None or report["receipt"].get("judge") == receipt["judge"]):
             advance(len(questions))
             return report
         changed = [k for k, v in receipt.items() if k != "questions" and report["receipt"].get(k, v) != v]
@@ -99,7 +99,9 @@ def evaluate(
     responses = {question_id: benchmark.prediction(said) for question_id, said in responses.items()}
     scores = score_all(config.benchmark, responses, questions)
     is_main = int(os.environ.get("RANK", "0")) == 0
-    judged = judge_all(benchmark, config.judge, responses, questions, folder) if config.judge and is_main else None
+    judged = None
+    if config.judge is not None and is_main and all(q.references for q in questions):
+        judged = judge_all(benchmark, config.judge, responses, questions, folder)
     report = make_report(config, responses, questions, scores, receipt, judged)
     if is_main:
         write_results(folder, responses, questions, scores, report, judged)

@@ -16,6 +16,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.judge import judge_all
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
+from mmdora.commands.eval import Request, as_requested
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
 from mmdora.config import EvaluationConfig, JudgeConfig
@@ -219,10 +220,20 @@ def test_a_model_is_asked_and_judged(tiny, mmvet, server):
         run(with_judge)
     report = run(with_judge, overwrite=True)
     assert report["scores"]["judged"]["value"] == pytest.approx(30)
-    assert run(with_judge) == report
+    assert run(with_judge) == run(entry) == report  # a finished result, with or without a judge to ask
     assert report["receipt"]["prompt_template"] == "{question}"
     with pytest.raises(UserError, match="'during' wants an official score"):
         read_questions(entry.model_copy(update={"during": True}))
+
+
+def test_a_runs_own_judge_is_asked_only_if_it_is_given_again(caplog):
+    given = JudgeConfig(url="http://mine", model="m")
+    entry = EvaluationConfig(name="m", benchmark="mmvet", data="d", judge=JudgeConfig(url="http://theirs", model="m"))
+    assert as_requested(entry, Request("run")).judge is None
+    assert "its judge at http://theirs is not asked" in caplog.text
+    assert as_requested(entry, Request("run", judge=given)).judge == given
+    recorded = entry.model_copy(update={"judge": JudgeConfig(verdicts="f")})
+    assert as_requested(recorded, Request("run")).judge == recorded.judge
 
 
 @pytest.mark.parametrize(
