@@ -38,8 +38,7 @@ SUBMISSION = "submission_all"
 
 @BENCHMARKS.register("gqa")
 class GQA(Benchmark):
-    """GQA, accuracy over the balanced questions, and consistency, validity, plausibility and distribution (eval.py of
-    the dataset's eval.zip)."""
+    """GQA, accuracy over the balanced questions, consistency and more (eval.py of the dataset's eval.zip)."""
 
     splits = (
         *(f"{tier}_{kind}" for kind in ("balanced", "all") for tier in ("testdev", "val", "test", "challenge")),

@@ -129,8 +129,10 @@ val2014/COCO_val2014_000000262148.jpg   (or in images/; test2015/ for both test 
 
 @BENCHMARKS.register("okvqa")
 class OKVQA(CocoQuestions):
-    """OK-VQA, accuracy against ten answers of five annotators (GT-Vision-Lab/VQA, vqaEval.py, which okvqa.allenai.org
-    names). Its validation split is the one that papers report."""
+    """OK-VQA, accuracy against ten answers of five annotators (GT-Vision-Lab/VQA, vqaEval.py).
+
+    okvqa.allenai.org names that scorer; papers report the split val2014.
+    """
 
     splits = ("val2014", "train2014")
     layout = """OpenEnded_mscoco_val2014_questions.json   (or in a folder of its own)
