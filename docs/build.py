@@ -17,6 +17,7 @@ SECTIONS = {
     "VideoConfig": "data.video",
     "TrainingConfig": "training",
     "EvaluationConfig": "evaluation.<i>",
+    "JudgeConfig": "evaluation.<i>.judge",
 }
 
 

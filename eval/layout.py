@@ -7,10 +7,12 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
+
+T = TypeVar("T")
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
@@ -82,6 +84,14 @@ def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
         yield row[name]
 
 
+def typed(row: Any, path: Path, where: str, name: str, kind: type[T]) -> T:
+    """A row's field, which is of `kind`. Raises UserError that names the file, the row and the field."""
+    value = next(fields(row, path, where, name))
+    if not isinstance(value, kind):
+        raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not of the type {kind.__name__}")
+    return value
+
+
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
     """(id, answer) of each row of a JSON list or a JSON-lines file."""
     rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
@@ -92,6 +102,15 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
         question_id, answer = fields(row, path, f"row {number}", key, value)
         pairs.append((str(question_id), answer if isinstance(answer, str) else json.dumps(answer)))
     return pairs
+
+
+def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
+    """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has (in the
+    last, if it has those of none), and which format that was."""
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
+    return read_answers(path, *chosen), chosen
 
 
 def _text(path: Path) -> str:

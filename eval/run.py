@@ -18,6 +18,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import BENCHMARKS, Question
 from eval.generation import answer_all, question_key, weights_digest
+from eval.judge import describe_judge, judge_all
 from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
@@ -29,11 +30,17 @@ def read_questions(config: EvaluationConfig) -> list[Question]:
 
     Raises UserError for data that is missing or of another layout.
     """
-    questions = ask_nothing_twice(BENCHMARKS[config.benchmark]().questions(config), config)[: config.limit]
+    benchmark = BENCHMARKS[config.benchmark]()
+    if missing := benchmark.lacks(config):
+        raise UserError(missing)
+    if config.judge is not None:
+        describe_judge(benchmark, config.judge)
+    questions = ask_nothing_twice(benchmark.questions(config), config)[: config.limit]
+    if config.during and not (benchmark.has_official and all(q.references for q in questions)):
+        raise UserError(f"{config.name}: 'during' wants an official score, which {config.data} gives no answers for")
     media = {part.path for q in questions for part in q.sample.media() if part.data is None}
     if absent := sorted(path for path in media if not path.exists()):
-        layout = BENCHMARKS[config.benchmark].layout
-        expected = f"; expected layout:\n{layout}" if layout else ""
+        expected = f"; expected layout:\n{benchmark.layout}" if benchmark.layout else ""
         raise UserError(f"{len(absent)} of {len(media)} media files are missing, such as {absent[0]}{expected}")
     return questions
 
@@ -68,16 +75,19 @@ def evaluate(
     from; `weights` is a digest of them, for a model whose weights no process has as a whole.
 
     A finished result of the very same questions and weights is returned as it is. Raises UserError where `folder`
-    holds the result of another evaluation, unless `overwrite` says that it may go.
+    holds the result of another evaluation, unless `overwrite` says that it may go. Rank 0 alone asks a judge.
     """
-    weights = weights or weights_digest(model)
+    benchmark, weights = BENCHMARKS[config.benchmark](), weights or weights_digest(model)
     limits = (config.batch_size, length_of_answers(config))
     keys = {q.id: question_key(q, encoder, length_of_answers(config), weights) for q in questions}
     receipt = {**(origin or {}), **_receipt(model, encoder, config, questions), "weights": weights}
+    if benchmark.is_judged:
+        receipt["judge"] = config.judge and describe_judge(benchmark, config.judge)
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
     if (folder / "report.json").exists() and not overwrite:
         report = read_report(folder)
-        if (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"]):
+        same = (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"])
+        if same and (config.judge is None or report["receipt"].get("judge") == receipt["judge"]):
             advance(len(questions))
             return report
         changed = [k for k, v in receipt.items() if k != "questions" and report["receipt"].get(k, v) != v]
@@ -86,10 +96,15 @@ def evaluate(
             "--overwrite replaces it, --out puts the new one elsewhere"
         )
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
+    responses = {question_id: benchmark.prediction(said) for question_id, said in responses.items()}
     scores = score_all(config.benchmark, responses, questions)
-    report = make_report(config, responses, questions, scores, receipt)
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_results(folder, responses, questions, scores, report)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    judged = None
+    if config.judge is not None and is_main and all(q.references for q in questions):
+        judged = judge_all(benchmark, config.judge, responses, questions, folder)
+    report = make_report(config, responses, questions, scores, receipt, judged)
+    if is_main:
+        write_results(folder, responses, questions, scores, report, judged)
     return report
 
 

@@ -19,13 +19,14 @@ Figure = dict[str, float] | None  # {"value", "low", "high"}; None where it mean
 
 
 def score_all(benchmark: str, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
-    """Every question's score by id; none where the split's answers are not public.
+    """Every question's score by id; none where the split's answers are not public, or only a judge's word counts.
 
     No model, no randomness: scoring again never changes a number.
     """
-    if not all(q.references for q in questions):
+    scorer = BENCHMARKS[benchmark]()
+    if not scorer.has_official or not all(q.references for q in questions):
         return {}
-    return BENCHMARKS[benchmark]().score_all(responses, questions)
+    return scorer.score_all(responses, questions)
 
 
 def make_report(
@@ -34,11 +35,13 @@ def make_report(
     questions: Sequence[Question],
     scores: Mapping[str, Score],
     receipt: Mapping[str, Any],
+    judged: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """What `report.json` holds. Values are in the benchmark's own unit (accuracy in percent), `low` and `high` the 95%
-    interval (clusters of one image or video)."""
+    interval (clusters of one image or video). `judged` is what a judge holds answers for, 0 to 1, by question id: a
+    column of its own, in percent."""
     benchmark = BENCHMARKS[config.benchmark]()
-    report = {
+    report: dict[str, Any] = {
         "name": config.name,
         "benchmark": config.benchmark,
         "n": len(questions),
@@ -49,28 +52,51 @@ def make_report(
         "metrics": {},
         "receipt": {**receipt, "scorer_version": benchmark.version, "question_set": question_set(questions)},
     }
+    if benchmark.is_judged:
+        report["scores"]["judged"] = judged_figure(questions, judged)
+    report["categories"] = breakdown(benchmark, questions, scores, judged)
     if not scores:
         return report
-    categories: dict[str, list[Question]] = defaultdict(list)
-    for q in questions:
-        for category in q.categories:
-            categories[category].append(q)
     strict, unparsed, majority = None, None, None
     if benchmark.has_strict:
         strict = figure(benchmark, questions, scores, "strict")
         unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
         if all(len(q.references) == 1 for q in questions):
             majority = 100 * majority_share([q.references[0] for q in questions])
+    report["scores"] |= {"official": figure(benchmark, questions, scores, "official"), "strict": strict}
     return report | {
-        "scores": {"official": figure(benchmark, questions, scores, "official"), "strict": strict},
         "unparsed_rate": unparsed,
         "majority_baseline": majority,
-        "categories": {
-            name: {"n": len(chosen), **(figure(benchmark, chosen, scores, "official") or {"value": None})}
-            for name, chosen in sorted(categories.items())
-        },
         "metrics": benchmark.extras(responses, questions),
     }
+
+
+def breakdown(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    scores: Mapping[str, Score],
+    judged: Mapping[str, float] | None,
+) -> dict[str, dict[str, Any]]:
+    """The official figure of each category, and the judged one beside it; none where there are no figures at all."""
+    members: dict[str, list[Question]] = defaultdict(list)
+    for q in questions if scores or judged else ():
+        for category in q.categories:
+            members[category].append(q)
+    return {
+        name: {
+            "n": len(chosen),
+            **((figure(benchmark, chosen, scores, "official") if scores else None) or {"value": None}),
+            **({"judged": judged_figure(chosen, judged)} if judged else {}),
+        }
+        for name, chosen in sorted(members.items())
+    }
+
+
+def judged_figure(questions: Sequence[Question], judged: Mapping[str, float] | None) -> Figure:
+    """The mean in percent, with its interval."""
+    if not judged:
+        return None
+    return asdict(cluster_bootstrap([judged[q.id] for q in questions], [q.cluster for q in questions]))
 
 
 def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[str, Score], kind: str) -> Figure:
@@ -106,6 +132,7 @@ def write_results(
     questions: Sequence[Question],
     scores: Mapping[str, Score],
     report: Mapping[str, Any],
+    judged: Mapping[str, float] | None = None,
 ) -> None:
     """`scores.jsonl`, one line a question, and then `report.json`, whose presence says that the result is complete."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +148,7 @@ def write_results(
             "categories": list(q.categories),
             "details": dict(q.details),
             **(asdict(scores[q.id]) if scores else unscored),
+            **({"judged": judged[q.id]} if judged else {}),
         }
         for q in questions
     ]

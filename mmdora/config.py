@@ -211,6 +211,22 @@ class TrainingConfig(Section):
         return self
 
 
+class JudgeConfig(Section):
+    """Who says what an answer is worth: a model at an OpenAI-compatible address, or verdicts that are there already."""
+
+    url: str | None = None  # what /chat/completions follows: https://api.openai.com/v1; OPENAI_API_KEY holds the key
+    model: str | None = None  # at the address
+    verdicts: str | None = None  # in place of an address: JSON lines with `id` and `verdict`
+
+    @model_validator(mode="after")
+    def _address_or_verdicts(self) -> JudgeConfig:
+        if (self.verdicts is None) == (self.url is None) or (self.url is None) != (self.model is None):
+            raise ValueError("give either 'url' and 'model', or 'verdicts'")
+        if self.url is not None and (not re.match(r"https?://[^/]", self.url) or "@" in self.url):
+            raise ValueError("'url' is an http(s) address without a key: that is read from OPENAI_API_KEY")
+        return self
+
+
 class EvaluationConfig(Section):
     """One benchmark to score after training. `benchmark` is a name in BENCHMARKS."""
 
@@ -227,6 +243,7 @@ class EvaluationConfig(Section):
     during: bool = False  # score the model every training.evaluate_every steps too
     batch_size: Positive = 16
     max_new_tokens: Positive | None = None  # None: as many as the benchmark's answers take
+    judge: JudgeConfig | None = None  # of benchmarks that are judged (mmvet); null: they have no judged score
 
 
 class RunConfig(Section):

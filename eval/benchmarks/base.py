@@ -67,6 +67,8 @@ class Benchmark(ABC):
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
     max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
     has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
+    has_official: ClassVar[bool] = True  # False where an answer is worth what a judge says, and without one nothing
+    judge_version: ClassVar[int] = 1  # goes up when a judge would be asked about the same answer in other words
     missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod
@@ -84,6 +86,15 @@ class Benchmark(ABC):
         """Every question's score by id. For benchmarks whose answers are worth something only together."""
         return {q.id: self.score(responses[q.id], q) for q in questions}
 
+    def lacks(self, config: EvaluationConfig) -> str | None:
+        """What is missing that asking needs, beside the media, and scoring does not; in words that say what to do."""
+        return None
+
+    def prediction(self, response: str) -> str:
+        """A model's words as they are handed to the official scorer and to the leaderboard: as they are, or as LLaVA's
+        conversion leaves them. Predictions in an official format are taken to be that already."""
+        return response
+
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
         """The figure that leaderboards show, in their unit, from sums over questions.
 
@@ -97,12 +108,16 @@ class Benchmark(ABC):
         return {}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """(question id, response) as they stand in a file of the official format; ours (responses.jsonl) by default."""
-        return read_answers(path)
+        """(question id, prediction) from a file of the official format; of ours (responses.jsonl) by default."""
+        return [(question_id, self.prediction(said)) for question_id, said in read_answers(path)]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """The file that the leaderboard takes. Raises UserError where the results are not what it wants."""
         raise UserError(f"{results[0].folder}: this benchmark has no leaderboard to hand answers in to")
+
+    @property
+    def is_judged(self) -> bool:
+        return type(self).judge_prompt is not Benchmark.judge_prompt
 
     def judge_prompt(self, response: str, question: Question) -> str | None:
         """What a judge (a language model) is asked about an answer; None: the benchmark is not judged."""

@@ -9,6 +9,8 @@ single reference, as in one's own data, is right or wrong, normalised on both si
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
 from eval.benchmarks.own_data import conversation_questions
@@ -57,23 +59,35 @@ def process_punctuation(text: str) -> str:
     return PERIOD.sub("", out, re.UNICODE)  # the official call passes the flag as `count`: at most 32 periods go
 
 
-def process_digits_and_articles(text: str) -> str:
+def process_digits_and_articles(text: str, contractions: Mapping[str, str] = EXPANDED) -> str:
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     kept = [word for word in words if word not in ARTICLES]
-    return " ".join(EXPANDED.get(word, word) for word in kept)
+    return " ".join(contractions.get(word, word) for word in kept)
 
 
+@lru_cache(maxsize=100_000)  # VQAv2's two million answers repeat each other
 def normalize(text: str) -> str:
     return process_digits_and_articles(process_punctuation(strip_whitespace(text)))
 
 
-def vqa_accuracy(response: str, references: tuple[str, ...]) -> float:
+def vqa_accuracy(response: str, references: Sequence[str]) -> float:
     """The official accuracy, 0 to 1, against the answers of several annotators (an only annotator's answer earns 0)."""
     answer, gold = strip_whitespace(response), [strip_whitespace(r) for r in references]
     if len(set(gold)) > 1:
         answer, gold = normalize(answer), [normalize(g) for g in gold]
+    return leave_one_out(answer, gold)
+
+
+def leave_one_out(answer: str, gold: Sequence[str]) -> float:
+    """min(matches / 3, 1), averaged over the subsets of all annotators but one."""
     matches = sum(g == answer for g in gold)
     return sum(min(1.0, (matches - (g == answer)) / 3) for g in gold) / len(gold)
+
+
+def evalai_normalize(text: str) -> str:
+    """As TextVQA's scorer has it, and LLaVA for what it hands in to EvalAI: without commas and question marks, and
+    then as above (facebookresearch/mmf, mmf/utils/m4c_evaluators.py, EvalAIAnswerProcessor)."""
+    return normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 @BENCHMARKS.register("vqa")

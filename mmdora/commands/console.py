@@ -77,12 +77,15 @@ def estimate(scores: dict[str, float] | None) -> str:
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:
     """A row a benchmark: the score before, where there is one, and now; and what one constant answer would score."""
     earlier = any(before is not None for _, before in reports)
-    columns = ("before", "after") if earlier else ("score",)
+    judged = any(after["scores"].get("judged") for after, _ in reports)
+    columns = [*(("before", "after") if earlier else ("score",)), *(("judged",) if judged else ())]
     table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest")
     for after, before in reports:
         shown = [estimate(after["scores"]["official"])]
         if earlier:
             shown.insert(0, estimate(before["scores"]["official"] if before else None))
+        if judged:
+            shown.append(estimate(after["scores"].get("judged")))
         baseline = after["majority_baseline"]
         table.add_row(after["name"], str(after["n"]), *shown, "–" if baseline is None else f"{baseline:.1f}")
     return table

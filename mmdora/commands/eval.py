@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.encoding import Encoder
 from eval.run import evaluate, read_questions
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
-from mmdora.config import EvaluationConfig, RunConfig
+from mmdora.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.errors import UserError
 from mmdora.registry import nearest
 from mmdora.rundir import RunDir, load_target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Request:
     batch_size: int | None = None
     out: Path | None = None
     overwrite: bool = False
+    judge: JudgeConfig | None = None
 
 
 def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
@@ -36,7 +40,7 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
     console = make_console()
     run_dir = RunDir(Path(request.target))
     config = run_dir.config() if run_dir.config_file.is_file() else None
-    entries = [_limited(entry, request) for entry in choose(request, config)]
+    entries = [as_requested(entry, request) for entry in choose(request, config)]
     out = request.out or (run_dir.path / "eval" if config else None)
     if out is None:
         raise UserError(f"{request.target} is not a run; say with --out where the results go")
@@ -76,6 +80,12 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
     return entries
 
 
-def _limited(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
-    changes = {key: getattr(request, key) for key in ("format", "split", "prompt", "limit", "batch_size")}
-    return EvaluationConfig.model_validate(entry.model_dump() | {k: v for k, v in changes.items() if v is not None})
+def as_requested(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
+    """The entry with the command line's changes. A run may come from elsewhere: the address of a judge in its config
+    gets no answers, and no key, unless it is given again."""
+    changes = {key: getattr(request, key) for key in ("format", "split", "prompt", "limit", "batch_size", "judge")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if request.judge is None and entry.judge is not None and entry.judge.url is not None:
+        log.warning("%s: its judge at %s is not asked unless it is given again", entry.name, entry.judge.url)
+        changes["judge"] = None
+    return EvaluationConfig.model_validate(entry.model_dump() | changes)

@@ -7,13 +7,15 @@ import logging
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.generation import file_digest
+from eval.judge import describe_judge, judge_all
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.console import import_plugins, make_console, results_table
-from mmdora.config import EvaluationConfig
+from mmdora.config import EvaluationConfig, JudgeConfig
 from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,21 +30,29 @@ def run(
     out: Path | None,
     overwrite: bool,
     plugins: list[str],
+    judge: JudgeConfig | None = None,
 ) -> None:
     import_plugins(plugins)
     if out is not None and (out / "report.json").exists() and not overwrite:
         raise UserError(f"{out} holds a finished result; --overwrite replaces it")
     scorer = BENCHMARKS[benchmark]()
+    if judge is not None and out is None:
+        raise UserError("a judge wants --out, the folder that its verdicts are kept in")
     config = EvaluationConfig(name=benchmark, benchmark=benchmark, data=annotations, split=split)
     questions = ask_nothing_twice(scorer.questions(config), config)
     responses = answers_to(questions, scorer, predictions)
     if not all(q.references for q in questions):
         raise UserError(f"{annotations}: the answers of this split are not public, so nothing can be scored")
     scores = score_all(benchmark, responses, questions)
-    receipt = {"data": annotations, "split": split, "predictions": str(predictions), "file": file_digest(predictions)}
-    report = make_report(config, responses, questions, scores, receipt)
+    receipt: dict[str, Any] = {"data": annotations, "split": split, "predictions": str(predictions)}
+    receipt["file"] = file_digest(predictions)
+    judged = None
+    if judge is not None and out is not None:
+        receipt["judge"] = describe_judge(scorer, judge)
+        judged = judge_all(scorer, judge, responses, questions, out)
+    report = make_report(config, responses, questions, scores, receipt, judged)
     if out is not None:
-        write_results(out, responses, questions, scores, report)
+        write_results(out, responses, questions, scores, report, judged)
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         return

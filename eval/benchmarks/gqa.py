@@ -1,0 +1,196 @@
+"""`gqa`: compositional questions about real pictures (Hudson and Manning, CVPR 2019).
+
+Scorer: eval.py of the dataset's eval.zip (cs.stanford.edu/people/dorarad/gqa/evaluate.html), with LLaVA's edits that do
+without choices and scene graphs (PKU-YuanGroup/Video-LLaVA, llava/eval/eval_gqa.py). A prediction is right if it equals
+the answer, character by character. Accuracies are over the balanced questions; a split that ends in `_all` has others
+too, which only consistency asks for: how often the questions that a right answer entails are answered rightly as well.
+Validity and plausibility (is the answer one that could be given?) need the choices file, `<split>_choices.json`, beside
+the questions; `distribution` is the chi-square distance of answers to the true ones, lower is better. Grounding, the
+official scorer's use of scene graphs, needs attention maps, which is not what models here have.
+
+A model's words are put in lower case and lose their last full stops first, as in LLaVA's
+scripts/convert_gqa_for_eval.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.samples import Image
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
+from eval.metrics import Totals
+from eval.results import Result
+from eval.submission import unanswered_split, write_json
+from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+
+NO_STEPS = ("exist", "query: name", "choose name")  # operations that are no step of reasoning
+COMMON = ["color", "material", "shape"]  # the choices of questions about what two things have in common
+SUBMISSION = "submission_all"
+
+
+@BENCHMARKS.register("gqa")
+class GQA(Benchmark):
+    """GQA, accuracy over the balanced questions, consistency and more (eval.py of the dataset's eval.zip)."""
+
+    splits = (
+        *(f"{tier}_{kind}" for kind in ("balanced", "all") for tier in ("testdev", "val", "test", "challenge")),
+        "train_balanced",
+        SUBMISSION,
+    )
+    layout = """questions1.2/testdev_balanced_questions.json   (or without the folder)
+images/n161313.jpg
+testdev_balanced_choices.json   (for validity and plausibility, if you have it)"""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        split = self.split(config)
+        name = f"{split}_questions.json"
+        path = find_file(config.data, [name, f"questions*/{name}", f"*/{name}"], self.layout)
+        images = find_folder(config.data, ["images", "../images", "allImages/images"], config.media, self.layout)
+        choices = choices_file(path, config.data)
+        rows = read_json(path)
+        if not isinstance(rows, dict):
+            raise UserError(f"{path}: expected an object of questions by id")
+        found = []
+        for question_id, row in rows.items():
+            image_id, words = (typed(row, path, f"question {question_id}", key, str) for key in ("imageId", "question"))
+            sample = conversation(question_id, self.ask(config, question=words), [Image(images / f"{image_id}.jpg")])
+            if "answer" not in row:
+                found.append(Question(question_id, sample, (), image_id))
+                continue
+            answer, categories, details = annotation(row, path, f"question {question_id}")
+            details |= {} if choices is None else {"choices": str(choices)}
+            found.append(Question(question_id, sample, (answer,), image_id, categories, details))
+        return found
+
+    def prediction(self, response: str) -> str:
+        return response.rstrip(".").lower()
+
+    def score(self, response: str, question: Question) -> Score:
+        right = float(response == question.references[0])
+        unparsed = not response.strip()
+        strict, counted = 0.0 if unparsed else right, float(question.details["balanced"])
+        counts = {"counted": counted, "counted_official": counted * right, "counted_strict": counted * strict}
+        return Score(right, strict, unparsed, counts)
+
+    def headline(self, totals: Totals, kind: str) -> np.ndarray:
+        return 100 * totals[f"counted_{kind}"] / totals["counted"]
+
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
+        balanced = [q for q in questions if q.details["balanced"]]
+        right = {q.id: responses[q.id] == q.references[0] for q in questions}
+        figures = {
+            "consistency": consistency(balanced, right),
+            "distribution": distribution(balanced, responses),
+            **acceptability(balanced, responses),
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """The official format, `[{"questionId", "prediction"}]`, LLaVA's answers (`{"question_id", "text"}`), or
+        ours."""
+        official = ("questionId", "prediction")
+        pairs, form = read_answers_as(path, official, ("question_id", "text"), ("id", "response"))
+        return pairs if form == official else [(i, self.prediction(said)) for i, said in pairs]
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """EvalAI's file, `[{"questionId", "prediction"}]`, of every question in submission_all_questions.json: the
+        server scores the phase's own of them."""
+        result = unanswered_split(results, f"the split {SUBMISSION}")
+        split, data = result.receipt["split"], Path(result.receipt["data"])
+        if split != SUBMISSION and data.name != f"{SUBMISSION}_questions.json":
+            raise UserError(f"{result.folder}: the split is {split or data.name}; the leaderboard takes {SUBMISSION}")
+        write_json(out, [{"questionId": row["id"], "prediction": row["response"]} for row in result.rows])
+
+
+def annotation(row: dict[str, Any], path: Path, where: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """The answer, the categories (of a balanced question), and what the further figures need."""
+    types, groups = typed(row, path, where, "types", dict), typed(row, path, where, "groups", dict)
+    balanced = typed(row, path, where, "isBalanced", bool)
+    details: dict[str, Any] = {
+        "balanced": balanced,
+        "group": groups.get("global"),
+        "common": "Common" in typed(types, path, where, "detailed", str),
+        "entailed": [str(other) for other in typed(row, path, where, "entailed", list)],
+    }
+    steps = [
+        f"{typed(step, path, where, 'operation', str)}: {typed(step, path, where, 'argument', str)}"
+        for step in typed(row, path, where, "semantic", list)
+    ]
+    structural = typed(types, path, where, "structural", str)
+    categories = (
+        "kind: open" if structural == "query" else "kind: binary",
+        f"structural: {structural}",
+        f"semantic: {typed(types, path, where, 'semantic', str)}",
+        f"steps: {sum(not any(name in step for name in NO_STEPS) for step in steps)}",
+        f"words: {len(row['question'].split())}",
+    )
+    return typed(row, path, where, "answer", str), categories if balanced else (), details
+
+
+def choices_file(questions: Path, data: str) -> Path | None:
+    """The answers that could be given, where the folder has them: `testdev_balanced_choices.json` or
+    `val_choices.json`."""
+    split = questions.stem.removesuffix("_questions")
+    root = find_path(data)
+    for folder in (root if root.is_dir() else questions.parent, questions.parent):
+        for name in (split, split.partition("_")[0]):
+            if found := sorted({*folder.glob(f"{name}_choices.json"), *folder.glob(f"*/{name}_choices.json")}):
+                return found[0]
+    return None
+
+
+def consistency(questions: Sequence[Question], right: Mapping[str, bool]) -> float | None:
+    """In percent; None where not every entailed question was asked."""
+    shares = []
+    for q in questions:
+        entailed = [other for other in q.details["entailed"] if other != q.id]
+        if any(other not in right for other in entailed):
+            return None
+        if right[q.id] and entailed:
+            shares.append(sum(right[other] for other in entailed) / len(entailed))
+    return 100 * sum(shares) / len(shares) if shares else 0.0
+
+
+def acceptability(questions: Sequence[Question], responses: Mapping[str, str]) -> dict[str, float | None]:
+    """Validity and plausibility in percent; None without the choices file. Raises UserError where a question is not in
+    it."""
+    name = questions[0].details.get("choices") if questions else None
+    if name is None:
+        return {"validity": None, "plausibility": None}
+    choices, hits = read_json(Path(name)), Counter[str]()
+    for q in questions:
+        given = typed(choices, Path(name), "the file", q.id, dict)
+        for key in ("valid", "plausible"):
+            group = typed(given, Path(name), f"question {q.id}", key, list)
+            hits[key] += responses[q.id] in (COMMON if q.details["common"] else group)
+    return {
+        "validity": 100 * hits["valid"] / len(questions),
+        "plausibility": 100 * hits["plausible"] / len(questions),
+    }
+
+
+def distribution(questions: Sequence[Question], responses: Mapping[str, str]) -> float | None:
+    """Chi-square over the answers of each group of questions, averaged over groups by their size, divided by 100; None
+    where no question is in a group."""
+    true: dict[str, Counter[str]] = defaultdict(Counter)
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for q in questions:
+        if (group := q.details["group"]) is not None:
+            true[group][q.references[0]] += 1
+            said[group][responses[q.id]] += 1
+    sizes = {group: sum(counts.values()) for group, counts in true.items()}
+    if not sizes:
+        return None
+    squares = {
+        group: sum((said[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        for group, counts in true.items()
+    }
+    return sum(squares[group] * size for group, size in sizes.items()) / sum(sizes.values()) / 100

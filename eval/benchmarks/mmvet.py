@@ -1,0 +1,113 @@
+"""`mmvet`: open questions that take several abilities at once, judged by a language model (Yu et al., ICML 2024).
+
+Scorer: yuweihao/MM-Vet, mm-vet_evaluator.ipynb. A judge gives each answer from 0.0 to 1.0 in tenths; the figure is the
+mean in percent, also over the questions that need an ability ("capability: ocr"), and over those that need exactly
+these ("integration: ocr + math"). The official judge is gpt-4-0613 at temperature 0, asked with examples; the words
+and examples here are our own, to the same rules, so a figure is comparable with others by this judge and prompt only.
+Without a judge there is no score. Asked again after what cannot be read, the official code ends in 0: here it is an
+error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines.samples import Image
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.layout import find_file, find_folder, read_json, typed
+from eval.results import Result
+from eval.submission import write_json
+from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
+
+PROMPT = """You grade an answer to a question about a picture against the reference. You do not see the picture; the \
+reference is right.
+
+Give a grade of 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0: how much of what the reference says the \
+answer says too, in whatever words. 1.0 is wholly right and 0.0 wholly wrong. Where the reference joins parts by \
+<AND>, the answer is wholly right only if it has them all; where it joins them by <OR>, any one of them will do. \
+What the answer says beyond the reference costs nothing, unless it contradicts it.
+
+Examples:
+Question: Which two cities does the sign name?
+Reference: Lyon <AND> Dijon
+Answer: Paris and Rome
+Grade: 0.0
+Question: Which two cities does the sign name?
+Reference: Lyon <AND> Dijon
+Answer: It points to Dijon.
+Grade: 0.5
+Question: What is on the plate?
+Reference: pasta <OR> noodles
+Answer: A bowl-shaped plate of noodles with basil.
+Grade: 1.0
+Question: Why is the drawing funny?
+Reference: A cat in a tie chairs a meeting of dogs, who all took off their collars to look serious for it.
+Answer: Because a cat leads a meeting.
+Grade: 0.4
+
+Reply with the grade alone.
+
+Question: {question}
+Reference: {reference}
+Answer: {answer}
+Grade:"""
+GRADE = re.compile(r"\s*([01](?:\.\d+)?)(?![\d.]*\d)")  # at the start, as the official code reads it
+
+
+@BENCHMARKS.register("mmvet")
+class MMVet(Benchmark):
+    """MM-Vet, judged answers by capability and integration of capabilities (yuweihao/MM-Vet, mm-vet_evaluator)."""
+
+    prompt = "{question}"
+    max_new_tokens = 1024
+    has_official = False
+    has_strict = False
+    splits = ("test",)
+    layout = """mm-vet.json
+images/v1_0.png"""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        self.split(config)
+        path = find_file(config.data, ["mm-vet.json", "*/mm-vet.json"], self.layout)
+        images = find_folder(config.data, ["images", "mm-vet/images"], config.media, self.layout)
+        rows = read_json(path)
+        if not isinstance(rows, dict):
+            raise UserError(f"{path}: expected an object of questions by id")
+        found = []
+        for question_id, row in rows.items():
+            where = f"question {question_id}"
+            name, words, answer = (typed(row, path, where, key, str) for key in ("imagename", "question", "answer"))
+            capabilities = sorted({str(ability) for ability in typed(row, path, where, "capability", list)})
+            categories = (*(f"capability: {c}" for c in capabilities), f"integration: {' + '.join(capabilities)}")
+            sample = conversation(question_id, self.ask(config, question=words), [Image(images / name)])
+            found.append(Question(question_id, sample, (answer,), name, categories, {"question": words}))
+        return found
+
+    def score(self, response: str, question: Question) -> Score:
+        return Score(math.nan, math.nan)  # it is judged
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """The official format, an object of answers by question id, or ours."""
+        content = read_json(path) if path.suffix != ".jsonl" else []
+        if not isinstance(content, dict):
+            return super().read_predictions(path, questions)
+        return [(question_id, typed(content, path, "the file", question_id, str)) for question_id in content]
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """What MM-Vet's evaluator takes: an object of answers by question id."""
+        if len(results) != 1:
+            raise UserError(f"{len(results)} results: MM-Vet's evaluator takes one")
+        write_json(out, {row["id"]: row["response"] for row in results[0].rows})
+
+    def judge_prompt(self, response: str, question: Question) -> str | None:
+        reference = question.references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        return PROMPT.format(question=question.details["question"], reference=reference, answer=response)
+
+    def judge_score(self, verdict: str) -> float | None:
+        found = GRADE.match(verdict)
+        value = float(found.group(1)) if found else None
+        return value if value is not None and value <= 1.0 else None

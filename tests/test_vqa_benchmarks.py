@@ -1,0 +1,249 @@
+"""The open-ended image benchmarks on miniatures of their official files: asked, answered, scored and handed in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.encoding import Encoder
+from data_pipelines.samples import Sample
+from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks.textvqa import anls, edit_distance, question_in_llava_prompt
+from eval.benchmarks.vizwiz import unanswerability
+from eval.results import read_report, read_result
+from eval.run import evaluate, read_questions
+from mmdora.commands.score import run as score
+from mmdora.commands.submit import run as submit
+from mmdora.config import EvaluationConfig, ModelConfig
+from mmdora.errors import UserError
+from mmdora.loading import load_model
+from tests.vqa_miniatures import LLAVA, MINIATURES, gqa_question, write
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(model, encoder) of the shipped base; nothing here changes it."""
+    model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
+    return model, Encoder(processor)
+
+
+def config(name, data, **more):
+    return EvaluationConfig(name=name, benchmark=name, data=str(data), max_new_tokens=3, **more)
+
+
+def scored(name, predictions, data, out, **more):
+    score(name, predictions, str(data), more.get("split"), False, out, False, [])
+    return read_report(out)
+
+
+@pytest.mark.parametrize("name", sorted(MINIATURES))
+def test_from_files_to_the_leaderboard(name, model, tmp_path):
+    mini, data = MINIATURES[name], tmp_path / "data"
+    mini.build(data)
+    where = data / mini.answers if name == "exact_match" else data
+    entry = config(name, where)
+    questions = read_questions(entry)
+    report = evaluate(*model, entry, questions, tmp_path / "out")
+    assert questions[0].sample.messages[0].text == mini.prompt
+    assert mini.prompt in report["receipt"]["prompt"]
+    assert report["n"] == len(questions) == 3
+    assert set(report["scores"]) == {"official", "strict"}
+    assert 0 <= report["scores"]["strict"]["value"] <= report["scores"]["official"]["value"] <= 100
+
+    predictions = tmp_path / "predictions.json"
+    write(predictions, mini.predictions)
+    for place, out in ((where, "a"), (data / mini.answers, "b")):
+        found = scored(name, predictions, place, tmp_path / out)
+        assert found["scores"]["official"]["value"] == pytest.approx(mini.official)
+        assert found["scores"]["strict"]["value"] == pytest.approx(mini.strict)
+    ours = scored(name, tmp_path / "out" / "responses.jsonl", where, tmp_path / "c")
+    assert ours["scores"] == report["scores"]
+
+    if mini.unanswered is None or mini.submitted is None:
+        with pytest.raises(UserError, match="no leaderboard"):
+            submit([tmp_path / "out"], tmp_path / "none.json", [])
+        return
+    entry = config(name, data, split=mini.unanswered)
+    report = evaluate(*model, entry, read_questions(entry), tmp_path / "test")
+    assert report["scores"] == {"official": None, "strict": None}
+    submit([tmp_path / "test"], tmp_path / "answers.json", [])
+    assert json.loads((tmp_path / "answers.json").read_text()) == mini.submitted(read_result(tmp_path / "test").rows)
+    with pytest.raises(UserError, match="have public answers"):
+        submit([tmp_path / "out"], tmp_path / "public.json", [])
+    assert not (tmp_path / "public.json").exists()
+
+
+@given(st.text())
+def test_no_answer_breaks_a_scorer(text):
+    details = {"balanced": True, "answerable": 1, "group": "g", "common": False, "entailed": []}
+    for name in MINIATURES:
+        benchmark = BENCHMARKS[name]()
+        question = Question("q", Sample("q", (), "t"), ("a dog",) * 10, "c", details=details)
+        found = benchmark.score(benchmark.prediction(text), question)
+        assert 0 <= found.strict <= found.official <= 1
+        benchmark.extras({"q": text}, [question])
+    assert 0 <= anls(text, ["", "a"]) <= 1
+    question_in_llava_prompt(text)
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_edit_distance_is_a_distance(one, other):
+    assert edit_distance(one, other) == edit_distance(other, one)
+    assert abs(len(one) - len(other)) <= edit_distance(one, other) <= max(len(one), len(other))
+    assert (edit_distance(one, other) == 0) == (one == other)
+
+
+@pytest.mark.parametrize("name", sorted(MINIATURES))
+def test_what_is_wrong_with_files_is_said(name, tmp_path):
+    mini = MINIATURES[name]
+    mini.build(tmp_path)
+    if name != "exact_match":
+        with pytest.raises(UserError, match="expected layout"):
+            BENCHMARKS[name]().questions(config(name, tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="split 'x'"):
+            BENCHMARKS[name]().questions(config(name, tmp_path, split="x"))
+        for wrong in ([], {}, [{}], {"annotations": [{}]}, {"data": [3]}, {"1": {"answer": 3}}, {"questions": [None]}):
+            write(tmp_path / "wrong.json", wrong)
+            with pytest.raises(UserError, match=r"wrong\.json") as caught:
+                read_questions(config(name, tmp_path / "wrong.json"))
+            assert "\n" not in str(caught.value).split("; expected layout")[0]
+    for path in [*tmp_path.rglob("*.jpg"), *tmp_path.rglob("*.png")]:
+        path.unlink()
+    with pytest.raises(UserError, match="media files are missing"):
+        read_questions(config(name, tmp_path / mini.answers if name == "exact_match" else tmp_path))
+
+
+def test_answers_of_a_model_are_normalised_as_llava_does(tmp_path):
+    """LLaVA's own answers file goes through its conversion; an official file is scored as it stands."""
+    MINIATURES["gqa"].build(tmp_path)
+    answers = [{"question_id": i, "prompt": "", "text": t} for i, t in (("10", "Red."), ("11", "Yes"), ("12", "right"))]
+    (tmp_path / "llava.jsonl").write_text("\n".join(json.dumps(row) for row in answers))
+    assert scored("gqa", tmp_path / "llava.jsonl", tmp_path, tmp_path / "out")["scores"]["official"]["value"] == (
+        pytest.approx(200 / 3)
+    )
+    MINIATURES["vqav2"].build(tmp_path / "coco")
+    answers = [{"question_id": i, "text": text} for i, text in enumerate(["Yes", "Red.", "two"])]
+    write(tmp_path / "vqa.json", answers)
+    report = scored("vqav2", tmp_path / "vqa.json", tmp_path / "coco", tmp_path / "o")
+    assert report["scores"]["official"]["value"] == 100
+    assert report["categories"]["answer type: number"]["value"] == 100
+    assert report["categories"]["question type: eight"]["n"] == 3
+
+
+def test_answers_alone_are_scored_and_not_asked(tmp_path):
+    MINIATURES["vqav2"].build(tmp_path)
+    for path in (tmp_path / "Questions").iterdir():
+        path.unlink()
+    for data in (tmp_path, tmp_path / MINIATURES["vqav2"].answers):
+        assert len(BENCHMARKS["vqav2"]().questions(config("vqav2", data))) == 3
+        with pytest.raises(UserError, match="but not the questions' words"):
+            read_questions(config("vqav2", data))
+
+
+def test_okvqa_names_its_question_types(tmp_path):
+    MINIATURES["okvqa"].build(tmp_path)
+    assert (
+        "question type: Plants and Animals" in BENCHMARKS["okvqa"]().questions(config("okvqa", tmp_path))[0].categories
+    )
+
+
+def test_textvqa_prompt_with_and_without_ocr(tmp_path):
+    MINIATURES["textvqa"].build(tmp_path)
+    plain = config("textvqa", tmp_path, prompt=f"{{question}}{LLAVA}")
+    assert read_questions(plain)[0].sample.messages[0].text == f"What says 0?{LLAVA}"
+    assert read_questions(config("textvqa", tmp_path))[2].sample.messages[0].text == (
+        f"What says 2?\nReference OCR token: {LLAVA}"  # a picture in which no words were found
+    )
+    (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
+    assert read_questions(plain)
+    with pytest.raises(UserError, match=r"TextVQA_Rosetta_OCR_v0\.2_val\.json: no such file"):
+        read_questions(config("textvqa", tmp_path))
+    with pytest.raises(UserError, match="fills in"):
+        read_questions(config("textvqa", tmp_path, prompt="{question} {tokens}"))
+
+
+def test_textvqa_answers_of_llava_are_found_by_their_prompt(tmp_path):
+    MINIATURES["textvqa"].build(tmp_path)
+    rows = [
+        {"question_id": image, "prompt": f"{asked}\nReference OCR token: x{LLAVA}", "text": said}
+        for image, asked, said in (
+            ("ab1", "What says 2?", "stop"),
+            ("ab0", "What says 1?", "x"),
+            ("ab0", "What says 0?", "nokia"),
+        )
+    ]
+    (tmp_path / "llava.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report = scored("textvqa", tmp_path / "llava.jsonl", tmp_path, tmp_path / "out")
+    assert report["scores"]["official"]["value"] == pytest.approx(200 / 3)
+    for wrong in ({"prompt": f"What says 9?{LLAVA}"}, {"prompt": "a\nb\nc"}):
+        (tmp_path / "llava.jsonl").write_text(json.dumps(rows[0] | wrong))
+        with pytest.raises(UserError, match=r"llava\.jsonl, row 0"):
+            scored("textvqa", tmp_path / "llava.jsonl", tmp_path, tmp_path / "wrong")
+
+
+def test_textvqa_wants_ten_answers(tmp_path):
+    row = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["x"] * 9}
+    write(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
+    with pytest.raises(UserError, match="question 0: 9 answers"):
+        BENCHMARKS["textvqa"]().questions(config("textvqa", tmp_path))
+
+
+def test_gqa_counts_balanced_questions_only(tmp_path):
+    """Of a split with others too: accuracy leaves them out, and consistency asks for them."""
+    MINIATURES["gqa"].build(tmp_path)
+    questions = {
+        "1": gqa_question(0, "red", "query", entailed=["1", "2", "3"]),
+        "2": gqa_question(1, "yes", "verify", balanced=False),
+        "3": gqa_question(1, "no", "verify", balanced=False),
+        "4": gqa_question(1, "left", "choose"),
+    }
+    write(tmp_path / "val_all_questions.json", questions)
+    said = {"1": "red", "2": "yes", "3": "yes", "4": "right"}
+    write(tmp_path / "p.json", [{"questionId": i, "prediction": p} for i, p in said.items()])
+    report = scored("gqa", tmp_path / "p.json", tmp_path / "val_all_questions.json", tmp_path / "out")
+    assert report["scores"]["official"]["value"] == 50
+    assert report["metrics"]["consistency"] == 50
+    assert report["categories"]["kind: open"] == {"n": 1, "value": 100, "low": 100, "high": 100}
+    assert "validity" not in report["metrics"]  # no choices file says what could be an answer
+    questions["1"]["entailed"] = ["99"]
+    write(tmp_path / "val_all_questions.json", questions)
+    report = scored("gqa", tmp_path / "p.json", tmp_path / "val_all_questions.json", tmp_path / "more")
+    assert "consistency" not in report["metrics"]
+
+
+def test_gqa_leaderboard_takes_its_own_split(model, tmp_path):
+    MINIATURES["gqa"].build(tmp_path)
+    write(tmp_path / "questions1.2" / "test_balanced_questions.json", {"9": {"question": "What?", "imageId": "n0"}})
+    entry = config("gqa", tmp_path, split="test_balanced")
+    evaluate(*model, entry, read_questions(entry), tmp_path / "out")
+    with pytest.raises(UserError, match="the leaderboard takes submission_all"):
+        submit([tmp_path / "out"], tmp_path / "a.json", [])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_unanswerability_by_its_definition(pairs):
+    """Average precision: the sum over the thresholds of precision times the recall gained there."""
+    told, true = zip(*pairs, strict=True)
+    found, recall, area = unanswerability(told, true), 0.0, 0.0
+    for least in sorted(set(told), reverse=True):
+        chosen = [is_true for is_told, is_true in pairs if is_told >= least]
+        reached = sum(chosen) / max(1, sum(true))
+        area, recall = area + (reached - recall) * sum(chosen) / len(chosen), reached
+    assert found["average_precision"] == pytest.approx(100 * area, abs=0.006)
+    hits = sum(a and b for a, b in pairs)
+    assert found["f1_score"] == pytest.approx(200 * hits / max(1, sum(told) + sum(true)), abs=0.006)
+
+
+def test_exact_match_normalises_as_it_says():
+    benchmark = BENCHMARKS["exact_match"]()
+
+    def worth(said, *references):
+        found = benchmark.score(said, Question("q", Sample("q", (), "t"), references, "c"))
+        return found.official, found.strict, found.unparsed
+
+    assert worth(" The  Dog. ", "a cat", "the dog") == (1, 1, False)
+    assert worth("dog", "a dog") == (0, 0, False)
+    assert worth("", "") == (1, 0, True)
