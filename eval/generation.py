@@ -150,7 +150,10 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
 
 
 def media_digest(part: Image | Video) -> str:
-    return file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
+    """Of the file, and of the bounds of a clip of it."""
+    digest = file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
+    bounds = part.bounds if isinstance(part, Video) else {}
+    return f"{digest} {json.dumps(bounds)}" if bounds else digest
 
 
 @cache
