@@ -96,16 +96,15 @@ class MVBench(Benchmark):
             options = [str(candidate) for candidate in candidates]
             if not all(options) or str(answer) not in options or len(options) > len(LETTERS):
                 raise UserError(f"{path}, {where}: the answer {answer!r} is not among the candidates {candidates!r}")
-            bounds = _bounds(*fields(row, path, where, "start", "end")) if task in BOUNDED else {}
-            if task == "Episodic Reasoning":
-                bounds["frames_fps"] = FRAMES_FPS
+            start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
             lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
             text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
             key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
             sample = conversation(key, text.removesuffix(BEGINNING).rstrip("\n"), [], str(path))
-            clip = Video(videos.find(video), **bounds)
-            messages = (Message("user", (clip, *sample.messages[0].parts)),)
-            messages += (Message("assistant", (Text(BEGINNING),)),) if begun else ()
+            fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
+            clip = Video(videos.find(video), start=start, end=end, frames_fps=fps)
+            turns = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
+            messages = (Message("user", (clip, *sample.messages[0].parts)), *turns)
             details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
             reference = LETTERS[options.index(str(answer))]
             asked_of = replace(sample, messages=messages)
@@ -173,7 +172,6 @@ def _in(root: Path, name: str) -> Path | None:
     return next((path for path in (root / "json" / name, root / name) if path.is_file()), None)
 
 
-def _bounds(start: Any, end: Any) -> dict[str, float]:
-    """Seconds; none that are not numbers."""
-    both = {"start": start, "end": end}
-    return {name: float(t) for name, t in both.items() if isinstance(t, int | float) and math.isfinite(t) and t > 0}
+def _seconds(time: Any) -> float | None:
+    """None for what is no time, or the very beginning."""
+    return float(time) if isinstance(time, int | float) and math.isfinite(time) and time > 0 else None

@@ -148,7 +148,7 @@ class TVQA(ValueQA):
         "test": ("tvqa_test_release.jsonl", "tvqa_test_public.jsonl"),
     }
     handed_in: ClassVar = {"val": "tvqa_val_predictions.json", "test": "tvqa_test_predictions.json"}
-    layout = """  ann/tvqa/tvqa_val.jsonl and tvqa_test_release.jsonl (or the file itself; to score, tvqa_val_solution.json)
+    layout = """  ann/tvqa/tvqa_val.jsonl and tvqa_test_release.jsonl (to score, tvqa_val_solution.json is enough)
   ann/tv_subtitles.jsonl
   frames_hq/<show>_frames/<vid_name>/00001.jpg, three a second"""
 
