@@ -13,7 +13,8 @@ import torch
 
 from data_pipelines.encoding import Encoder
 from eval.run import evaluate, read_questions
-from mmdora.commands import score, submit
+from mmdora.commands.score import run as score
+from mmdora.commands.submit import run as submit
 from mmdora.config import EvaluationConfig, ModelConfig, VideoConfig
 from mmdora.loading import load_model
 
@@ -45,12 +46,12 @@ def scored(benchmark: str, predictions: Path, annotations: Path, split: str | No
     """What `mmdora score --json` says."""
     said = io.StringIO()
     with redirect_stdout(said):
-        score.run(benchmark, predictions, str(annotations), split, True, None, False, [])
+        score(benchmark, predictions, str(annotations), split, True, None, False, [])
     return json.loads(said.getvalue())
 
 
 def submitted(folders: list[Path], out: Path) -> bytes:
-    submit.run(folders, out, [])
+    submit(folders, out, [])
     return out.read_bytes()
 
 

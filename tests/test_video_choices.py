@@ -244,7 +244,8 @@ def test_tvqa_answers_alone(tmp_path):
     )
     found = scored("tvqa", write(tmp_path / "p.json", {"7": 4, "8": 1}), path)
     assert found["scores"]["official"]["value"] == 50
-    with pytest.raises(UserError, match=r"ids 1 of no question: 9; 2 without an answer: 7, 8"):
+    assert scored("tvqa", write(tmp_path / "p.json", {"7": 4, "8": 1, "9": 4}), path)["n"] == 2
+    with pytest.raises(UserError, match=r"ids 2 without an answer: 7, 8"):
         scored("tvqa", write(tmp_path / "p.json", {"9": 4}), path)
 
 

@@ -19,14 +19,14 @@ the beginning of the assistant's turn, and the answer is checked with the bracke
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.samples import Message, Text, Video
-from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from data_pipelines.samples import Message, Sample, Text, Video
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_folder, read_json
 from eval.options import LETTERS, option_lines
@@ -36,6 +36,7 @@ from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
+log = logging.getLogger(__name__)
 BEGINNING, BRACKET = "Best option:(", "("
 FRAMES_FPS = 3.0  # of TVQA's pictures
 # In the official order: the task, and the folder of its videos below video/. Clips of a video have "start" and "end".
@@ -83,6 +84,8 @@ class MVBench(Benchmark):
         if not files:
             what = "no such file or folder" if not root.exists() else "holds none of the tasks' files"
             raise UserError(f"{root}: {what}; expected layout:\n{self.layout}")
+        if lacking := [name for task, name in names.items() if task not in files]:
+            log.warning("%s: without the tasks of %s", root, ", ".join(lacking))
         return [q for task, path in files.items() for q in self._task(config, task, path, media)]
 
     def _task(self, config: EvaluationConfig, task: str, path: Path, media: Path) -> list[Question]:
@@ -100,15 +103,14 @@ class MVBench(Benchmark):
             lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
             text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
             key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
-            sample = conversation(key, text.removesuffix(BEGINNING).rstrip("\n"), [], str(path))
             fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
             clip = Video(videos.find(video), start=start, end=end, frames_fps=fps)
-            turns = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
-            messages = (Message("user", (clip, *sample.messages[0].parts)), *turns)
+            asking = Message("user", (clip, Text(text.removesuffix(BEGINNING).rstrip("\n"))))
+            answering = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
             details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
             reference = LETTERS[options.index(str(answer))]
-            asked_of = replace(sample, messages=messages)
-            questions.append(Question(key, asked_of, (reference,), video, (f"task: {task}",), details))
+            sample = Sample(key, (asking, *answering), str(path))
+            questions.append(Question(key, sample, (reference,), video, (f"task: {task}",), details))
         return questions
 
     def score(self, response: str, question: Question) -> Score:

@@ -161,6 +161,8 @@ def lemmas(text: str) -> list[str]:
 @cache
 def _lemma(word: str) -> str:
     """The shortest base form, as NLTK's lemmatizer takes, of the first part of speech that WordNet has the word in."""
+    if word in STOPWORDS:  # "has" is no plural of "ha"
+        return word
     as_verb = word.endswith(("ing", "ed"))
     first = (wordnet.VERB, wordnet.NOUN) if as_verb else (wordnet.NOUN, wordnet.VERB)
     for part in (*first, wordnet.ADJECTIVE, wordnet.ADVERB):

@@ -115,7 +115,7 @@ class ValueQA(Benchmark):
         rows = read_json(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
-        return [(key, LETTERS[n] if 0 <= n < self.options else "") for key, n in _numbers(rows, path).items()]
+        return [(key, LETTERS[n] if n in range(len(LETTERS)) else "") for key, n in _numbers(rows, path).items()]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """VALUE's zip file: both splits' predictions in the task's folder, without another around it."""
@@ -151,6 +151,13 @@ class TVQA(ValueQA):
     layout = """  ann/tvqa/tvqa_val.jsonl and tvqa_test_release.jsonl (to score, tvqa_val_solution.json is enough)
   ann/tv_subtitles.jsonl
   frames_hq/<show>_frames/<vid_name>/00001.jpg, three a second"""
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """`{"<qid>": option's number}`; ids of no question are passed over, as the official code does."""
+        pairs, asked = super().read_predictions(path, questions), {q.id for q in questions}
+        if foreign := [key for key, _ in pairs if key not in asked]:
+            log.warning("%s: %d ids of no question are passed over, such as %s", path, len(foreign), foreign[0])
+        return [(key, answer) for key, answer in pairs if key in asked]
 
 
 @BENCHMARKS.register("how2qa")

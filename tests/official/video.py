@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from data_pipelines.samples import Sample
+from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.base import Question
 from eval.benchmarks.mvbench import check_ans
 from eval.benchmarks.videomme import VideoMME, extract_letter
 from eval.options import LETTERS
 from eval.scoring import figure, score_all
+from mmdora.commands.score import answers_to
+from mmdora.errors import UserError
 from tests.official import official
 
 
@@ -46,14 +53,21 @@ def percent(rows):
 
 @official("tvqa_how2qa", "dataset")
 def value(case):
-    found = {}
-    for name, count in (("tvqa", 5), ("how2qa", 4)):
-        details = {"options": [" " * i for i in range(count)]}
-        questions = [
-            Question(key, Sample(key, (), "t"), (LETTERS[answer],), key, (), details)
-            for key, answer in case["gt"].items()
-        ]
-        responses = {key: LETTERS[answer] for key, answer in case["submission"].items()}
-        scores = score_all(name, responses, questions)
-        found[f"{name}_acc"] = round(100 * sum(scores[q.id].official for q in questions) / len(questions), 2)
-    return found
+    details = {"options": [" " * i for i in range(5)]}
+    gold = {key: LETTERS[answer] for key, answer in case["gt"].items()}
+    questions = [Question(key, Sample(key, (), "t"), (letter,), key, (), details) for key, letter in gold.items()]
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "predictions.json")
+        file.write_text(json.dumps(case["submission"]))
+        return {f"{name}_acc": accuracy(name, file, questions) for name in ("tvqa", "how2qa")}
+
+
+def accuracy(name, file, questions):
+    try:
+        responses = answers_to(questions, BENCHMARKS[name](), file)
+    except UserError:  # with the words that the official code's exceptions were recorded with
+        missing = [q.id for q in questions if q.id not in json.loads(file.read_text())]
+        faults = {"tvqa": f"KeyError: {', '.join(missing[:1])}", "how2qa": "AssertionError: submission qids != GT qids"}
+        return {"error": faults[name]}
+    scores = score_all(name, responses, questions)
+    return round(100 * sum(scores[q.id].official for q in questions) / len(questions), 2)
