@@ -144,16 +144,14 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
     parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
     parts += [processor_digest(encoder.processor)]
     parts += [media_digest(part) for part in media]
+    parts += [json.dumps(part.bounds) for part in media if isinstance(part, Video)]
     if any(isinstance(part, Video) for part in media):
         parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def media_digest(part: Image | Video) -> str:
-    """Of the file, and of the bounds of a clip of it."""
-    digest = file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
-    bounds = part.bounds if isinstance(part, Video) else {}
-    return f"{digest} {json.dumps(bounds)}" if bounds else digest
+    return file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
 
 
 @cache

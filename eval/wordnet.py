@@ -58,24 +58,9 @@ def first_sense(word: str) -> Synset | None:
 
 def base_forms(word: str, part: str) -> list[str]:
     """The word's base forms that WordNet has for a part of speech; none for a word that it does not know."""
-    exceptions = _exceptions(part)
-    if word in exceptions:
-        return _known([word, *exceptions[word]], part)
-    forms = _detached([word], part)
-    if found := _known([word, *forms], part):
-        return found
-    while forms:
-        forms = _detached(forms, part)
-        if found := _known(forms, part):
-            return found
-    return []
-
-
-def _detached(forms: list[str], part: str) -> list[str]:
-    return [form[: -len(old)] + new for form in forms for old, new in RULES[part] if form.endswith(old)]
-
-
-def _known(forms: list[str], part: str) -> list[str]:
+    exceptions = _exceptions(part).get(word)
+    detached = [word[: -len(old)] + new for old, new in RULES[part] if word.endswith(old)]
+    forms = [word, *(detached if exceptions is None else exceptions)]
     return list(dict.fromkeys(form for form in forms if form in _index(part)))
 
 

@@ -40,19 +40,19 @@ class EgoSchema(Benchmark):
         full = self.split(config) == "full"
         path = find_file(config.data, ["questions.json" if full else "subset_answers.json"], self.layout)
         file, answers = path.with_name("questions.json"), {} if full else read_json(path)
-        if not isinstance(answers, dict):
-            raise UserError(f"{path}: expected an object of answers by q_uid")
         rows = read_json(file) if file.is_file() else []
-        asked = {next(fields(row, file, f"row {number}", "q_uid")): row for number, row in enumerate(rows)}
+        if not isinstance(answers, dict) or not isinstance(rows, list):
+            raise UserError(f"{path}: expected an object of answers by q_uid, and a list in questions.json")
+        asked = {str(next(fields(row, file, f"row {number}", "q_uid"))): row for number, row in enumerate(rows)}
         videos = VideoFiles([find_folder(config.data, ["videos", "good_clips_git", "."], config.media, self.layout)])
         questions = []
         for key in answers or asked:
-            if answers and answers[key] not in range(OPTIONS):
+            if answers and not (isinstance(answers[key], int) and answers[key] in range(OPTIONS)):
                 raise UserError(f"{path}, {key}: the answer must be 0 to 4, found {answers[key]!r}")
             options, text = [""] * OPTIONS, ""
             if asked:
                 columns = ("question", *(f"option {i}" for i in range(OPTIONS)))
-                text, *options = fields(asked.get(key), file, f"q_uid {key}", *columns)
+                text, *options = map(str, fields(asked.get(key), file, f"q_uid {key}", *columns))
             words = self.ask(config, question=text, options=option_lines(options))
             references = (LETTERS[answers[key]],) if answers else ()
             sample = conversation(key, words, [Video(videos.find(key))], str(path))

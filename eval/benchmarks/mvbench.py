@@ -96,7 +96,7 @@ class MVBench(Benchmark):
         for number, row in enumerate(rows):
             where = f"row {number}"
             asked, candidates, answer, video = fields(row, path, where, "question", "candidates", "answer", "video")
-            options = [str(candidate) for candidate in candidates]
+            options = list(map(str, candidates)) if isinstance(candidates, list) else []
             if not all(options) or str(answer) not in options or len(options) > len(LETTERS):
                 raise UserError(f"{path}, {where}: the answer {answer!r} is not among the candidates {candidates!r}")
             start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
@@ -104,13 +104,13 @@ class MVBench(Benchmark):
             text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
             key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
             fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
-            clip = Video(videos.find(video), start=start, end=end, frames_fps=fps)
+            clip = Video(videos.find(str(video)), start=start, end=end, frames_fps=fps)
             asking = Message("user", (clip, Text(text.removesuffix(BEGINNING).rstrip("\n"))))
             answering = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
             details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
             reference = LETTERS[options.index(str(answer))]
             sample = Sample(key, (asking, *answering), str(path))
-            questions.append(Question(key, sample, (reference,), video, (f"task: {task}",), details))
+            questions.append(Question(key, sample, (reference,), str(video), (f"task: {task}",), details))
         return questions
 
     def score(self, response: str, question: Question) -> Score:

@@ -54,7 +54,7 @@ class NExT(Benchmark):
         name = f"{self.split(config)}.csv"
         path = find_file(config.data, [name, f"nextqa/{name}", f"dataset/nextqa/{name}"], self.layout)
         mapping = path.with_name("map_vid_vidorID.json")
-        places = read_json(mapping) if mapping.is_file() else {}
+        places = read_object(mapping)
         media = find_folder(config.data, ["NExTVideo", "videos", "."], config.media, self.layout)
         videos, found = VideoFiles([media, path.parent / "NExTVideo"]), []
         for number, row in enumerate(read_table(path), 1):
@@ -119,13 +119,15 @@ class NExTOE(NExT):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         path, rows = self.rows(config)
         second = path.with_name(f"add_reference_answer_{path.stem}.json")
-        further = read_json(second) if second.is_file() else {}
+        further = read_object(second)
         questions = []
         for where, row, video in rows:
             asked, answer = fields(row, path, where, "question", "answer")
             references = (answer,)
             if row["video"] in further:
-                references += tuple(fields(further[row["video"]], second, f"video {row['video']}", row["qid"]))
+                references += tuple(
+                    map(str, fields(further[row["video"]], second, f"video {row['video']}", row["qid"]))
+                )
             key, kind = f"{row['video']}_{row['qid']}", "TN" if row["type"] == "TP" else row["type"]
             sample = conversation(key, self.ask(config, question=asked), [Video(video)], str(path))
             categories = (f"type: {'TPN' if kind == 'TN' else kind}", f"group: WUPS_{kind[0]}")
@@ -151,6 +153,14 @@ class NExTOE(NExT):
                 raise UserError(f"{path}, video {video}: expected an object of answers by qid")
             pairs += [(f"{video}_{qid}", answer) for qid, answer in answers.items()]
         return pairs
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is not there. Raises UserError."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object by video")
+    return value
 
 
 def lemmas(text: str) -> list[str]:
@@ -214,4 +224,5 @@ def tokens(text: str) -> list[str]:
     text = re.sub(r"[:,](?!\d)", r" \g<0> ", text)
     text = re.sub(r"(?<!\.)\.\s*$", " . ", text)
     text = re.sub(r"(?i)(?<=[^\s'])('s|'m|'d|'ll|'re|'ve|n't|')(?=\s|$)", r" \g<0>", text)
+    text = re.sub(r"(?i)(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", "' ", text)
     return re.sub(r"(?i)\b(can)(not)\b", r"\1 \2", text).split()

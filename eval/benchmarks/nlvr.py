@@ -58,8 +58,8 @@ class NLVR(Benchmark):
             return
         for number, row in enumerate(read_jsonl(path)):
             columns = ("sentence", "label", "identifier", "directory")
-            sentence, label, identifier, directory = fields(row, path, f"row {number}", *columns)
-            if str(label).lower() not in LABELS:
+            sentence, label, identifier, directory = map(str, fields(row, path, f"row {number}", *columns))
+            if label.lower() not in LABELS:
                 raise UserError(f"{path}, row {number}: label must be true or false, found {label!r}")
             for permutation in range(PERMUTATIONS):
                 name = f"{path.stem}-{identifier}-{permutation}.png"

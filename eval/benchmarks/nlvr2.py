@@ -41,14 +41,14 @@ class NLVR2(Benchmark):
         root = root.parent if root.is_file() else root
         questions = []
         for number, row in enumerate(read_jsonl(path)):
-            asked, label, key = fields(row, path, f"row {number}", "sentence", "label", "identifier")
-            if str(label).lower() not in LABELS or key.count("-") != 3:
+            asked, label, key = map(str, fields(row, path, f"row {number}", "sentence", "label", "identifier"))
+            if label.lower() not in LABELS or key.count("-") != 3:
                 raise UserError(f"{path}, row {number}: not NLVR2's label and identifier ({label!r}, {key!r})")
             pair = key.rpartition("-")[0]
             folder = picture_folder(root, key.split("-")[0], row.get("directory"), pair)
             images = [Image(folder / f"{pair}-img{side}.png") for side in (0, 1)]
             sample = conversation(key, self.ask(config, question=asked), images, str(path))
-            questions.append(Question(key, sample, (str(label).lower(),), sentence_of(key)))
+            questions.append(Question(key, sample, (label.lower(),), sentence_of(key)))
         return questions
 
     def score(self, response: str, question: Question) -> Score:

@@ -66,10 +66,10 @@ class ValueQA(Benchmark):
     ) -> Question:
         path, where = place
         columns = [f"a{i}" for i in range(self.options)]
-        key, asked, video, *options = fields(row, path, where, "qid", "q", "vid_name", *columns)
+        key, asked, video, *options = map(str, fields(row, path, where, "qid", "q", "vid_name", *columns))
         references: tuple[str, ...] = ()
         if (answer := row.get("answer_idx")) is not None:
-            if answer not in range(self.options):
+            if not isinstance(answer, int) or answer not in range(self.options):
                 raise UserError(f"{path}, {where}: answer_idx must be 0 to {self.options - 1}, found {answer!r}")
             references = (LETTERS[answer],)
         start, end = time_stamps(row.get("ts"))
@@ -79,8 +79,8 @@ class ValueQA(Benchmark):
         clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if self.task == "tvqa" else None)
         show = row.get("show_name")
         categories = () if show is None else (f"show: {show}",)
-        sample = conversation(str(key), text, [clip], str(path))
-        return Question(str(key), sample, references, video, categories, {"options": options})
+        sample = conversation(key, text, [clip], str(path))
+        return Question(key, sample, references, video, categories, {"options": options})
 
     def _answer_alone(self, key: str, answer: int) -> Question:
         options = [""] * self.options
@@ -97,8 +97,12 @@ class ValueQA(Benchmark):
         said = {}
         for number, row in enumerate(read_jsonl(file)):
             video, subtitles = fields(row, file, f"row {number}", "vid_name", "sub")
-            lines = [tuple(fields(line, file, f"row {number}", "text", "start", "end")) for line in subtitles]
-            said[video] = [Line(text.strip(), float(start), float(end)) for text, start, end in lines]
+            try:
+                said[str(video)] = [Line(s["text"].strip(), float(s["start"]), float(s["end"])) for s in subtitles]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{file}, row {number}: expected text, start and end of each subtitle ({error})"
+                ) from None
         return said
 
     def _videos(self, root: Path) -> VideoFiles:
@@ -186,6 +190,8 @@ def time_stamps(value: Any) -> tuple[float | None, float | None]:
 def read_solution(path: Path) -> dict[str, int]:
     """The answers of `{"solution": {"<show>": {"<qid>": number}}}`, as VALUE keeps TVQA's."""
     shows = next(fields(read_json(path), path, "the file", "solution"))
+    if not isinstance(shows, dict) or not all(isinstance(show, dict) for show in shows.values()):
+        raise UserError(f"{path}: expected answers by question id, by show, in 'solution'")
     answers = _numbers({key: n for show in shows.values() for key, n in show.items()}, path)
     if odd := [key for key, n in answers.items() if n not in range(len(LETTERS))]:
         raise UserError(f"{path}, question {odd[0]}: {answers[odd[0]]} is no option")

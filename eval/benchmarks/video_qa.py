@@ -83,11 +83,13 @@ class XuVideoQA(OpenVideoQA):
         questions = []
         for number, row in enumerate(_rows(path)):
             asked, answer, key, video = fields(row, path, f"row {number}", "question", "answer", "id", "video_id")
-            file = videos.find(*names(int(video)))
-            sample = conversation(str(key), self.ask(config, question=asked), [Video(file)], str(path))
-            word = asked.split()[0].lower() if asked.split() else ""
+            file = videos.find(*names(str(video)))
+            sample = conversation(str(key), self.ask(config, question=str(asked)), [Video(file)], str(path))
+            word = str(asked).partition(" ")[0].lower()
             categories = (f"type: {word}",) if word in QUESTION_WORDS else ()
-            questions.append(Question(str(key), sample, (answer,), str(video), categories, {"question": asked}))
+            questions.append(
+                Question(str(key), sample, (str(answer),), str(video), categories, {"question": str(asked)})
+            )
         return questions
 
     def names(self, folder: Path) -> Any:
@@ -147,9 +149,9 @@ class ActivityNetQA(OpenVideoQA):
             row = asked.get(key) or {"question": "", "video_name": key.rpartition("_")[0].removeprefix("v_")}
             text, video = fields(row, path, f"question {key}", "question", "video_name")
             references, categories = self._answer(answered.get(key), path, key)
-            file = videos.find(f"v_{video}", video)
-            sample = conversation(key, self.ask(config, question=text), [Video(file)], str(path))
-            questions.append(Question(key, sample, references, video, categories, {"question": text}))
+            file = videos.find(f"v_{video}", str(video))
+            sample = conversation(key, self.ask(config, question=str(text)), [Video(file)], str(path))
+            questions.append(Question(key, sample, references, str(video), categories, {"question": str(text)}))
         return questions
 
     @staticmethod
@@ -168,7 +170,7 @@ class ActivityNetQA(OpenVideoQA):
         if row is None:
             return (), ()
         answer, kind = fields(row, path, f"question {key}", "answer", "type")
-        if kind not in range(len(ACTIVITY_TYPES)):
+        if not isinstance(kind, int) or kind not in range(len(ACTIVITY_TYPES)):
             raise UserError(f"{path}, question {key}: type must be 0 to 8, found {kind!r}")
         return (str(answer),), ACTIVITY_TYPES[kind]
 

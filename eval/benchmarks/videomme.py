@@ -68,6 +68,8 @@ class VideoMME(Benchmark):
         asked, answer = fields(row, path, where, "question", "answer")
         if answer not in ("A", "B", "C", "D"):
             raise UserError(f"{path}, {where}: answer must be A, B, C or D, found {answer!r}")
+        if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+            raise UserError(f"{path}, {where}: the options must be a list of texts, found {options!r}")
         name = video_name(row)
         said = ""
         if "{subtitles}" in (config.prompt or self.prompt) and (file := subtitles / f"{name}.srt").is_file():
@@ -82,7 +84,7 @@ class VideoMME(Benchmark):
             "video_subcategory": sub_category,
             "task_type": kind,
             "question": asked,
-            "choices": list(options),
+            "choices": options,
         }
         return Question(key, sample, (answer,), str(row["video_id"]), categories, details)
 
@@ -145,7 +147,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         where = f"row {number}"
         next(fields(row, path, where, "video_id"))
         of_video = {name: value for name, value in row.items() if name != "questions"}
-        for question in row.get("questions", [row]):
+        asked = row.get("questions", [row])
+        if not isinstance(asked, list):
+            raise UserError(f"{path}, {where}: questions must be a list, found {type(asked).__name__}")
+        for question in asked:
             list(fields(question, path, where, "question_id", "task_type"))
             yield of_video | question
 
