@@ -120,6 +120,8 @@ def test_answers_alone_and_questions_alone(clip, tmp_path):
     found = BENCHMARKS["activitynet_qa"]().questions(config("activitynet_qa", answers))
     assert [(q.id, q.cluster, q.references) for q in found] == [("v_x_0", "x", ("dog",)), ("v_x_1", "x", ("no",))]
     assert found[1].categories == ("type: free", "answer: yes/no")
+    few = write(tmp_path / "few.json", [{"question_id": "v_x_0", "answer": "dog"}])
+    assert scored("activitynet_qa", few, answers)["scores"]["official"]["value"] == 50  # divided by the annotations
     unanswered = BENCHMARKS["activitynet_qa"]().questions(config("activitynet_qa", tmp_path / "q.json"))
     assert {q.references for q in unanswered} == {()}
 
@@ -132,7 +134,7 @@ def test_other_tasks_of_tgif(small, clip, tmp_path):
     question = read_questions(config("tgif_qa", tmp_path / "data", split="action"))[0]
     benchmark = BENCHMARKS["tgif_qa"]()
     assert [benchmark.score(said, question).official for said in ("C", "x", "B", "?")] == [1, 1, 0, 0]
-    assert benchmark.judge_prompt("C", question) is None
+    assert "Reference answer: C. x\n" in benchmark.judge_prompt("C", question)
     assert benchmark.extras({}, [question]) == {}
 
 

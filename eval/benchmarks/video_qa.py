@@ -60,8 +60,10 @@ class OpenVideoQA(Benchmark):
         return read_answers(path, *self.answer_keys) if official else super().read_predictions(path, questions)
 
     def judge_prompt(self, response: str, question: Question) -> str | None:
-        asked = question.details["question"]
-        return JUDGE.format(question=asked, reference=question.references[0], response=response.strip())
+        asked, reference = question.details["question"], question.references[0]
+        if options := question.details.get("options"):
+            reference = f"{reference}. {options[LETTERS.index(reference)]}"
+        return JUDGE.format(question=asked, reference=reference, response=response.strip())
 
     def judge_score(self, verdict: str) -> float | None:
         found = VERDICT.search(verdict)
@@ -130,6 +132,7 @@ class ActivityNetQA(OpenVideoQA):
 
     splits = ("test", "val", "train")
     answer_keys = ("question_id", "answer")
+    missing_is_wrong = True  # eval.py counts the right predictions, and divides by the annotations
     layout = """  test_q.json and test_a.json (val_, train_ likewise), or dataset/ that holds them
   videos/v_<video_name>.mp4 (or .mkv, .webm)"""
 
@@ -207,7 +210,8 @@ class TGIFQA(OpenVideoQA):
                 options = list(fields(row, path, where, "a1", "a2", "a3", "a4", "a5"))
                 if answer not in ("0", "1", "2", "3", "4"):
                     raise UserError(f"{path}, {where}: answer must be 0 to 4, found {answer!r}")
-                text, answer, details = f"{asked}\n{option_lines(options)}", LETTERS[int(answer)], {"options": options}
+                text, answer = f"{asked}\n{option_lines(options)}", LETTERS[int(answer)]
+                details["options"] = options
                 instruction = "Answer with the option's letter from the given choices directly."
             words = self.ask(config, question=text, instruction=instruction)
             sample = conversation(key, words, [Video(videos.find(gif))], str(path))
@@ -223,9 +227,6 @@ class TGIFQA(OpenVideoQA):
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         return {} if "options" in questions[0].details else super().extras(responses, questions)
-
-    def judge_prompt(self, response: str, question: Question) -> str | None:
-        return None if "options" in question.details else super().judge_prompt(response, question)
 
 
 def _rows(path: Path) -> list[Any]:
