@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks.choice import chosen_option
 from eval.benchmarks.mvbench import TASKS, file_name
-from eval.choice import chosen_option
 from eval.run import evaluate, read_questions
 from mmdora.errors import UserError
 from tests.benchmark_walk import config, lines, scored, small, submitted, walk, write

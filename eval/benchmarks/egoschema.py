@@ -2,7 +2,7 @@
 
 The official code is a server (egoschema/EgoSchema, validate.py) that takes `{"<q_uid>": 0…4}` and answers with the
 accuracy; Kaggle's competition takes the same as CSV. The answers to 500 of the 5,031 questions are public. How an
-option is found in an answer is ours (eval/choice.py); one that names none is wrong, and -1 in what is handed in.
+option is found in an answer is ours (choice.py); one that names none is wrong, and -1 in what is handed in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.choice import chosen_option
+from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_json, read_table
 from eval.options import LETTERS, option_lines
@@ -60,9 +60,7 @@ class EgoSchema(Benchmark):
         return questions
 
     def score(self, response: str, question: Question) -> Score:
-        index = chosen_option(response, question.details["options"])
-        right = float(index is not None and LETTERS[index] == question.references[0])
-        return Score(right, right, unparsed=index is None)
+        return score_choice(response, question)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<q_uid>": 0…4}`, or CSV with the columns q_uid and answer. Answers to questions of the whole set that are

@@ -20,7 +20,7 @@ from typing import Any
 from data_pipelines.samples import Video
 from eval import wordnet
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.choice import chosen_option
+from eval.benchmarks.choice import score_choice
 from eval.layout import fields, find_file, find_folder, read_json, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
@@ -89,9 +89,7 @@ class NExTQA(NExT):
         return questions
 
     def score(self, response: str, question: Question) -> Score:
-        index = chosen_option(response, question.details["options"])
-        right = float(index is not None and LETTERS[index] == question.references[0])
-        return Score(right, right, unparsed=index is None)
+        return score_choice(response, question)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<video>_<qid>": {"prediction": 0…4, "answer": 0…4}}`; the official script believes the answers that stand

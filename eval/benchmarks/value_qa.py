@@ -2,7 +2,7 @@
 
 Scorers: VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvqa.py and evaluate_how2qa.py: the predicted
 option's number against the answer's, in percent with two decimals. Answers without a public split are scored by
-VALUE's server, which wants both splits in one zip file. How an option is found in an answer is ours (eval/choice.py);
+VALUE's server, which wants both splits in one zip file. How an option is found in an answer is ours (choice.py);
 one that names none is wrong, and -1 in what is handed in.
 
 The frames are those between the question's time stamps, as are the subtitles (`{subtitles}`); a question without
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.choice import chosen_option
+from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, read_json, read_jsonl
 from eval.options import LETTERS, option_lines
@@ -110,9 +110,7 @@ class ValueQA(Benchmark):
         return VideoFiles([root / folder for folder in (*shows, "videos", "frames", ".")])
 
     def score(self, response: str, question: Question) -> Score:
-        index = chosen_option(response, question.details["options"])
-        right = float(index is not None and LETTERS[index] == question.references[0])
-        return Score(right, right, unparsed=index is None)
+        return score_choice(response, question)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<qid>": option's number}`."""

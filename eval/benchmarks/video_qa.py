@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.choice import chosen_option
+from eval.benchmarks.choice import score_choice
 from eval.layout import fields, find_file, read_answers, read_json, read_jsonl, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
@@ -219,11 +219,7 @@ class TGIFQA(OpenVideoQA):
         return questions
 
     def score(self, response: str, question: Question) -> Score:
-        if (options := question.details.get("options")) is None:
-            return super().score(response, question)
-        index = chosen_option(response, options)
-        right = float(index is not None and LETTERS[index] == question.references[0])
-        return Score(right, right, unparsed=index is None)
+        return score_choice(response, question) if "options" in question.details else super().score(response, question)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         return {} if "options" in questions[0].details else super().extras(responses, questions)

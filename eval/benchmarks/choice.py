@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from eval.benchmarks.base import Question, Score
 from eval.options import LETTERS
 
 LETTER = re.compile(r"\(?([A-Z])(?:\)|[.:,](?=\s|$)|$)")  # "B", "(B)", "B. dog"; and not "A dog"
@@ -15,7 +16,7 @@ NAMED = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([A-Z])(?![\
 def chosen_option(response: str, options: Sequence[str]) -> int | None:
     """The index of the option whose letter or words the answer gives; None where it gives none, or one that is not
     there. Nothing is guessed."""
-    said = response.strip().strip("*\"'")
+    said = response.strip().strip("*\"'[]{}")
     words = _plain(said)
     if words and (same := [i for i, option in enumerate(options) if _plain(option) == words]):
         return same[0]
@@ -24,6 +25,13 @@ def chosen_option(response: str, options: Sequence[str]) -> int | None:
         return None
     index = LETTERS.index(found[1])
     return index if index < len(options) else None
+
+
+def score_choice(response: str, question: Question) -> Score:
+    """Right or wrong, by the options in the question's details; no option named is wrong, and unparsed."""
+    index = chosen_option(response, question.details["options"])
+    right = float(index is not None and LETTERS[index] == question.references[0])
+    return Score(right, right, unparsed=index is None)
 
 
 def _plain(text: str) -> str:
