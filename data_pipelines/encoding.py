@@ -127,8 +127,10 @@ class Encoder:
         return encoded
 
     def render(self, sample: Sample, add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it, with one placeholder for each picture or video."""
-        return render(self.processor, sample, add_generation_prompt)
+        """The conversation as the chat template writes it, with one placeholder for each picture or video. For
+        generation, an assistant's turn at its end is one that the model goes on with."""
+        begun = add_generation_prompt and sample.messages[-1].role == "assistant"
+        return render(self.processor, sample, add_generation_prompt and not begun, continue_final_message=begun)
 
     def check_stop(self, stop: Collection[int]) -> None:
         """Raise UserError unless the chat template ends an assistant's turn with a token that stops generation; a model
@@ -203,7 +205,9 @@ class Encoder:
         blank = part.path is _NOTHING
         if isinstance(part, Image):
             return _BLANK if blank else load_image(part.path, part.data)
-        return self._blank_clip() if blank else load_video(part.path, self.video, part.data)
+        if blank:
+            return self._blank_clip()
+        return load_video(part.path, self.video.model_copy(update=part.bounds), part.data)
 
     def _run(self, sample: Sample, text: str, plain: Plain, media: list[Media]) -> Encoded:
         shown = media[: len(list(sample.media()))]

@@ -18,12 +18,15 @@ Span: TypeAlias = tuple[int, int]  # characters of the rendering, the second lef
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def render(processor: Any, sample: Sample, add_generation_prompt: bool = False) -> str:
-    """The conversation with one placeholder for each picture or video. Raises SampleError where the template refuses
-    it."""
+def render(
+    processor: Any, sample: Sample, add_generation_prompt: bool = False, continue_final_message: bool = False
+) -> str:
+    """The conversation with one placeholder for each picture or video; `continue_final_message` leaves the last turn
+    open. Raises SampleError where the template refuses it."""
+    how = {"continue_final_message": True} if continue_final_message else {}
     try:
         return processor.apply_chat_template(
-            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt
+            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt, **how
         )
     except TemplateError as error:
         raise _refused(sample, error) from error

@@ -145,6 +145,7 @@ def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weig
     parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
     parts += [processor_digest(encoder.processor)]
     parts += [media_digest(part) for part in media]
+    parts += [json.dumps(part.bounds) for part in media if isinstance(part, Video)]
     if any(isinstance(part, Video) for part in media):
         parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

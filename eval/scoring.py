@@ -140,7 +140,7 @@ def write_results(
     lines = [
         {
             "id": q.id,
-            "question": q.sample.messages[-1].text,
+            "question": next(m.text for m in reversed(q.sample.messages) if m.role == "user"),
             "media": [str(part.path) for part in q.sample.media()],
             "references": list(q.references),
             "response": responses[q.id],

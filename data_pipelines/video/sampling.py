@@ -76,14 +76,18 @@ def fps_indices(times: Sequence[float], fps: float, most: int) -> list[int]:
 
 
 def clip_span(times: Sequence[float], start: float | None, end: float | None) -> range:
-    """The frames from `start` up to, not including, `end` (seconds; None: from the first, to the last). Raises
-    ValueError where there are none.
+    """The frames from `start` up to, not including, `end` (seconds; None: from the first, to the last); the one on show
+    at `start` where the span is shorter than a frame. Raises ValueError where there are none.
 
     >>> clip_span([0, 0.5, 1, 1.5], 0.5, 1.5)
     range(1, 3)
+    >>> clip_span([0, 0.5, 1, 1.5], 0.7, 0.8)
+    range(1, 2)
     """
     low = 0 if start is None else bisect_left(times, start - SLACK)
     high = len(times) if end is None else bisect_left(times, end - SLACK)
+    if 0 < low == high < len(times):
+        low -= 1
     if low >= high:
         shown = f"{0.0 if start is None else start:g} s to {'its end' if end is None else f'{end:g} s'}"
         raise ValueError(f"it has no frame from {shown} (data.video.start and end); its last is at {times[-1]:.2f} s")

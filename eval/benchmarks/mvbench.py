@@ -1,0 +1,179 @@
+"""`mvbench`: twenty temporal tasks of 200 questions each, with two to five options (Li et al., CVPR 2024).
+
+Scorer: OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, `check_ans`: the answer's first word, without periods, must
+be a part of "(b)", or hold it. So "", "(" and " dog" are right (`strict` counts them as wrong, as answers that name no
+option), and "The answer is (B)" is wrong. "Avg" is over all questions, which is the mean over tasks where they are
+equally many; the mean over tasks stands in the report's metrics.
+
+The official prompt makes the answer begin with "Best option:(". To ask so, end a prompt with these words: they become
+the beginning of the assistant's turn, and the answer is checked with the bracket in front:
+
+    Question: {question}
+    Options:
+    {choices}
+    Only give the best option.
+    Best option:(
+
+`{choices}` are the options as "(A) cat", `{options}` as LLaVA-1.5 shows them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.samples import Message, Sample, Text, Video
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
+from eval.files import json_text, write_whole
+from eval.layout import fields, find_folder, read_json
+from eval.options import LETTERS, option_lines
+from eval.results import Result
+from eval.videos import VideoFiles
+from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
+BEGINNING, BRACKET = "Best option:(", "("
+FRAMES_FPS = 3.0  # of TVQA's pictures
+# In the official order: the task, and the folder of its videos below video/. Clips of a video have "start" and "end".
+TASKS = {
+    "Action Sequence": "star/Charades_v1_480",
+    "Action Prediction": "star/Charades_v1_480",
+    "Action Antonym": "ssv2_video",
+    "Fine-grained Action": "Moments_in_Time_Raw/videos",
+    "Unexpected Action": "FunQA_test/test",
+    "Object Existence": "clevrer/video_validation",
+    "Object Interaction": "star/Charades_v1_480",
+    "Object Shuffle": "perception/videos",
+    "Moving Direction": "clevrer/video_validation",
+    "Action Localization": "sta/sta_video",
+    "Scene Transition": "scene_qa/video",
+    "Action Count": "perception/videos",
+    "Moving Count": "clevrer/video_validation",
+    "Moving Attribute": "clevrer/video_validation",
+    "State Change": "perception/videos",
+    "Fine-grained Pose": "nturgbd",
+    "Character Order": "perception/videos",
+    "Egocentric Navigation": "vlnqa",
+    "Episodic Reasoning": "tvqa/frames_fps3_hq",
+    "Counterfactual Inference": "clevrer/video_validation",
+}
+BOUNDED = ("Action Sequence", "Action Prediction", "Object Interaction", "Action Localization", "Episodic Reasoning")
+
+
+@BENCHMARKS.register("mvbench")
+class MVBench(Benchmark):
+    """MVBench, accuracy over twenty tasks (OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, check_ans)."""
+
+    prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+    layout = """  json/<task>.json for each of the twenty tasks, as action_sequence.json
+  video/ with star/Charades_v1_480/, ssv2_video/, … as in the dataset's archives
+  video/tvqa/frames_fps3_hq/<clip>/00001.jpg, three a second"""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        root, media = find_path(config.data), find_folder(config.data, ["video", "."], config.media, self.layout)
+        names = {task: f"{file_name(task)}.json" for task in TASKS}
+        if root.is_file():
+            files = {task: root for task, name in names.items() if name == root.name}
+        else:
+            files = {task: path for task, name in names.items() if (path := _in(root, name)) is not None}
+        if not files:
+            what = "no such file or folder" if not root.exists() else "holds none of the tasks' files"
+            raise UserError(f"{root}: {what}; expected layout:\n{self.layout}")
+        if lacking := [name for task, name in names.items() if task not in files]:
+            log.warning("%s: without the tasks of %s", root, ", ".join(lacking))
+        return [q for task, path in files.items() for q in self._task(config, task, path, media)]
+
+    def _task(self, config: EvaluationConfig, task: str, path: Path, media: Path) -> list[Question]:
+        videos = VideoFiles([media / TASKS[task], media / f"{TASKS[task]}_convert"])
+        rows, questions = read_json(path), []
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: expected a list of objects")
+        for number, row in enumerate(rows):
+            where = f"row {number}"
+            asked, candidates, answer, video = fields(row, path, where, "question", "candidates", "answer", "video")
+            options = list(map(str, candidates)) if isinstance(candidates, list) else []
+            if not all(options) or str(answer) not in options or len(options) > len(LETTERS):
+                raise UserError(f"{path}, {where}: the answer {answer!r} is not among the candidates {candidates!r}")
+            start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
+            lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
+            text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
+            key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
+            fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
+            clip = Video(videos.find(str(video)), start=start, end=end, frames_fps=fps)
+            asking = Message("user", (clip, Text(text.removesuffix(BEGINNING).rstrip("\n"))))
+            answering = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
+            details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
+            reference = LETTERS[options.index(str(answer))]
+            sample = Sample(key, (asking, *answering), str(path))
+            questions.append(Question(key, sample, (reference,), str(video), (f"task: {task}",), details))
+        return questions
+
+    def score(self, response: str, question: Question) -> Score:
+        said = BRACKET + response if question.details["begun"] else response
+        letters = LETTERS[: question.details["options"]]
+        right = float(check_ans(said, question.details["answer"]))
+        named = said.split(" ")[0].strip("()., \n\t:").upper()
+        unparsed = len(named) != 1 or named not in letters
+        return Score(right, 0.0 if unparsed else right, unparsed)
+
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
+        tasks: dict[str, list[float]] = {}
+        for q in questions:
+            tasks.setdefault(q.categories[0], []).append(self.score(responses[q.id], q).official)
+        means = [sum(values) / len(values) for values in tasks.values()]
+        return {"mean_over_tasks": 100 * sum(means) / len(means), "tasks_of_official": f"{len(tasks)} of {len(TASKS)}"}
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """The notebook's `{"acc_dict": …, "res_list": [{"pred", "gt"}]}`, in the order of the questions."""
+        saved = read_json(path) if path.suffix == ".json" else None
+        if not isinstance(saved, dict):
+            return super().read_predictions(path, questions)
+        rows = next(fields(saved, path, "the file", "res_list"))
+        if not isinstance(rows, list) or len(rows) != len(questions):
+            raise UserError(f"{path}: res_list must hold the {len(questions)} answers in the official order")
+        pairs = []
+        for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
+            said, expected = fields(row, path, f"res_list {number}", "pred", "gt")
+            if expected != question.details["answer"]:
+                raise UserError(f"{path}, res_list {number}: gt {expected!r} is not {question.details['answer']!r}")
+            pairs.append((question.id, str(said)))
+        return pairs
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """upload_leaderboard.json, as the notebook writes it: each task's accuracy in percent, and "Avg"."""
+        if len(results) != 1:
+            raise UserError(f"{len(results)} results: MVBench's leaderboard takes one at a time")
+        rows, right = results[0].rows, {task: list[float]() for task in TASKS}
+        for row in rows:
+            right[row["categories"][0].removeprefix("task: ")].append(row["official"])
+        if lacking := [task for task, values in right.items() if not values]:
+            raise UserError(f"{results[0].folder}: no answers to {', '.join(lacking)}; the leaderboard wants all tasks")
+        table = {task: 100 * sum(values) / len(values) for task, values in right.items()}
+        write_whole(out, json_text(table | {"Avg": 100 * sum(row["official"] for row in rows) / len(rows)}))
+
+
+def check_ans(pred: str, gt: str) -> bool:
+    """The official check of an answer against "(B) dog". Raises IndexError for a `gt` without words, as it does."""
+    option, _, content = gt.lower().partition(" ")
+    if not content:
+        raise IndexError("an option without words")
+    said = pred.lower().split(" ")[0]
+    return said.replace(".", "") in option or option in said
+
+
+def file_name(task: str) -> str:
+    return task.lower().replace(" ", "_").replace("-", "_")
+
+
+def _in(root: Path, name: str) -> Path | None:
+    return next((path for path in (root / "json" / name, root / name) if path.is_file()), None)
+
+
+def _seconds(time: Any) -> float | None:
+    """None for what is no time, or the very beginning."""
+    return float(time) if isinstance(time, int | float) and math.isfinite(time) and time > 0 else None

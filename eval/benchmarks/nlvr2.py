@@ -1,0 +1,110 @@
+"""`nlvr2`: is a sentence true of two photographs? NLVR2 (Suhr et al., ACL 2019).
+
+Scorer: lil-lab/nlvr, nlvr2/eval/metrics.py: a prediction is right if it equals the label, whatever its case ("true."
+and " True" are not); "consistency" is the share of sentences that are answered rightly for every pair of photographs
+they go with: the identifiers that are alike but for the pair, their third part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.samples import Image
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.files import write_whole
+from eval.layout import fields, find_file, read_jsonl
+from eval.results import Result
+from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+
+LABELS = ("true", "false")
+OURS = (".json", ".jsonl")  # predictions in our own format
+
+
+@BENCHMARKS.register("nlvr2")
+class NLVR2(Benchmark):
+    """NLVR2, accuracy and consistency (lil-lab/nlvr, nlvr2/eval/metrics.py)."""
+
+    splits = ("dev", "test1", "test2", "train")
+    prompt = "{question}\nIs this true or false of the two images? Answer the question using a single word or phrase."
+    layout = """  data/<split>.json (dev, test1, test2, train; or the file itself)
+  dev/<identifier without its last number>-img0.png and -img1.png, test1/ likewise; images/train/<directory>/
+  (in the folder itself or in its images/)"""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        split = self.split(config)
+        path = find_file(config.data, [f"data/{split}.json", f"{split}.json", f"nlvr2/data/{split}.json"], self.layout)
+        root = find_path(config.media) if config.media else find_path(config.data)
+        root = root.parent if root.is_file() else root
+        questions = []
+        for number, row in enumerate(read_jsonl(path)):
+            asked, label, key = map(str, fields(row, path, f"row {number}", "sentence", "label", "identifier"))
+            if label.lower() not in LABELS or key.count("-") != 3:
+                raise UserError(f"{path}, row {number}: not NLVR2's label and identifier ({label!r}, {key!r})")
+            pair = key.rpartition("-")[0]
+            folder = picture_folder(root, key.split("-")[0], row.get("directory"), pair)
+            images = [Image(folder / f"{pair}-img{side}.png") for side in (0, 1)]
+            sample = conversation(key, self.ask(config, question=asked), images, str(path))
+            questions.append(Question(key, sample, (label.lower(),), sentence_of(key)))
+        return questions
+
+    def score(self, response: str, question: Question) -> Score:
+        said = response.lower()
+        right = float(said == question.references[0])
+        return Score(right, right, unparsed=said.strip() not in LABELS)
+
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
+        sentences: dict[str, bool] = {}
+        for q in questions:
+            right = self.score(responses[q.id], q).official == 1
+            sentences[sentence_of(q.id)] = sentences.get(sentence_of(q.id), True) and right
+        return {"consistency": 100 * sum(sentences.values()) / len(sentences)}
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """The official CSV: an identifier and a label a line."""
+        return super().read_predictions(path, questions) if path.suffix in OURS else read_csv(path)
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """The predictions' CSV: identifier, and True or False; an answer that is neither is written as "none"."""
+        if len(results) != 1:
+            raise UserError(f"{len(results)} results: NLVR2's file holds one")
+        write_whole(out, csv_text({row["id"]: row["response"] for row in results[0].rows}, str.capitalize))
+
+
+def picture_folder(root: Path, split: str, directory: Any, pair: str) -> Path:
+    """Where the photographs of a pair lie: the first place that has them, or the documented one."""
+    below = [f"{split}/{directory}", split] if directory is not None else [split]
+    places = [root / top / folder for top in ("images", ".", "..") for folder in below]
+    return next((place for place in places if (place / f"{pair}-img0.png").is_file()), places[0])
+
+
+def sentence_of(identifier: str) -> str:
+    """What the identifiers of a sentence share: all but the number of the pair of photographs."""
+    split, group, _, sentence = identifier.split("-")
+    return f"{split}-{group}--{sentence}"
+
+
+def read_csv(path: Path) -> list[tuple[str, str]]:
+    """(identifier, prediction) of each line, cut at commas as the official scripts do it. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        identifier, *rest = line.strip().split(",")
+        if not rest:
+            raise UserError(f"{path}, line {number}: expected an identifier, a comma and true or false")
+        pairs.append((identifier, rest[0]))
+    return pairs
+
+
+def csv_text(answers: Mapping[str, str], case: Callable[[str], str]) -> str:
+    """One line an answer; what is neither true nor false would break the lines, and is "none"."""
+    said = {key: answer.lower() for key, answer in answers.items()}
+    return "".join(f"{key},{case(word) if word in LABELS else 'none'}\n" for key, word in said.items())

@@ -1,0 +1,66 @@
+"""A benchmark from its files to its leaderboard: what every benchmark's test walks through."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipelines.encoding import Encoder
+from eval.run import evaluate, read_questions
+from mmdora.commands.score import run as score
+from mmdora.commands.submit import run as submit
+from mmdora.config import EvaluationConfig, ModelConfig, VideoConfig
+from mmdora.loading import load_model
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, encoder) of the shipped base, loaded once a module; three frames a video."""
+    torch.manual_seed(0)
+    model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
+    return model, Encoder(processor, VideoConfig(num_frames=3))
+
+
+def config(benchmark: str, data: Path, **keys: Any) -> EvaluationConfig:
+    return EvaluationConfig(name="b", benchmark=benchmark, data=str(data), max_new_tokens=2, **keys)
+
+
+def walk(small: Any, benchmark: str, data: Path, out: Path, **keys: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask the tiny model all questions; the report, and the rows of scores.jsonl."""
+    entry = config(benchmark, data, **keys)
+    questions = read_questions(entry)
+    report = evaluate(*small, entry, questions, out)
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
+    assert [row["id"] for row in rows] == [q.id for q in questions]
+    assert all(isinstance(row["response"], str) for row in rows)
+    return report, rows
+
+
+def scored(benchmark: str, predictions: Path, annotations: Path, split: str | None = None) -> dict[str, Any]:
+    """What `mmdora score --json` says."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        score(benchmark, predictions, str(annotations), split, True, None, False, [])
+    return json.loads(said.getvalue())
+
+
+def submitted(folders: list[Path], out: Path) -> bytes:
+    submit(folders, out, [])
+    return out.read_bytes()
+
+
+def write(path: Path, value: Any) -> Path:
+    """A value as JSON, text as it is; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
