@@ -57,6 +57,15 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON list, or of JSON lines whatever the file's suffix: POPE's `.json` files are JSON lines.
+
+    Raises UserError that names the file, and the line that is not JSON.
+    """
+    rows = read_json(path) if _text(path).lstrip().startswith("[") else read_jsonl(path)
+    return list(rows)
+
+
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
     """A CSV or TSV file as one dict a row; `names` for a file without a header line.
 
@@ -92,6 +101,13 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
         question_id, answer = fields(row, path, f"row {number}", key, value)
         pairs.append((str(question_id), answer if isinstance(answer, str) else json.dumps(answer)))
     return pairs
+
+
+def read_answers_by(path: Path, *forms: tuple[str, str]) -> list[tuple[str, str]]:
+    """As `read_answers`, by the first pair of fields that the first row has, or the first pair of all."""
+    first = next(iter(read_rows(path)), {})
+    form = next((f for f in forms if isinstance(first, dict) and first.keys() >= set(f)), forms[0])
+    return read_answers(path, *form)
 
 
 def _text(path: Path) -> str:
