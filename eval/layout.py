@@ -36,6 +36,11 @@ def find_folder(data: str, candidates: Sequence[str], media: str | None, layout:
     return next((root / name for name in candidates if (root / name).is_dir()), root / candidates[0])
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, blank ones left out. Raises UserError that names a file that cannot be read."""
+    return [line for line in _text(path).split("\n") if line.strip()]
+
+
 def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
     try:

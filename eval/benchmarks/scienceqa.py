@@ -36,12 +36,12 @@ SUBJECTS = {
     "language": "language science",
 }
 GRADES = {"grade_1_6": range(1, 7), "grade_7_12": range(7, 13)}
-TOPICS = """
+TOPIC_NAMES = """
 punctuation literacy-in-science verbs pronouns civics culture word-study economics physics units-and-measurement
 science-and-engineering-practices reading-comprehension global-studies grammar figurative-language us-history
 writing-strategies world-history reference-skills biology earth-science phonological-awareness capitalization chemistry
 vocabulary geography
-""".split()
+"""
 
 
 def answer_index(text: str, choices: int) -> int:
@@ -72,7 +72,7 @@ def breakdown(problems: Mapping[str, Mapping[str, Any]], predicted: Mapping[str,
         named = {f"grade{grade}" for grade in grades}
         groups.append((name, (i for i, p in problems.items() if p["grade"] in named)))
     groups.append(("average", iter(problems)))
-    groups += [(topic, (i for i, p in problems.items() if p["topic"] == topic)) for topic in TOPICS]
+    groups += [(topic, (i for i, p in problems.items() if p["topic"] == topic)) for topic in TOPIC_NAMES.split()]
     return {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups}
 
 

@@ -1,0 +1,89 @@
+"""`seedbench`: SEED-Bench (Li et al., CVPR 2024), version 1: 12 dimensions over pictures and videos.
+
+Scorer: haotian-liu/LLaVA, scripts/convert_seed_for_submission.py: an answer is right if it is the letter and nothing
+else; a question without one is wrong. (SEED-Bench's own eval.py ranks the options by likelihood instead.) The splits
+`image` and `video` are the questions of one kind; papers that show one figure mostly show `image`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.samples import Image, Video
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.benchmarks.multiple_choice import LETTER_PROMPT
+from eval.layout import fields, find_file, find_folder, read_answers_by, read_json
+from eval.options import LETTERS, option_lines
+from eval.results import Result
+from eval.submission import only_result, write_lines
+from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
+
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+FRAMES = {10: "ssv2_8_frame", 11: "kitchen_8_frame", 12: "breakfast_8_frame"}  # SEED-Bench's v1_video, by dimension
+
+
+@BENCHMARKS.register("seedbench")
+class SEEDBench(Benchmark):
+    """SEED-Bench, accuracy by exact letters (LLaVA, convert_seed_for_submission.py)."""
+
+    layout = (
+        "<folder>/SEED-Bench.json, SEED-Bench-image/<data_id>, and for videos SEED-Bench-video-image/"
+        "<question_type_id>_<question_id>.png (LLaVA's middle frames) or v1_video/task<10, 11, 12>/<…>_8_frame/<question_id>/"
+    )
+    splits = ("all", "image", "video")
+    prompt = LETTER_PROMPT
+    missing_is_wrong = True
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        path, split = find_file(config.data, ["SEED-Bench.json", "SEED-Bench*.json"], self.layout), self.split(config)
+        rows, types = fields(read_json(path), path, "the file", "questions", "question_type")
+        dimensions = {number: name for name, number in types.items()}
+        root = find_folder(config.data, ["."], config.media, self.layout)
+        found = []
+        for number, row in enumerate(rows):
+            (kind,) = fields(row, path, f"question {number}", "data_type")
+            if split in ("all", kind):
+                found.append(self._question(row, number, path, root, dimensions, config))
+        return found
+
+    def _question(
+        self, row: Any, number: int, path: Path, root: Path, dimensions: dict[int, str], config: EvaluationConfig
+    ) -> Question:
+        where = f"question {number}"
+        asked, answer, question_id = fields(row, path, where, "question", "answer", "question_id")
+        kind, dimension, data_id, *options = fields(
+            row, path, where, "data_type", "question_type_id", "data_id", *CHOICES
+        )
+        if answer not in LETTERS[:4] or dimension not in dimensions:
+            raise UserError(f"{path}, {where}: answer {answer!r} of dimension {dimension!r} is not SEED-Bench's")
+        words = self.ask(config, question=asked, options=option_lines(options))
+        media = Image(root / "SEED-Bench-image" / data_id) if kind == "image" else _shown(root, dimension, question_id)
+        sample = conversation(str(question_id), words, [media], str(path))
+        groups = (f"type: {kind}", f"dimension: {dimensions[dimension]}")
+        return Question(sample.id, sample, (answer,), str(data_id), groups, {"dimension": dimension})
+
+    def score(self, response: str, question: Question) -> Score:
+        right = float(response == question.references[0])
+        return Score(right, right, unparsed=response not in tuple(LETTERS[:4]))
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """LLaVA's answers (`question_id`, `text`), the leaderboard's file (`question_id`, `prediction`), or what
+        SEED-Bench's eval.py writes (`q_id`, `prediction`)."""
+        forms = (("question_id", "text"), ("question_id", "prediction"), ("q_id", "prediction"), ("id", "response"))
+        return read_answers_by(path, *forms)
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """JSON lines of `question_id` and `prediction`, as LLaVA writes them for the leaderboard."""
+        rows = only_result(results).rows
+        write_lines(out, ({"question_id": row["id"], "prediction": row["response"]} for row in rows))
+
+
+def _shown(root: Path, dimension: int, question_id: str) -> Image | Video:
+    """What a question about a video shows: its middle frame, which LLaVA-1.5 is asked about, or the eight frames."""
+    frames = root / "v1_video"
+    if frames.is_dir() and not (root / "SEED-Bench-video-image").is_dir():
+        return Video(frames / f"task{dimension}" / FRAMES.get(dimension, "") / question_id)
+    return Image(root / "SEED-Bench-video-image" / f"{dimension}_{question_id}.png")
