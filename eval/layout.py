@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
@@ -34,6 +37,14 @@ def find_folder(data: str, candidates: Sequence[str], media: str | None, layout:
     root = find_path(data)
     root = root.parent if root.is_file() else root
     return next((root / name for name in candidates if (root / name).is_dir()), root / candidates[0])
+
+
+def warn_of_missing(data: str, missing: Sequence[str], layout: str) -> None:
+    """Say what of a benchmark of several parts is not there: it is scored on the others."""
+    if missing:
+        log.warning(
+            "%s: no %s, so it is not the whole benchmark; expected layout: %s", data, ", ".join(missing), layout
+        )
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,10 +1,10 @@
 """`commonsense`: the eight commonsense tasks of LLM-Adapters (Hu et al., EMNLP 2023) and of the DoRA paper, text only,
 and each of them by its own name.
 
-Scorer: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py (NVlabs/DoRA's is the same): the first of a task's labels
-that stands anywhere in the answer, in lower case as it is, is the prediction; an answer without one is wrong. The prompt
-is theirs, with its indentation; theirs decodes by four beams, ours greedily. The headline of `commonsense` is the mean
-of the eight accuracies, as the papers give it.
+Scorer: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py (NVlabs/DoRA's reads answers alike): the prediction is
+the first of a task's labels that stands anywhere in the answer, in lower case; an answer without one is wrong. The
+prompt is theirs, with its indentation; they decode with four beams, and here it is greedy. The headline of
+`commonsense` is the mean of the eight accuracies, as the papers give it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import fields, find_file, read_json, read_rows
+from eval.layout import fields, find_file, read_json, read_rows, warn_of_missing
 from eval.metrics import Totals
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
@@ -33,7 +33,8 @@ PROMPT = (
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    f"{INDENT}### Instruction:\n{INDENT}{{question}}\n\n{INDENT}### Input:\n{INDENT}{{input}}\n\n{INDENT}{RESPONSE}\n{INDENT}"
+    f"{INDENT}### Instruction:\n{INDENT}{{question}}\n\n{INDENT}### Input:\n{INDENT}{{input}}\n\n"
+    f"{INDENT}{RESPONSE}\n{INDENT}"
 )
 
 
@@ -84,9 +85,10 @@ class CommonsenseTasks(Benchmark):
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         files = {task: path for task in self.tasks if (path := self._file(task, config.data)) is not None}
+        absent = [f"{TASKS[task].folder}/test.json" for task in self.tasks if task not in files]
         if not files:
-            find_file(config.data, [f"{TASKS[self.tasks[0]].folder}/test.json"], self.layout)  # says what is missing
-            raise UserError(f"{config.data}: {config.benchmark} takes the folder; expected layout:\n{self.layout}")
+            raise UserError(f"{config.data}: holds no {' or '.join(absent)}; expected layout:\n{self.layout}")
+        warn_of_missing(config.data, absent, self.layout)
         return [q for task, path in files.items() for q in self._asked(task, path, config)]
 
     def _file(self, task: str, data: str) -> Path | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import fields, read_jsonl, read_lines
+from eval.layout import fields, read_jsonl, read_lines, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
 from eval.submission import only_result, written_whole
@@ -84,6 +84,8 @@ class MME(Benchmark):
         if not found:
             what = "holds no task's questions" if root.is_dir() else "no such folder"
             raise UserError(f"{root}: {what}; expected layout:\n{self.layout}")
+        present = {row.task for rows, _ in found for row in rows}
+        warn_of_missing(config.data, [task for task in GROUP if task not in present], self.layout)
         return [
             self._question(row, number, picture, config) for rows, picture in found for number, row in enumerate(rows)
         ]

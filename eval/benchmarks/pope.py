@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import fields, find_file, find_folder, read_rows
+from eval.layout import fields, find_file, find_folder, read_rows, warn_of_missing
 from eval.metrics import Table, Totals
 from eval.results import Result
 from eval.submission import only_result, write_lines
@@ -62,27 +62,24 @@ class POPE(Benchmark):
     layout = "<folder>/coco/coco_pope_<category>.json (or .jsonl) for random, popular and adversarial; <folder>/val2014"
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        files = dict(self._files(config))
-        return [
-            q for category in CATEGORIES if category in files for q in self._asked(category, files[category], config)
-        ]
+        return [q for category, path in self._files(config) for q in self._asked(category, path, config)]
 
     def _files(self, config: EvaluationConfig) -> Iterator[tuple[str, Path]]:
+        """Categories with their files. Raises UserError where there is none."""
         root = find_path(config.data)
         if root.is_file():
             named = [category for category in CATEGORIES if category in root.name]
             if len(named) != 1:
-                raise UserError(
-                    f"{root}: the name does not say which category it holds; expected layout:\n{self.layout}"
-                )
+                what = "the name does not say which category it holds"
+                raise UserError(f"{root}: {what}; expected layout:\n{self.layout}")
             yield named[0], root
             return
-        for category in CATEGORIES:
-            places = [f"{place}*_pope_{category}.json*" for place in ("", "coco/", "output/coco/")]
-            if any(True for place in places for _ in root.glob(place)):
-                yield category, find_file(config.data, places, self.layout)
-        if not any(True for _ in root.glob("**/*_pope_*.json*")):
-            find_file(config.data, ["coco/coco_pope_random.json"], self.layout)  # says what is missing
+        places = {c: [f"{place}*_pope_{c}.json*" for place in ("", "coco/", "output/coco/")] for c in CATEGORIES}
+        found = [c for c in CATEGORIES if any(next(root.glob(place), None) for place in places[c])]
+        absent = [f"coco_pope_{c}.json" for c in CATEGORIES if found and c not in found]
+        warn_of_missing(config.data, absent, self.layout)
+        for category in found or CATEGORIES:  # of none at all, `find_file` says what is expected
+            yield category, find_file(config.data, places[category], self.layout)
 
     def _asked(self, category: str, path: Path, config: EvaluationConfig) -> Iterator[Question]:
         images = find_folder(config.data, ["val2014", "coco/val2014", "images"], config.media, self.layout)

@@ -30,8 +30,9 @@ class SEEDBench(Benchmark):
     """SEED-Bench, accuracy by exact letters (LLaVA, convert_seed_for_submission.py)."""
 
     layout = (
-        "<folder>/SEED-Bench.json, SEED-Bench-image/<data_id>, and for videos SEED-Bench-video-image/"
-        "<question_type_id>_<question_id>.png (LLaVA's middle frames) or v1_video/task<10, 11, 12>/<…>_8_frame/<question_id>/"
+        "<folder>/SEED-Bench.json, SEED-Bench-image/<data_id>, and for videos LLaVA's middle frames, "
+        "SEED-Bench-video-image/<question_type_id>_<question_id>.png, or SEED-Bench's, "
+        "v1_video/task<question_type_id>/<…>_8_frame/<question_id>/<1…8>.png"
     )
     splits = ("all", "image", "video")
     prompt = LETTER_PROMPT
