@@ -11,7 +11,8 @@ from typing import Any
 from eval.benchmarks import BENCHMARKS, Question
 from eval.results import read_result
 from eval.run import evaluate, read_questions
-from mmdora.commands import score, submit
+from mmdora.commands.score import run as score
+from mmdora.commands.submit import run as submit
 from mmdora.config import EvaluationConfig
 
 
@@ -31,13 +32,13 @@ def answered(model: Any, encoder: Any, benchmark: str, data: Path, folder: Path,
 
 def scored(benchmark: str, predictions: Path, data: Path, out: Path, split: str | None = None) -> dict[str, Any]:
     """The report of `mmdora score`; the result is in `out`."""
-    score.run(benchmark, predictions, str(data), split, as_json=True, out=out, overwrite=False, plugins=[])
+    score(benchmark, predictions, str(data), split, as_json=True, out=out, overwrite=False, plugins=[])
     return read_result(out).report
 
 
 def handed_in(folder: Path, out: Path) -> Path:
     """What `mmdora submit` wrote."""
-    submit.run([folder], out, plugins=[])
+    submit([folder], out, plugins=[])
     return out
 
 

@@ -121,9 +121,9 @@ class CommonsenseTasks(Benchmark):
         return Score(right, right, not said, {f"{task} n": 1.0, f"{task} right": right})
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        """The mean of the tasks' accuracies in percent."""
+        """The mean of the tasks' accuracies in percent; a task that a draw of few questions lacks is left out."""
         present = [task for task in self.tasks if f"{task} n" in totals]
-        return 100 * np.mean([totals[f"{task} right"] / totals[f"{task} n"] for task in present], axis=0)
+        return 100 * np.nanmean([totals[f"{task} right"] / totals[f"{task} n"] for task in present], axis=0)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         return {"tasks": f"{len({q.details['task'] for q in questions})} of {len(self.tasks)}"}

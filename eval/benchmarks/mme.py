@@ -119,8 +119,10 @@ class MME(Benchmark):
         return scores
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        """The sum of the tasks' points: Perception + Cognition, or of the tasks that there are."""
-        return np.sum(list(task_scores(totals).values()), axis=0)
+        """The sum of the tasks' points: Perception + Cognition, or of the tasks that there are. A task that a draw of
+        few pictures lacks counts as the mean of the others."""
+        points = list(task_scores(totals).values())
+        return len(points) * np.nanmean(points, axis=0)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         return {"tasks": f"{len({q.details['task'] for q in questions})} of {len(GROUP)}"}

@@ -35,7 +35,10 @@ SUBJECTS = {
     "social": "social science",
     "language": "language science",
 }
-GRADES = {"grade_1_6": range(1, 7), "grade_7_12": range(7, 13)}
+GRADES = {
+    "grade_1_6": tuple(f"grade{i}" for i in range(1, 7)),
+    "grade_7_12": tuple(f"grade{i}" for i in range(7, 13)),
+}
 TOPIC_NAMES = """
 punctuation literacy-in-science verbs pronouns civics culture word-study economics physics units-and-measurement
 science-and-engineering-practices reading-comprehension global-studies grammar figurative-language us-history
@@ -62,18 +65,14 @@ def breakdown(problems: Mapping[str, Mapping[str, Any]], predicted: Mapping[str,
     `problems` are those of the split by id, as in problems.json; `predicted` holds the index of each one's answer.
     """
     right = {i: problem["answer"] == predicted[i] for i, problem in problems.items()}
-    groups = [(name, (i for i, p in problems.items() if p["subject"] == said)) for name, said in SUBJECTS.items()]
-    groups += [
-        ("has_text", (i for i, p in problems.items() if p["hint"])),
-        ("has_image", (i for i, p in problems.items() if p["image"])),
-        ("no_context", (i for i, p in problems.items() if not p["hint"] and not p["image"])),
-    ]
-    for name, grades in GRADES.items():
-        named = {f"grade{grade}" for grade in grades}
-        groups.append((name, (i for i, p in problems.items() if p["grade"] in named)))
-    groups.append(("average", iter(problems)))
-    groups += [(topic, (i for i, p in problems.items() if p["topic"] == topic)) for topic in TOPIC_NAMES.split()]
-    return {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups}
+    groups = {name: [i for i, p in problems.items() if p["subject"] == subject] for name, subject in SUBJECTS.items()}
+    groups["has_text"] = [i for i, p in problems.items() if p["hint"]]
+    groups["has_image"] = [i for i, p in problems.items() if p["image"]]
+    groups["no_context"] = [i for i, p in problems.items() if not p["hint"] and not p["image"]]
+    groups |= {name: [i for i, p in problems.items() if p["grade"] in grades] for name, grades in GRADES.items()}
+    groups["average"] = list(problems)
+    groups |= {topic: [i for i, p in problems.items() if p["topic"] == topic] for topic in TOPIC_NAMES.split()}
+    return {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups.items()}
 
 
 def _percent(right: Sequence[bool]) -> float | None:
@@ -107,8 +106,12 @@ class ScienceQA(Benchmark):
         folder = images / (problem.get("split") or self.split(config)) / i
         media = [Image(folder / image)] if image else []
         context = [name for name, there in (("text", hint), ("image", image)) if there] or ["none"]
-        years = next((name for name, grades in GRADES.items() if grade in {f"grade{g}" for g in grades}), grade)
-        groups = [f"subject: {subject}", *(f"context: {name}" for name in context), f"grade: {years}"]
+        years = next((name for name, grades in GRADES.items() if grade in grades), grade)
+        groups = [
+            f"subject: {subject}",
+            *(f"context: {name}" for name in context),
+            f"grade: {years.removeprefix('grade_')}",
+        ]
         kept = {"answer": answer, "hint": hint, "image": image, "grade": grade, "subject": subject, "topic": topic}
         details = {"choices": len(choices), **kept}
         sample = conversation(i, words, media, str(path))
