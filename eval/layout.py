@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
+
+TYPES = {str: "text", int: "a whole number", dict: "an object", list: "a list of strings", int | str: "an id"}
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
@@ -88,7 +89,8 @@ def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = N
     Raises UserError that names the file and the row that has other columns than the header.
     """
     csv.field_size_limit(1 << 30)  # MMBench has whole pictures in its cells
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), fieldnames=names, delimiter=delimiter)
+    lines = (f"{line}\n" for line in _text(path).split("\n"))  # a StringIO would take four times the file
+    reader = csv.DictReader(lines, fieldnames=names, delimiter=delimiter)
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -107,6 +109,15 @@ def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
         yield row[name]
 
 
+def typed(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
+    """As `fields`, of these types by name; a list is one of strings. Raises UserError for a value of another type."""
+    for (name, kind), value in zip(kinds.items(), fields(row, path, where, *kinds), strict=True):
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or (kind is list and not all(isinstance(item, str) for item in value)):
+            raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not {TYPES.get(kind, kind)}")
+        yield value
+
+
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
     """(id, answer) of each row of a JSON list or a JSON-lines file."""
     rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
@@ -121,7 +132,7 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
 
 def read_answers_by(path: Path, *forms: tuple[str, str]) -> list[tuple[str, str]]:
     """As `read_answers`, by the first pair of fields that the first row has, or the first pair of all."""
-    first = next(iter(read_rows(path)), {})
+    first: Any = next(iter(read_rows(path)), {})
     form = next((f for f in forms if isinstance(first, dict) and first.keys() >= set(f)), forms[0])
     return read_answers(path, *form)
 

@@ -3,7 +3,6 @@ official files to the file that is handed in."""
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pandas as pd
@@ -15,83 +14,19 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.commonsense import TASKS
-from eval.benchmarks.multiple_choice import chosen, read_options
 from eval.results import read_result
 from mmdora.config import ModelConfig
 from mmdora.errors import UserError
 from mmdora.loading import load_model
 from tests.benchmark_walk import answered, handed_in, questions_of, responses, scored, write_json, write_jsonl
+from tests.choice_files import commonsense_files, mmbench_files, mmbench_rows, science_files, seed_files
 from tests.media import write_image
-
-SCIENCE = {
-    "1": ("test", "Which is warmer?", ["ice", "fire", "snow"], 1, "image.png", "Look at it.", "grade3"),
-    "2": ("test", "Which is a verb?", ["run", "tree"], 0, None, "", "grade9"),
-    "3": ("test", "Which is a planet?", ["Mars", "Pluto"], 0, "image.png", "", "grade12"),
-    "4": ("val", "Which?", ["a", "b"], 1, None, "", "grade1"),
-}
 
 
 @pytest.fixture(scope="module")
 def tiny():
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
     return model, Encoder(processor)
-
-
-def science_files(root: Path) -> Path:
-    names = ("split", "question", "choices", "answer", "image", "hint", "grade")
-    about = {"subject": "natural science", "topic": "physics"}
-    problems = {i: {**dict(zip(names, row, strict=True)), **about} for i, row in SCIENCE.items()}
-    write_json(root / "problems.json", problems)
-    write_json(root / "pid_splits.json", {"test": ["1", "2", "3"], "val": ["4"], "train": []})
-    for i in ("1", "3"):
-        (root / "images/test" / i).mkdir(parents=True)
-        write_image(root / "images/test" / i / "image.png", int(i), (32, 32))
-    return root
-
-
-def picture(seed: int, folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    return base64.b64encode(write_image(folder / "made.png", seed, (32, 32)).read_bytes()).decode()
-
-
-def mmbench_rows(folder: Path) -> list[dict]:
-    about = {"category": "ocr", "l2-category": "coarse_perception", "split": "dev", "source": "", "comment": ""}
-    three = {"A": "red", "B": "=green", "C": "blue", "D": "", "answer": "B", "hint": "Think."}
-    two = {"A": "yes", "B": "no", "C": "", "D": "", "answer": "A", "hint": ""}
-    return [
-        {"index": 7, "question": 'What "colour"?', **three, "image": picture(0, folder), **about},
-        {"index": 9, "question": "Is it?", **two, "image": picture(1, folder), **about, "category": "color"},
-    ]
-
-
-def mmbench_files(root: Path) -> Path:
-    pd.DataFrame(mmbench_rows(root / "made")).to_csv(root / "mmbench_dev_en.tsv", sep="\t", index=False)
-    return root
-
-
-def seed_files(root: Path) -> Path:
-    choices = {"choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four"}
-    kinds = [("image", 5, "11", "1454_25"), ("image", 1, "12", "1454_25"), ("video", 11, "v19", "P03/P03_24.MP4")]
-    questions = [
-        {"data_type": kind, "question_type_id": dimension, "question_id": i, "data_id": data, "answer": "B", **choices}
-        | {"question": f"How many in {i}?"}
-        for kind, dimension, i, data in kinds
-    ]
-    types = {"Instances Counting": 5, "Scene Understanding": 1, "Action Prediction": 11}
-    write_json(root / "SEED-Bench.json", {"questions": questions, "question_type": types})
-    for name in ("SEED-Bench-image", "SEED-Bench-video-image"):
-        (root / name).mkdir()
-    write_image(root / "SEED-Bench-image/made.png", 0, (32, 32)).rename(root / "SEED-Bench-image/1454_25")
-    write_image(root / "SEED-Bench-video-image/11_v19.png", 1, (32, 32))
-    return root
-
-
-def commonsense_files(root: Path) -> Path:
-    labels = ["true", "solution2", "answer3", "ending4", "option1", "answer2", "answer5", "answer1"]
-    for task, label in zip(TASKS.values(), labels, strict=True):
-        row = {"instruction": f"Answer format: {label}/other", "input": "", "output": f"it is {label}", "answer": label}
-        write_json(root / task.folder / "test.json", [row])
-    return root
 
 
 def own_files(root: Path) -> Path:
@@ -175,41 +110,6 @@ def test_no_answer_breaks_a_scorer(text):
         assert 0 <= score.strict <= score.official <= 1
 
 
-@pytest.mark.parametrize(
-    ("said", "letter"),
-    [
-        *[
-            (said, "B")
-            for said in ("B", "b.", "(B)", "**B**", "B. dog", "(B) a dog", "B) x", "B: dog", "B is correct.")
-        ],
-        *[(said, "B") for said in ("The answer is B", "Answer: (B).", "the correct answer is **B**. It barks.")],
-        *[(said, "B") for said in ("Dog.", "a dog", "It is a dog", "The answer is the dog.", "B\nIt barks.")],
-        *[(said, "C") for said in ("Let me think. A is wrong. So the answer is C", "option C")],
-        *[
-            (said, None)
-            for said in ("", "A or B", "E", "I", "dog and cat", "the answer is a fish", "not B", "A dog or so")
-        ],
-        *[(said, None) for said in ("The answer is A. No, the answer is B.", "hot dog", "The answer is not B")],
-    ],
-)
-def test_only_what_is_clear_is_an_answer(said, letter):
-    assert chosen(said, {"A": "cat", "B": "a dog", "C": "bird"}) == letter
-
-
-def test_options_are_read_from_lines():
-    assert read_options("Which?\nA. a cat\n(B) a dog \n C) it\nAnswer.") == {"A": "a cat", "B": "a dog", "C": "it"}
-    assert read_options("I. Roman\nA. x\nA. one\nB. two\nD. four") == {"A": "one", "B": "two"}
-    assert read_options("A. only one") == read_options("No options") == {}
-
-
-def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
-    rows = [{"question": "Which?\nA. x\nB. y", "answer": "z"}]
-    with pytest.raises(UserError, match="has the options A, B, and its answer is 'z'"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", rows))
-    with pytest.raises(UserError, match="has no options"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
-
-
 def test_scienceqa_asks_as_llava_and_counts_as_both_scripts(tmp_path):
     data = science_files(tmp_path)
     asked = {q.id: q.sample.messages[0].text for q in questions_of("scienceqa", data)}
@@ -245,6 +145,10 @@ def test_mmbench_wants_every_pass(tmp_path):
     report = scored("mmbench", rows, tmp_path, tmp_path / "out")
     assert report["scores"]["official"]["value"] == 50
     assert report["metrics"]["accuracy of dev"] == {"CP": 0.5, "Overall": 0.5, "color": 0.0, "ocr": 1.0}
+    sheet = pd.read_excel(handed_in(tmp_path / "out", tmp_path / "out.xlsx"), keep_default_na=False)
+    names = "index question A B C D prediction answer category l2-category split"
+    assert list(sheet.columns) == names.split()
+    assert list(sheet.iloc[1])[:7] == [1000007, 'What "colour"?', "=green", "blue", "red", "", "I think =green"]
     result = read_result(tmp_path / "out")
     del result.rows[1]
     with pytest.raises(UserError, match=r"question 7 has 3 options and the passes \[0, 2\]; the server wants all"):
@@ -277,26 +181,3 @@ def test_commonsense_tasks_alone_and_together(tmp_path):
     report = scored("commonsense", write_jsonl(tmp_path / "all.jsonl", rows), data, tmp_path / "all")
     assert report["scores"]["official"]["value"] == 25
     assert (report["unparsed_rate"], report["metrics"]["tasks"]) == (0.75, "8 of 8")
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "text", "message"),
-    [
-        ("scienceqa", "problems.json", '{"1": {"split": "test"}}', r"problems.json, problem '1': no field 'question'"),
-        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\nx\tWhat?\tp\tq\n", r"row 2: the index 'x'"),
-        (
-            "mmbench",
-            "mmbench_dev.tsv",
-            "index\tquestion\tA\tB\tanswer\n1\tWhat?\tp\tq\tC\n",
-            r"index 1: the answer 'C'",
-        ),
-        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\timage\n1\tWhat?\tp\tq\t*\n", r"index 1: the picture"),
-        ("seedbench", "SEED-Bench.json", '{"questions": []}', r"SEED-Bench.json, the file: no field 'question_type'"),
-        ("boolq", "test.json", '[{"instruction": "?", "answer": "yes"}]', r"row 0: 'yes' is no answer of boolq"),
-        ("commonsense", "test.json", "[]", r"holds no boolq/test.json or piqa/test.json"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, file, text, message):
-    (tmp_path / file).write_text(text)
-    with pytest.raises(UserError, match=message):
-        questions_of(name, tmp_path)

@@ -12,47 +12,18 @@ from hypothesis import strategies as st
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
-from eval.benchmarks.mme import GROUP
 from eval.benchmarks.pope import clearly
 from mmdora.config import ModelConfig
 from mmdora.errors import UserError
 from mmdora.loading import load_model
 from tests.benchmark_walk import answered, handed_in, questions_of, responses, scored, write_jsonl
-from tests.media import write_image
-
-ASK = "Please answer yes or no."
+from tests.choice_files import ASK, mme_files, pope_files
 
 
 @pytest.fixture(scope="module")
 def tiny():
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
     return model, Encoder(processor)
-
-
-def mme_files(root: Path, tasks=tuple(GROUP)) -> Path:
-    """One picture a task, in both of the official layouts."""
-    for task in tasks:
-        folder = root / "MME_Benchmark_release_version" / task
-        apart = task in ("celebrity", "scene")
-        texts, images = (folder / "questions_answers_YN", folder / "images") if apart else (folder, folder)
-        texts.mkdir(parents=True)
-        images.mkdir(exist_ok=True)
-        write_image(images / "0001.png", 0, (32, 32))
-        lines = [f'Is "it" a cat?  {ASK}\tYes', f'Is "it" a dog? {ASK}\tNo']
-        (texts / "0001.txt").write_text("\n".join(lines) + "\n\n")
-    return root
-
-
-def pope_files(root: Path) -> Path:
-    (root / "val2014").mkdir()
-    write_image(root / "val2014/COCO_1.jpg", 0, (32, 32))
-    for category in ("random", "popular", "adversarial"):
-        rows = [
-            {"question_id": i, "image": "COCO_1.jpg", "text": f"Is there a {thing} in the image?", "label": label}
-            for i, (thing, label) in enumerate((("cat", "yes"), (f"{category} dog", "no")), 1)
-        ]
-        write_jsonl(root / "coco" / f"coco_pope_{category}.json", rows)
-    return root
 
 
 def mme_results(folder: Path, questions: list[Question]) -> Path:

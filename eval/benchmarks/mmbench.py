@@ -23,7 +23,7 @@ import numpy as np
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import fields, find_file, read_answers_by, read_rows, read_table
+from eval.layout import fields, find_file, read_answers_by, read_rows, read_table, typed
 from eval.metrics import Totals
 from eval.options import LETTERS, option_lines
 from eval.results import Result
@@ -173,7 +173,7 @@ class MMBench(Benchmark):
             pairs = [tuple(fields(row, path, f"row {n}", "index", "prediction")) for n, row in enumerate(rows, 2)]
             return [(str(index), str(said)) for index, said in pairs]
         pairs = read_answers_by(path, ("question_id", "text"), ("index", "prediction"), ("id", "response"))
-        rounds = [row.get("round_id", 0) for row in read_rows(path)]
+        rounds = [next(typed({"round_id": 0} | row, path, "a row", round_id=int)) for row in read_rows(path)]
         return [
             (str(int(i) + k * PASS) if k and i.isdigit() else i, said)
             for (i, said), k in zip(pairs, rounds, strict=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import fields, read_jsonl, read_lines, warn_of_missing
+from eval.layout import read_jsonl, read_lines, typed, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
 from eval.submission import only_result, written_whole
@@ -76,6 +76,7 @@ class MME(Benchmark):
         root = find_path(config.data)
         folders = [root / name for name in ROOTS]
         folder = next((f for f in folders if any((f / task).is_dir() for task in GROUP)), None)
+        found: list[tuple[list[Row], Path | None]]
         if folder is not None:
             found = [pair for task in GROUP for pair in _official(folder / task)]
         else:
@@ -221,8 +222,8 @@ def _predicted(path: Path, task: str, lines: Sequence[str]) -> Iterator[tuple[st
 
 def _of_llava(rows: Sequence[Any], path: Path) -> Iterator[tuple[str, str, str, str]]:
     for number, row in enumerate(rows):
-        question_id, prompt, said = fields(row, path, f"row {number}", "question_id", "prompt", "text")
-        yield str(question_id).split("/")[0], str(question_id), str(prompt), str(said)
+        question_id, prompt, said = typed(row, path, f"row {number}", question_id=str, prompt=str, text=str)
+        yield question_id.split("/")[0], question_id, prompt, said
 
 
 def _key(task: str, image: str, question: str) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import fields, find_file, find_folder, read_rows, warn_of_missing
+from eval.layout import find_file, find_folder, read_rows, typed, warn_of_missing
 from eval.metrics import Table, Totals
 from eval.results import Result
 from eval.submission import only_result, write_lines
@@ -84,7 +84,8 @@ class POPE(Benchmark):
     def _asked(self, category: str, path: Path, config: EvaluationConfig) -> Iterator[Question]:
         images = find_folder(config.data, ["val2014", "coco/val2014", "images"], config.media, self.layout)
         for number, row in enumerate(read_rows(path), 1):
-            asked, image, text, label = fields(row, path, f"line {number}", "question_id", "image", "text", "label")
+            where = f"line {number}"
+            asked, image, text, label = typed(row, path, where, question_id=int | str, image=str, text=str, label=str)
             if label not in ("yes", "no"):
                 raise UserError(f"{path}, line {number}: the label is {label!r}, not yes or no")
             words = self.ask(config, question=text)
@@ -98,7 +99,7 @@ class POPE(Benchmark):
         said, clear = parse(response), clearly(response)
         right = said == label
         surely = right and clear == said
-        counts = {}
+        counts: dict[str, float] = {}
         for kind, correct in (("official", right), ("strict", surely)):
             cell = ("t" if correct else "f") + ("p" if correct == (label == "yes") else "n")
             counts |= {f"{category} {kind} {name}": float(name == cell) for name in CELLS}
@@ -152,7 +153,7 @@ def _answers(path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]
     """
     rows = read_rows(path)
     key = "answer" if rows and isinstance(rows[0], dict) and "answer" in rows[0] else "text"
-    said = [str(next(fields(row, path, f"row {number}", key))) for number, row in enumerate(rows, 1)]
+    said = [next(typed(row, path, f"row {number}", **{key: str})) for number, row in enumerate(rows, 1)]
     categories = {q.details["category"] for q in questions}
     only = next(iter(categories)) if len(categories) == 1 else None
     ids = [f"{row.get('category', only)}/{row.get('question_id')}" for row in rows]

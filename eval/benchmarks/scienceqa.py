@@ -18,7 +18,7 @@ from typing import Any
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import fields, find_file, find_folder, read_answers_by, read_json
+from eval.layout import find_file, find_folder, read_answers_by, read_json, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.submission import only_result, written_whole
@@ -97,25 +97,21 @@ class ScienceQA(Benchmark):
 
     def _question(self, i: str, problem: Any, path: Path, images: Path, config: EvaluationConfig) -> Question:
         where = f"problem {i!r}"
-        asked, choices, answer = fields(problem, path, where, "question", "choices", "answer")
-        hint, image, grade, subject, topic = fields(problem, path, where, "hint", "image", "grade", "subject", "topic")
-        if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(OPTIONS):
+        asked, choices, answer = typed(problem, path, where, question=str, choices=list, answer=int)
+        about = {name: problem.get(name) or "" for name in ("hint", "image", "grade", "subject", "topic", "split")}
+        hint, image, grade, subject, _, split = typed(about, path, where, **dict.fromkeys(about, str))
+        if not 0 <= answer < len(choices) <= len(OPTIONS):
             raise UserError(f"{path}, {where}: answer {answer!r} is none of {len(choices)} choices")
         text = f"Context: {hint}\n{asked}" if hint else asked
         words = self.ask(config, question=text, options=option_lines(choices))
-        folder = images / (problem.get("split") or self.split(config)) / i
-        media = [Image(folder / image)] if image else []
+        media = [Image(images / (split or self.split(config)) / i / image)] if image else []
         context = [name for name, there in (("text", hint), ("image", image)) if there] or ["none"]
-        years = next((name for name, grades in GRADES.items() if grade in grades), grade)
-        groups = [
-            f"subject: {subject}",
-            *(f"context: {name}" for name in context),
-            f"grade: {years.removeprefix('grade_')}",
-        ]
-        kept = {"answer": answer, "hint": hint, "image": image, "grade": grade, "subject": subject, "topic": topic}
-        details = {"choices": len(choices), **kept}
+        years = next((name.removeprefix("grade_") for name, grades in GRADES.items() if grade in grades), grade)
+        named = [("subject", subject), *(("context", name) for name in context), ("grade", years)]
+        groups = tuple(f"{kind}: {name}" for kind, name in named if name)
+        details = {"choices": len(choices), "answer": answer, **about}
         sample = conversation(i, words, media, str(path))
-        return Question(i, sample, (OPTIONS[answer],), i, tuple(groups), details)
+        return Question(i, sample, (OPTIONS[answer],), i, groups, details)
 
     def score(self, response: str, question: Question) -> Score:
         index = answer_index(response, question.details["choices"])
@@ -155,8 +151,8 @@ def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Be
     if not isinstance(problems, dict):
         raise UserError(f"{path}: expected an object of problems by id")
     if listed.is_file():
-        (ids,) = fields(read_json(listed), listed, "the splits", split)
-        return [str(i) for i in ids]
+        (ids,) = typed(read_json(listed), listed, "the splits", **{split: list})
+        return list(ids)
     said = {i: problem.get("split") if isinstance(problem, dict) else None for i, problem in problems.items()}
     if split not in said.values():
         raise UserError(f"{path}: has no problems of the split {split!r}; expected layout:\n{benchmark.layout}")
@@ -165,10 +161,11 @@ def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Be
 
 def _predictions(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".json" and isinstance(found := read_json(path), dict):
-        indices, said = next(fields(found, path, "the file", "results")), found.get("outputs", {})
+        indices, outputs = typed({"outputs": {}} | found, path, "the file", results=dict, outputs=dict)
         for i, index in indices.items():
             if not isinstance(index, int) or not -1 <= index < len(OPTIONS):
                 raise UserError(f"{path}: result {i!r} is {index!r}, not the index of a choice")
-            yield str(i), said.get(i, OPTIONS[index] if index >= 0 else FAILED)
+        said = {i: outputs.get(i, OPTIONS[index] if index >= 0 else FAILED) for i, index in indices.items()}
+        yield from zip(said, typed(said, path, "outputs", **dict.fromkeys(said, str)), strict=True)
         return
     yield from read_answers_by(path, ("question_id", "text"), ("id", "response"))

@@ -14,7 +14,7 @@ from typing import Any
 from data_pipelines.samples import Image, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import fields, find_file, find_folder, read_answers_by, read_json
+from eval.layout import fields, find_file, find_folder, read_answers_by, read_json, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.submission import only_result, write_lines
@@ -41,29 +41,32 @@ class SEEDBench(Benchmark):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         path, split = find_file(config.data, ["SEED-Bench.json", "SEED-Bench*.json"], self.layout), self.split(config)
         rows, types = fields(read_json(path), path, "the file", "questions", "question_type")
-        dimensions = {number: name for name, number in types.items()}
+        if not isinstance(rows, list) or not isinstance(types, dict):
+            raise UserError(f"{path}: expected a list of 'questions', and an object of 'question_type' by name")
+        dimensions = {str(number): name for name, number in types.items()}
         root = find_folder(config.data, ["."], config.media, self.layout)
         found = []
         for number, row in enumerate(rows):
-            (kind,) = fields(row, path, f"question {number}", "data_type")
+            (kind,) = typed(row, path, f"question {number}", data_type=str)
             if split in ("all", kind):
                 found.append(self._question(row, number, path, root, dimensions, config))
         return found
 
     def _question(
-        self, row: Any, number: int, path: Path, root: Path, dimensions: dict[int, str], config: EvaluationConfig
+        self, row: Any, number: int, path: Path, root: Path, dimensions: dict[str, str], config: EvaluationConfig
     ) -> Question:
         where = f"question {number}"
-        asked, answer, question_id = fields(row, path, where, "question", "answer", "question_id")
-        kind, dimension, data_id, *options = fields(
-            row, path, where, "data_type", "question_type_id", "data_id", *CHOICES
-        )
-        if answer not in LETTERS[:4] or dimension not in dimensions:
-            raise UserError(f"{path}, {where}: answer {answer!r} of dimension {dimension!r} is not SEED-Bench's")
+        asked, answer, question_id = typed(row, path, where, question=str, answer=str, question_id=int | str)
+        kind, dimension, data_id = typed(row, path, where, data_type=str, question_type_id=int, data_id=str)
+        options = list(typed(row, path, where, **dict.fromkeys(CHOICES, str)))
+        if answer not in tuple(LETTERS[:4]) or str(dimension) not in dimensions:
+            raise UserError(f"{path}, {where}: answer {answer!r} of dimension {dimension} is not SEED-Bench's")
         words = self.ask(config, question=asked, options=option_lines(options))
-        media = Image(root / "SEED-Bench-image" / data_id) if kind == "image" else _shown(root, dimension, question_id)
+        media = (
+            Image(root / "SEED-Bench-image" / data_id) if kind == "image" else _shown(root, dimension, str(question_id))
+        )
         sample = conversation(str(question_id), words, [media], str(path))
-        groups = (f"type: {kind}", f"dimension: {dimensions[dimension]}")
+        groups = (f"type: {kind}", f"dimension: {dimensions[str(dimension)]}")
         return Question(sample.id, sample, (answer,), str(data_id), groups, {"dimension": dimension})
 
     def score(self, response: str, question: Question) -> Score:
