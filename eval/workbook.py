@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import ParseError
+from zipfile import BadZipFile
 
 from mmdora.errors import UserError
 
 
 def read_workbook(path: Path) -> list[dict[str, Any]]:
     """The first sheet, one dict a row; an empty cell is "". Raises UserError for a file that is no workbook."""
-    from zipfile import BadZipFile
-
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
-        sheet = load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        names, *rows = [["" if cell is None else cell for cell in row] for row in sheet.iter_rows(values_only=True)]
-    except (BadZipFile, InvalidFileException, KeyError, IndexError, ValueError, OSError) as error:
+        with closing(load_workbook(path, read_only=True, data_only=True)) as book:
+            found = list(book.worksheets[0].iter_rows(values_only=True))
+        names, *rows = [["" if cell is None else cell for cell in row] for row in found]
+    except (BadZipFile, InvalidFileException, ParseError, KeyError, IndexError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a workbook with a row of column names ({error})") from None
     return [dict(zip(map(str, names), row, strict=False)) for row in rows if any(cell != "" for cell in row)]
 

@@ -155,8 +155,8 @@ def test_mmbench_wants_every_pass(tmp_path):
         BENCHMARKS["mmbench"]().write_submission([result], tmp_path / "x.xlsx")
 
 
-def test_mmbench_reads_passes_that_the_file_holds(tmp_path):
-    """As downloaded: pass 2 of 9 is a row whose picture is that of row 9. The test split has no answers."""
+def test_mmbench_reads_passes_that_the_file_holds(tiny, tmp_path):
+    """As downloaded: pass 2 of 9 is a row whose picture is that of row 9. The test split has no answers to score by."""
     first = mmbench_rows(tmp_path)[1] | {"split": "test"}
     moved = first | {"index": 1000009, "A": "no", "B": "yes", "image": "9"}
     del first["answer"], moved["answer"]
@@ -165,6 +165,12 @@ def test_mmbench_reads_passes_that_the_file_holds(tmp_path):
     questions = questions_of("mmbench", tmp_path, split="test")
     assert [(q.id, q.references) for q in questions] == [("9", ()), ("1000009", ())]
     assert questions[0].cluster == questions[1].cluster
+    report = answered(*tiny, "mmbench", tmp_path, tmp_path / "result")
+    assert report["scores"] == {"official": None, "strict": None}
+    written = handed_in(tmp_path / "result", tmp_path / "results.xlsx")
+    assert list(pd.read_excel(written, keep_default_na=False)["answer"]) == ["", ""]
+    with pytest.raises(UserError, match="not public"):
+        scored("mmbench", written, table, tmp_path / "scored")
     (tmp_path / "MMBench_TEST_CN.tsv").write_bytes(table.read_bytes())
     with pytest.raises(UserError, match=r"holds MMBench_TEST_CN.tsv, MMBench_TEST_EN.tsv; name the one"):
         questions_of("mmbench", tmp_path, split="test")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from eval.benchmarks import BENCHMARKS
@@ -63,6 +64,12 @@ def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
             r"index 1: the answer 'C'",
         ),
         ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\timage\n1\tWhat?\tp\tq\t*\n", r"index 1: the picture"),
+        (
+            "mmbench",
+            "mmbench_dev.tsv",
+            "index\tquestion\tA\tB\n1\tWhat?\t\t\n",
+            r"mmbench_dev.tsv, row 2: has no options",
+        ),
         ("seedbench", "SEED-Bench.json", '{"questions": []}', r"SEED-Bench.json, the file: no field 'question_type'"),
         ("boolq", "test.json", '[{"instruction": "?", "answer": "yes"}]', r"row 0: 'yes' is no answer of boolq"),
         ("commonsense", "test.json", "[]", r"holds no boolq/test.json or piqa/test.json"),
@@ -72,6 +79,16 @@ def test_bad_files_are_named(tmp_path, name, file, text, message):
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         questions_of(name, tmp_path)
+
+
+def test_a_workbook_that_is_none_is_named(tmp_path):
+    questions = questions_of("mmbench", mmbench_files(tmp_path))
+    (tmp_path / "said.xlsx").write_text("no workbook")
+    with pytest.raises(UserError, match=r"said\.xlsx: not a workbook"):
+        BENCHMARKS["mmbench"]().read_predictions(tmp_path / "said.xlsx", questions)
+    pd.DataFrame([{"id": 1}]).to_excel(tmp_path / "said.xlsx", index=False)
+    with pytest.raises(UserError, match=r"said\.xlsx, row 2: no field 'index'"):
+        BENCHMARKS["mmbench"]().read_predictions(tmp_path / "said.xlsx", questions)
 
 
 def places(value: Any, way: tuple = ()) -> Iterator[tuple]:

@@ -55,6 +55,7 @@ def test_from_files_to_what_is_handed_in(tiny, tmp_path, name, make, official, n
     data = make(tmp_path / "data")
     report = answered(*tiny, name, data, tmp_path / "result")
     assert report["n"] == n
+    assert report["majority_baseline"] is None  # always saying yes is no share of these points
     questions = questions_of(name, data)
     perfect = scored(name, official(tmp_path / "said", questions), data, tmp_path / "perfect")
     assert perfect["scores"]["official"]["value"] == perfect["scores"]["strict"]["value"] == pytest.approx(best)

@@ -4,7 +4,8 @@ A question is asked as often as it has options, each time with the options moved
 pass is. The file as downloaded holds the passes as rows (pass k of question i has the index i + k × 1,000,000); where
 it holds none, they are made here. Scorer: open-compass/VLMEvalKit, vlmeval/dataset/utils/multiple_choice.py
 (mcq_circular_eval, report_acc) with vlmeval/utils/matching_util.py (can_infer), by the policy `exact_matching`: what
-the rules cannot match is wrong. The leaderboard's server asks a language model there.
+the rules cannot match is wrong. The leaderboard's server asks a language model there. LLaVA-1.5 ends its prompts for
+the Chinese files with 请直接回答选项字母。, which `prompt` can say.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class MMBench(Benchmark):
         pairs = read_answers_by(path, ("question_id", "text"), ("index", "prediction"), ("id", "response"))
         rounds = [next(typed({"round_id": 0} | row, path, "a row", round_id=int)) for row in read_rows(path)]
         return [
-            (str(int(i) + k * PASS) if k and i.isdigit() else i, said)
+            (str(int(i) + k * PASS) if k and i.isdecimal() else i, said)
             for (i, said), k in zip(pairs, rounds, strict=True)
         ]
 
@@ -203,14 +204,17 @@ def passes(rows: Sequence[dict[str, Any]], path: Path) -> Iterator[dict[str, Any
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for number, row in enumerate(rows, 2):
         index, *_ = fields(row, path, f"row {number}", "index", "question", "A", "B")
-        if not index.isdigit():
+        if not index.isdecimal():
             raise UserError(f"{path}, row {number}: the index {index!r} is not a whole number")
         given = [row.get(letter) or "" for letter in LETTERS[:5]]
         options = given[: next((i for i, option in enumerate(given) if option.lower() in ABSENT), len(given))]
+        if not options:
+            raise UserError(f"{path}, row {number}: has no options")
         groups[int(index) % PASS].append({**row, "index": int(index), "options": options})
     circular = any(row["index"] >= PASS for group in groups.values() for row in group)
     for group in groups.values():
-        yield from sorted(group, key=lambda row: row["index"]) if circular else _moved_on(group[0])
+        for row in sorted(group, key=lambda row: row["index"]):
+            yield from [row] if circular else _moved_on(row)
 
 
 def _moved_on(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -230,7 +234,7 @@ def _pictures(rows: Sequence[dict[str, Any]], path: Path) -> dict[int, Image]:
     found = {}
     for index, cell in cells.items():
         where = f"{path}, index {index}"
-        text = cells.get(int(cell), "") if len(cell) <= REFERENCE and cell.isdigit() else cell
+        text = cells.get(int(cell), "") if len(cell) <= REFERENCE and cell.isdecimal() else cell
         if not cell:
             continue
         if text not in known:

@@ -70,9 +70,9 @@ def breakdown(problems: Mapping[str, Mapping[str, Any]], predicted: Mapping[str,
     groups["has_image"] = [i for i, p in problems.items() if p["image"]]
     groups["no_context"] = [i for i, p in problems.items() if not p["hint"] and not p["image"]]
     groups |= {name: [i for i, p in problems.items() if p["grade"] in grades] for name, grades in GRADES.items()}
-    groups["average"] = list(problems)
     groups |= {topic: [i for i, p in problems.items() if p["topic"] == topic] for topic in TOPIC_NAMES.split()}
-    return {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups.items()}
+    found = {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups.items()}
+    return found | {"acc_average": sum(right.values()) / len(predicted) * 100}
 
 
 def _percent(right: Sequence[bool]) -> float | None:
