@@ -49,7 +49,7 @@ def warn_of_missing(data: str, missing: Sequence[str], layout: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, blank ones left out. Raises UserError that names a file that cannot be read."""
+    """The lines of a text file, blank ones left out."""
     return [line for line in _text(path).split("\n") if line.strip()]
 
 
@@ -109,7 +109,7 @@ def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
         yield row[name]
 
 
-def typed(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
+def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
     """As `fields`, of these types by name; a list is one of strings. Raises UserError for a value of another type."""
     for (name, kind), value in zip(kinds.items(), fields(row, path, where, *kinds), strict=True):
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -130,11 +130,13 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
     return pairs
 
 
-def read_answers_by(path: Path, *forms: tuple[str, str]) -> list[tuple[str, str]]:
-    """As `read_answers`, by the first pair of fields that the first row has, or the first pair of all."""
-    first: Any = next(iter(read_rows(path)), {})
-    form = next((f for f in forms if isinstance(first, dict) and first.keys() >= set(f)), forms[0])
-    return read_answers(path, *form)
+def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
+    """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has (in the
+    last, if it has those of none), and which format that was."""
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
+    return read_answers(path, *chosen), chosen
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -26,9 +27,9 @@ def read_workbook(path: Path) -> list[dict[str, Any]]:
     return [dict(zip(map(str, names), row, strict=False)) for row in rows if any(cell != "" for cell in row)]
 
 
-def write_workbook(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """One sheet with these columns. Text stays text, also where it begins with "="; what a sheet cannot hold, control
-    characters, is left out."""
+def workbook(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A file with one sheet of these columns. Text stays text, also where it begins with "="; control characters, which
+    a sheet cannot hold, are left out."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
 
@@ -44,4 +45,6 @@ def write_workbook(path: Path, columns: Sequence[str], rows: Sequence[Mapping[st
                 cell.data_type = "s"
             cells.append(cell)
         sheet.append(cells)
-    book.save(path)
+    file = io.BytesIO()
+    book.save(file)
+    return file.getvalue()

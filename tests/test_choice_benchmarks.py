@@ -150,6 +150,8 @@ def test_mmbench_wants_every_pass(tmp_path):
     assert list(sheet.columns) == names.split()
     assert list(sheet.iloc[1])[:7] == [1000007, 'What "colour"?', "=green", "blue", "red", "", "I think =green"]
     result = read_result(tmp_path / "out")
+    with pytest.raises(UserError, match="mmbench takes one result"):
+        BENCHMARKS["mmbench"]().write_submission([result, result], tmp_path / "x.xlsx")
     del result.rows[1]
     with pytest.raises(UserError, match=r"question 7 has 3 options and the passes \[0, 2\]; the server wants all"):
         BENCHMARKS["mmbench"]().write_submission([result], tmp_path / "x.xlsx")

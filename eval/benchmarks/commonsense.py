@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import find_file, read_json, read_rows, typed, warn_of_missing
+from eval.layout import find_file, read_json, read_rows, typed_fields, warn_of_missing
 from eval.metrics import Totals
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
@@ -104,7 +104,7 @@ class CommonsenseTasks(Benchmark):
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of questions")
         for number, row in enumerate(rows):
-            instruction, answer = typed(row, path, f"row {number}", instruction=str, answer=str)
+            instruction, answer = typed_fields(row, path, f"row {number}", instruction=str, answer=str)
             if extract(task, answer) != answer or not answer:
                 raise UserError(f"{path}, row {number}: {answer!r} is no answer of {task}")
             words = self.ask(config, question=instruction)
@@ -149,7 +149,7 @@ def _answers(path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]
         raise UserError(f"{path}: {len(rows)} answers to {len(questions)} questions; their order is that of the test")
     pairs = []
     for number, (row, q) in enumerate(zip(rows, questions, strict=True)):
-        instruction, said = typed(row, path, f"row {number}", instruction=str, output_pred=str)
+        instruction, said = typed_fields(row, path, f"row {number}", instruction=str, output_pred=str)
         if instruction != q.details["instruction"]:
             raise UserError(
                 f"{path}, row {number}: answers {instruction!r:.80}, which is not question {number} of the test"

@@ -24,12 +24,12 @@ import numpy as np
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import fields, find_file, read_answers_by, read_rows, read_table, typed
+from eval.files import write_whole
+from eval.layout import fields, find_file, read_answers_as, read_rows, read_table, typed_fields
 from eval.metrics import Totals
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from eval.submission import only_result, written_whole
-from eval.workbook import read_workbook, write_workbook
+from eval.workbook import read_workbook, workbook
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -173,8 +173,8 @@ class MMBench(Benchmark):
             rows: list[Any] = read_workbook(path) if path.suffix == ".xlsx" else read_table(path, "\t")
             pairs = [tuple(fields(row, path, f"row {n}", "index", "prediction")) for n, row in enumerate(rows, 2)]
             return [(str(index), str(said)) for index, said in pairs]
-        pairs = read_answers_by(path, ("question_id", "text"), ("index", "prediction"), ("id", "response"))
-        rounds = [next(typed({"round_id": 0} | row, path, "a row", round_id=int)) for row in read_rows(path)]
+        pairs, _ = read_answers_as(path, ("id", "response"), ("index", "prediction"), ("question_id", "text"))
+        rounds = [next(typed_fields({"round_id": 0} | row, path, "a row", round_id=int)) for row in read_rows(path)]
         return [
             (str(int(i) + k * PASS) if k and i.isdecimal() else i, said)
             for (i, said), k in zip(pairs, rounds, strict=True)
@@ -182,13 +182,12 @@ class MMBench(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """The workbook that mmbench.opencompass.org.cn takes: every pass a row, with its own options."""
-        result = only_result(results)
+        result = self.only_result(results)
         rows = [_as_submitted(row) for row in result.rows]
         _check_passes(rows, result)
         letters = LETTERS[: max(4, *(len(row["details"]["options"]) for row in result.rows))]
         columns = ("index", "question", *letters, "prediction", "answer", "category", "l2-category", "split")
-        with written_whole(out) as aside:
-            write_workbook(aside, columns, rows)
+        write_whole(out, workbook(columns, rows))
 
 
 def _only_table(path: Path, config: EvaluationConfig) -> None:

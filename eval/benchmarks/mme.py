@@ -9,6 +9,7 @@ stand among the categories. Papers that give one figure mostly give Perception.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,10 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import read_jsonl, read_lines, typed, warn_of_missing
+from eval.files import write_whole
+from eval.layout import read_jsonl, read_lines, typed_fields, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
-from eval.submission import only_result, written_whole
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -149,7 +150,7 @@ class MME(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """A zip of the folder that calculation.py reads: <task>.txt for all 14 tasks, a picture's lines together."""
-        result = only_result(results)
+        result = self.only_result(results)
         if out.suffix != ".zip":
             raise UserError(f"{out}: MME's results are a zip of {len(GROUP)} texts; --out names a .zip")
         files: dict[str, list[str]] = {task: [] for task in GROUP}
@@ -159,9 +160,11 @@ class MME(Benchmark):
             files[details["task"]].append("\t".join([details["image"], details["question"], details["answer"], said]))
         if absent := [task for task, lines in files.items() if not lines]:
             raise UserError(f"{result.folder}: no answers to {', '.join(absent)}; calculation.py wants all 14 tasks")
-        with written_whole(out) as aside, zipfile.ZipFile(aside, "w") as archive:
+        archived = io.BytesIO()
+        with zipfile.ZipFile(archived, "w") as archive:
             for task, lines in files.items():
                 archive.writestr(f"{task}.txt", "".join(f"{line}\n" for line in lines))
+        write_whole(out, archived.getvalue())
 
 
 def _official(folder: Path) -> Iterator[tuple[list[Row], Path]]:
@@ -222,7 +225,7 @@ def _predicted(path: Path, task: str, lines: Sequence[str]) -> Iterator[tuple[st
 
 def _of_llava(rows: Sequence[Any], path: Path) -> Iterator[tuple[str, str, str, str]]:
     for number, row in enumerate(rows):
-        question_id, prompt, said = typed(row, path, f"row {number}", question_id=str, prompt=str, text=str)
+        question_id, prompt, said = typed_fields(row, path, f"row {number}", question_id=str, prompt=str, text=str)
         yield question_id.split("/")[0], question_id, prompt, said
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.layout import find_file, find_folder, read_rows, typed, warn_of_missing
+from eval.files import json_text, write_whole
+from eval.layout import find_file, find_folder, read_rows, typed_fields, warn_of_missing
 from eval.metrics import Table, Totals
 from eval.results import Result
-from eval.submission import only_result, write_lines
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -85,7 +85,9 @@ class POPE(Benchmark):
         images = find_folder(config.data, ["val2014", "coco/val2014", "images"], config.media, self.layout)
         for number, row in enumerate(read_rows(path), 1):
             where = f"line {number}"
-            asked, image, text, label = typed(row, path, where, question_id=int | str, image=str, text=str, label=str)
+            asked, image, text, label = typed_fields(
+                row, path, where, question_id=int | str, image=str, text=str, label=str
+            )
             if label not in ("yes", "no"):
                 raise UserError(f"{path}, line {number}: the label is {label!r}, not yes or no")
             words = self.ask(config, question=text)
@@ -136,8 +138,8 @@ class POPE(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """evaluate.py's answers, JSON lines of `question` and `answer`, with the category and the question's id."""
-        rows = only_result(results).rows
-        write_lines(out, ({**row["details"], "answer": row["response"]} for row in rows))
+        rows = self.only_result(results).rows
+        write_whole(out, "".join(json_text({**row["details"], "answer": row["response"]}) for row in rows))
 
 
 def by_category(totals: Totals, kind: str) -> dict[str, dict[str, np.ndarray]]:
@@ -153,7 +155,7 @@ def _answers(path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]
     """
     rows = read_rows(path)
     key = "answer" if rows and isinstance(rows[0], dict) and "answer" in rows[0] else "text"
-    said = [next(typed(row, path, f"row {number}", **{key: str})) for number, row in enumerate(rows, 1)]
+    said = [next(typed_fields(row, path, f"row {number}", **{key: str})) for number, row in enumerate(rows, 1)]
     categories = {q.details["category"] for q in questions}
     only = next(iter(categories)) if len(categories) == 1 else None
     ids = [f"{row.get('category', only)}/{row.get('question_id')}" for row in rows]

@@ -18,10 +18,10 @@ from typing import Any
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import find_file, find_folder, read_answers_by, read_json, typed
+from eval.files import write_whole
+from eval.layout import find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from eval.submission import only_result, written_whole
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
@@ -97,9 +97,9 @@ class ScienceQA(Benchmark):
 
     def _question(self, i: str, problem: Any, path: Path, images: Path, config: EvaluationConfig) -> Question:
         where = f"problem {i!r}"
-        asked, choices, answer = typed(problem, path, where, question=str, choices=list, answer=int)
+        asked, choices, answer = typed_fields(problem, path, where, question=str, choices=list, answer=int)
         about = {name: problem.get(name) or "" for name in ("hint", "image", "grade", "subject", "topic", "split")}
-        hint, image, grade, subject, _, split = typed(about, path, where, **dict.fromkeys(about, str))
+        hint, image, grade, subject, _, split = typed_fields(about, path, where, **dict.fromkeys(about, str))
         if not 0 <= answer < len(choices) <= len(OPTIONS):
             raise UserError(f"{path}, {where}: answer {answer!r} is none of {len(choices)} choices")
         text = f"Context: {hint}\n{asked}" if hint else asked
@@ -135,14 +135,13 @@ class ScienceQA(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """The file that lupantech/ScienceQA's evaluate_acc.py reads, as LLaVA writes it."""
-        rows = only_result(results).rows
+        rows = self.only_result(results).rows
         predicted = {row["id"]: answer_index(row["response"], row["details"]["choices"]) for row in rows}
         correct = sum(predicted[row["id"]] == row["details"]["answer"] for row in rows)
         summary = {"acc": correct / len(rows) * 100, "correct": correct, "count": len(rows)}
         said = {row["id"]: row["response"] for row in rows}
         text = json.dumps({**summary, "results": predicted, "outputs": said}, ensure_ascii=False, indent=2)
-        with written_whole(out) as aside:
-            aside.write_text(text + "\n", encoding="utf-8")
+        write_whole(out, text + "\n")
 
 
 def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Benchmark) -> list[str]:
@@ -151,7 +150,7 @@ def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Be
     if not isinstance(problems, dict):
         raise UserError(f"{path}: expected an object of problems by id")
     if listed.is_file():
-        (ids,) = typed(read_json(listed), listed, "the splits", **{split: list})
+        (ids,) = typed_fields(read_json(listed), listed, "the splits", **{split: list})
         return list(ids)
     said = {i: problem.get("split") if isinstance(problem, dict) else None for i, problem in problems.items()}
     if split not in said.values():
@@ -161,11 +160,11 @@ def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Be
 
 def _predictions(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix == ".json" and isinstance(found := read_json(path), dict):
-        indices, outputs = typed({"outputs": {}} | found, path, "the file", results=dict, outputs=dict)
+        indices, outputs = typed_fields({"outputs": {}} | found, path, "the file", results=dict, outputs=dict)
         for i, index in indices.items():
             if not isinstance(index, int) or not -1 <= index < len(OPTIONS):
                 raise UserError(f"{path}: result {i!r} is {index!r}, not the index of a choice")
         said = {i: outputs.get(i, OPTIONS[index] if index >= 0 else FAILED) for i, index in indices.items()}
-        yield from zip(said, typed(said, path, "outputs", **dict.fromkeys(said, str)), strict=True)
+        yield from zip(said, typed_fields(said, path, "outputs", **dict.fromkeys(said, str)), strict=True)
         return
-    yield from read_answers_by(path, ("question_id", "text"), ("id", "response"))
+    yield from read_answers_as(path, ("id", "response"), ("question_id", "text"))[0]

@@ -14,10 +14,10 @@ from typing import Any
 from data_pipelines.samples import Image, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.multiple_choice import LETTER_PROMPT
-from eval.layout import fields, find_file, find_folder, read_answers_by, read_json, typed
+from eval.files import json_text, write_whole
+from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from eval.submission import only_result, write_lines
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
@@ -47,7 +47,7 @@ class SEEDBench(Benchmark):
         root = find_folder(config.data, ["."], config.media, self.layout)
         found = []
         for number, row in enumerate(rows):
-            (kind,) = typed(row, path, f"question {number}", data_type=str)
+            (kind,) = typed_fields(row, path, f"question {number}", data_type=str)
             if split in ("all", kind):
                 found.append(self._question(row, number, path, root, dimensions, config))
         return found
@@ -56,9 +56,9 @@ class SEEDBench(Benchmark):
         self, row: Any, number: int, path: Path, root: Path, dimensions: dict[str, str], config: EvaluationConfig
     ) -> Question:
         where = f"question {number}"
-        asked, answer, question_id = typed(row, path, where, question=str, answer=str, question_id=int | str)
-        kind, dimension, data_id = typed(row, path, where, data_type=str, question_type_id=int, data_id=str)
-        options = list(typed(row, path, where, **dict.fromkeys(CHOICES, str)))
+        asked, answer, question_id = typed_fields(row, path, where, question=str, answer=str, question_id=int | str)
+        kind, dimension, data_id = typed_fields(row, path, where, data_type=str, question_type_id=int, data_id=str)
+        options = list(typed_fields(row, path, where, **dict.fromkeys(CHOICES, str)))
         if answer not in tuple(LETTERS[:4]) or str(dimension) not in dimensions:
             raise UserError(f"{path}, {where}: answer {answer!r} of dimension {dimension} is not SEED-Bench's")
         words = self.ask(config, question=asked, options=option_lines(options))
@@ -76,13 +76,14 @@ class SEEDBench(Benchmark):
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """LLaVA's answers (`question_id`, `text`), the leaderboard's file (`question_id`, `prediction`), or what
         SEED-Bench's eval.py writes (`q_id`, `prediction`)."""
-        forms = (("question_id", "text"), ("question_id", "prediction"), ("q_id", "prediction"), ("id", "response"))
-        return read_answers_by(path, *forms)
+        forms = (("id", "response"), ("q_id", "prediction"), ("question_id", "prediction"), ("question_id", "text"))
+        return read_answers_as(path, *forms)[0]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """JSON lines of `question_id` and `prediction`, as LLaVA writes them for the leaderboard."""
-        rows = only_result(results).rows
-        write_lines(out, ({"question_id": row["id"], "prediction": row["response"]} for row in rows))
+        rows = self.only_result(results).rows
+        lines = [json_text({"question_id": row["id"], "prediction": row["response"]}) for row in rows]
+        write_whole(out, "".join(lines))
 
 
 def _shown(root: Path, dimension: int, question_id: str) -> Image | Video:
