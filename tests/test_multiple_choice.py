@@ -9,9 +9,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.multiple_choice import chosen, read_options
+from eval.options import LETTERS
 from mmdora.errors import UserError
 from tests.benchmark_walk import questions_of, write_json, write_jsonl
 from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope_files, science_files, seed_files
@@ -42,6 +45,13 @@ def test_options_are_read_from_lines():
     assert read_options("Which?\nA. a cat\n(B) a dog \n C) it\nAnswer.") == {"A": "a cat", "B": "a dog", "C": "it"}
     assert read_options("I. Roman\nA. x\nA. one\nB. two\nD. four") == {"A": "one", "B": "two"}
     assert read_options("A. only one") == read_options("No options") == {}
+    assert len(read_options("\n".join(f"{letter}. x" for letter in [*LETTERS, "B"]))) == 26
+
+
+@given(st.text(alphabet="ABab.():* \nis") | st.text())
+def test_no_text_breaks_the_parser(text):
+    assert chosen(text, {"A": text, "B": "b"}) in ("A", "B", None)
+    assert list(read_options(text)) == list(LETTERS[: len(read_options(text))])
 
 
 def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):

@@ -36,7 +36,7 @@ def read_options(text: str) -> dict[str, str]:
     for letter, option in OPTION_LINE.findall(text):
         if letter == "A":  # a list that begins anew is the question's own
             options = {}
-        if letter == LETTERS[len(options)]:
+        if letter == LETTERS[len(options) : len(options) + 1]:
             options[letter] = option
     return options if len(options) > 1 else {}
 
