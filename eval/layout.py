@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+TYPES = {str: "text", int: "a whole number", dict: "an object", list: "a list of strings", int | str: "an id"}
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
@@ -38,6 +40,19 @@ def find_folder(data: str, candidates: Sequence[str], media: str | None, layout:
     return next((root / name for name in candidates if (root / name).is_dir()), root / candidates[0])
 
 
+def warn_of_missing(data: str, missing: Sequence[str], layout: str) -> None:
+    """Say what of a benchmark of several parts is not there: it is scored on the others."""
+    if missing:
+        log.warning(
+            "%s: no %s, so it is not the whole benchmark; expected layout: %s", data, ", ".join(missing), layout
+        )
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, blank ones left out."""
+    return [line for line in _text(path).split("\n") if line.strip()]
+
+
 def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
     try:
@@ -59,13 +74,23 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON list, or of JSON lines whatever the file's suffix: POPE's `.json` files are JSON lines.
+
+    Raises UserError that names the file, and the line that is not JSON.
+    """
+    rows = read_json(path) if _text(path).lstrip().startswith("[") else read_jsonl(path)
+    return list(rows)
+
+
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
     """A CSV or TSV file as one dict a row; `names` for a file without a header line.
 
     Raises UserError that names the file and the row that has other columns than the header.
     """
     csv.field_size_limit(1 << 30)  # MMBench has whole pictures in its cells
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), fieldnames=names, delimiter=delimiter)
+    lines = (f"{line}\n" for line in _text(path).split("\n"))  # a StringIO would take four times the file
+    reader = csv.DictReader(lines, fieldnames=names, delimiter=delimiter)
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -90,6 +115,15 @@ def typed(row: Any, path: Path, where: str, name: str, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not of the type {kind.__name__}")
     return value
+
+
+def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
+    """As `fields`, of these types by name; a list is one of strings. Raises UserError for a value of another type."""
+    for (name, kind), value in zip(kinds.items(), fields(row, path, where, *kinds), strict=True):
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or (kind is list and not all(isinstance(item, str) for item in value)):
+            raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not {TYPES.get(kind, kind)}")
+        yield value
 
 
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:

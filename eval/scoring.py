@@ -61,7 +61,8 @@ def make_report(
     if benchmark.has_strict:
         strict = figure(benchmark, questions, scores, "strict")
         unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
-        if all(len(q.references) == 1 for q in questions):
+        mean = type(benchmark).headline is Benchmark.headline  # other headlines are not of a share's unit
+        if mean and all(len(q.references) == 1 for q in questions):
             majority = 100 * majority_share([q.references[0] for q in questions])
     report["scores"] |= {"official": figure(benchmark, questions, scores, "official"), "strict": strict}
     return report | {

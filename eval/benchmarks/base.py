@@ -119,6 +119,12 @@ class Benchmark(ABC):
     def is_judged(self) -> bool:
         return type(self).judge_prompt is not Benchmark.judge_prompt
 
+    def only_result(self, results: Sequence[Result]) -> Result:
+        """The result, where the leaderboard takes one. Raises UserError for several."""
+        if len(results) > 1:
+            raise UserError(f"{results[0].benchmark} takes one result; {results[1].folder} is another")
+        return results[0]
+
     def judge_prompt(self, response: str, question: Question) -> str | None:
         """What a judge (a language model) is asked about an answer; None: the benchmark is not judged."""
         return None

@@ -1,0 +1,234 @@
+"""`mme`: MME (Fu et al., 2023), 14 tasks with two yes/no questions to each picture.
+
+Scorer: BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, eval_tool/calculation.py. An answer is
+"yes" or "no" if its first four characters hold the word (those of "nope" and "eyes" do), else "other". A task is worth
+its accuracy and its accuracy+ (the share of pictures with both questions right), 100 points each. The leaderboard shows
+two sums, Perception (10 tasks, of 2000) and Cognition (4 tasks, of 800). The headline is the sum of all tasks; the two
+stand among the categories. Papers that give one figure mostly give Perception.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.samples import Image
+from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.files import write_whole
+from eval.layout import read_jsonl, read_lines, typed_fields, warn_of_missing
+from eval.metrics import Totals
+from eval.results import Result
+from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
+GROUP = dict.fromkeys(PERCEPTION.split(), "Perception") | dict.fromkeys(COGNITION.split(), "Cognition")  # by task
+ROOTS = ("", "MME_Benchmark_release_version", "MME_Benchmark", "MME_Benchmark_release_version/MME_Benchmark")
+REQUEST = "Please answer yes or no."  # ends the official questions; LLaVA-1.5 asks in its own words instead
+LLAVA_REQUEST = "Answer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the official files."""
+
+    task: str
+    image: str  # the file's name
+    question: str
+    answer: str  # Yes or No
+
+
+def parse(response: str) -> str:
+    """What was said: yes, no or other."""
+    start = response.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def task_scores(totals: Totals) -> dict[str, np.ndarray]:
+    """Each task's points, of 200, from sums over its questions."""
+    return {
+        task: 100 * (totals[f"{task} right"] / totals[f"{task} n"] + totals[f"{task} both"] / totals[f"{task} images"])
+        for task in GROUP
+        if f"{task} n" in totals
+    }
+
+
+@BENCHMARKS.register("mme")
+class MME(Benchmark):
+    """MME, accuracy and accuracy+ in points, of 2800 (BradyFU's eval_tool, calculation.py)."""
+
+    layout = (
+        "MME_Benchmark_release_version/<task>/<image>.txt beside <image>.jpg or .png, or <task>/questions_answers_YN/"
+        "<image>.txt and <task>/images/<image>.jpg; a line is a question, a tab, and Yes or No"
+    )
+    bounds = (0.0, 2800.0)  # of the headline
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        """Also from eval_tool/Your_Results, the <task>.txt that predictions are written into: without pictures."""
+        root = find_path(config.data)
+        folders = [root / name for name in ROOTS]
+        folder = next((f for f in folders if any((f / task).is_dir() for task in GROUP)), None)
+        found: list[tuple[list[Row], Path | None]]
+        if folder is not None:
+            found = [pair for task in GROUP for pair in _official(folder / task)]
+        else:
+            listed = [root / f"{task}.txt" for task in GROUP]
+            found = [pair for path in listed if path.is_file() for pair in _listed(path)]
+        if not found:
+            what = "holds no task's questions" if root.is_dir() else "no such folder"
+            raise UserError(f"{root}: {what}; expected layout:\n{self.layout}")
+        present = {row.task for rows, _ in found for row in rows}
+        warn_of_missing(config.data, [task for task in GROUP if task not in present], self.layout)
+        return [
+            self._question(row, number, picture, config) for rows, picture in found for number, row in enumerate(rows)
+        ]
+
+    def _question(self, row: Row, number: int, picture: Path | None, config: EvaluationConfig) -> Question:
+        pair = f"{row.task}/{PurePath(row.image).stem}"
+        words = self.ask(config, question=row.question.replace(REQUEST, "").strip())
+        sample = conversation(f"{pair}/{number}", words, [Image(picture)] if picture else [], row.task)
+        groups = (GROUP[row.task], f"task: {row.task}")
+        return Question(sample.id, sample, (row.answer.lower(),), pair, groups, asdict(row) | {"pair": pair})
+
+    def score(self, response: str, question: Question) -> Score:
+        said = parse(response)
+        right = float(said == question.references[0])
+        return Score(right, right, unparsed=said == "other")
+
+    def score_all(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
+        """Each question with what its picture adds to its task's sums."""
+        alone = {q.id: self.score(responses[q.id], q) for q in questions}
+        pairs: dict[str, list[Question]] = defaultdict(list)
+        for q in questions:
+            pairs[q.details["pair"]].append(q)
+        scores = {}
+        for pair in pairs.values():
+            both, share = min(alone[q.id].official for q in pair), 1 / len(pair)
+            for q in pair:
+                s, task = alone[q.id], q.details["task"]
+                sums = {"n": 1.0, "right": s.official, "images": share, "both": share * both}
+                named = {f"{task} {name}": value for name, value in sums.items()}
+                scores[q.id] = Score(s.official, s.strict, s.unparsed, named)
+        return scores
+
+    def headline(self, totals: Totals, kind: str) -> np.ndarray:
+        """The sum of the tasks' points: Perception + Cognition, or of the tasks that there are. A task that a draw of
+        few pictures lacks counts as the mean of the others."""
+        points = list(task_scores(totals).values())
+        return len(points) * np.nanmean(points, axis=0)
+
+    def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
+        return {"tasks": f"{len({q.details['task'] for q in questions})} of {len(GROUP)}"}
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """calculation.py's input, a folder (or a zip of it) of <task>.txt with lines of image, question, answer and
+        prediction between tabs; or LLaVA's answers, JSON lines of `question_id` (task/image), `prompt` and `text`."""
+        asked: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for q in reversed(questions):
+            asked[_key(q.details["task"], q.details["image"], q.details["question"])].append(q.id)
+        if path.suffix == ".jsonl":
+            rows = read_jsonl(path)
+            if not all(isinstance(row, dict) and "prompt" in row for row in rows):
+                return super().read_predictions(path, questions)
+            found = list(_of_llava(rows, path))
+        else:
+            found = [said for task, lines in _result_files(path) for said in _predicted(path, task, lines)]
+        pairs = []
+        for task, image, question, response in found:
+            ids = asked.get(_key(task, image, question), [f"{task}/{image}: {question}"])
+            pairs.append((ids.pop() if len(ids) > 1 else ids[0], response))
+        return pairs
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """A zip of the folder that calculation.py reads: <task>.txt for all 14 tasks, a picture's lines together."""
+        result = self.only_result(results)
+        if out.suffix != ".zip":
+            raise UserError(f"{out}: MME's results are a zip of {len(GROUP)} texts; --out names a .zip")
+        files: dict[str, list[str]] = {task: [] for task in GROUP}
+        for row in sorted(result.rows, key=lambda row: str(row["details"]["pair"])):
+            details = row["details"]
+            said = " ".join(row["response"].split())  # a tab or a new line would end the field
+            files[details["task"]].append("\t".join([details["image"], details["question"], details["answer"], said]))
+        if absent := [task for task, lines in files.items() if not lines]:
+            raise UserError(f"{result.folder}: no answers to {', '.join(absent)}; calculation.py wants all 14 tasks")
+        archived = io.BytesIO()
+        with zipfile.ZipFile(archived, "w") as archive:
+            for task, lines in files.items():
+                archive.writestr(f"{task}.txt", "".join(f"{line}\n" for line in lines))
+        write_whole(out, archived.getvalue())
+
+
+def _official(folder: Path) -> Iterator[tuple[list[Row], Path]]:
+    """A task's questions by picture. Raises UserError for a text that is not two questions."""
+    texts, pictures = folder / "questions_answers_YN", folder / "images"
+    if not texts.is_dir():
+        texts = pictures = folder
+    known = {path.stem: path for path in pictures.glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+    for text in sorted(texts.glob("*.txt")):
+        picture = known.get(text.stem, pictures / f"{text.stem}.jpg")
+        cells = [_cells(line, text, n, 2) for n, line in enumerate(read_lines(text), 1)]
+        yield _pair([Row(folder.name, picture.name, *cell) for cell in cells], str(text)), picture
+
+
+def _listed(path: Path) -> Iterator[tuple[list[Row], None]]:
+    """As `_official`, from a task's one text with lines of image, question, answer (and prediction)."""
+    rows = [Row(path.stem, *_cells(line, path, n, 3)) for n, line in enumerate(read_lines(path), 1)]
+    for start in range(0, len(rows), 2):
+        yield _pair(rows[start : start + 2], f"{path}, line {start + 1}"), None
+
+
+def _cells(line: str, path: Path, number: int, count: int) -> list[str]:
+    cells = line.strip().split("\t")
+    if len(cells) < count or cells[count - 1].strip().lower() not in ("yes", "no"):
+        raise UserError(f"{path}, line {number}: expected a question, a tab, and Yes or No; found {line!r:.80}")
+    return [cell.strip() for cell in cells[:count]]
+
+
+def _pair(rows: list[Row], where: str) -> list[Row]:
+    if len(rows) != 2 or rows[0].image != rows[1].image:
+        raise UserError(f"{where}: {len(rows)} questions to {rows[0].image if rows else 'no picture'}, not 2")
+    return rows
+
+
+def _result_files(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Tasks with the lines of their texts, from a folder or a zip."""
+    if path.is_dir():
+        yield from ((task, read_lines(path / f"{task}.txt")) for task in GROUP if (path / f"{task}.txt").is_file())
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if PurePath(name).suffix == ".txt" and PurePath(name).stem in GROUP:
+                    text = archive.read(name).decode("utf-8-sig")
+                    yield PurePath(name).stem, [line for line in text.split("\n") if line.strip()]
+    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: neither a folder nor a zip of <task>.txt ({error})") from None
+
+
+def _predicted(path: Path, task: str, lines: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+    for number, line in enumerate(lines, 1):
+        cells = line.rstrip("\r\n").split("\t")
+        if len(cells) != 4:
+            expected = "image, question, answer and prediction between tabs"
+            raise UserError(f"{path}, {task}.txt, line {number}: expected {expected}; found {len(cells)} cells")
+        yield task, cells[0], cells[1], cells[3]
+
+
+def _of_llava(rows: Sequence[Any], path: Path) -> Iterator[tuple[str, str, str, str]]:
+    for number, row in enumerate(rows):
+        question_id, prompt, said = typed_fields(row, path, f"row {number}", question_id=str, prompt=str, text=str)
+        yield question_id.split("/")[0], question_id, prompt, said
+
+
+def _key(task: str, image: str, question: str) -> tuple[str, str, str]:
+    words = question.replace(REQUEST, "").replace(LLAVA_REQUEST, "").split()
+    return task, PurePath(image).stem, " ".join(words)

@@ -1,0 +1,185 @@
+"""What is read as an answer to one of several options, and what official files and predictions may not be."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.benchmarks import BENCHMARKS
+from eval.benchmarks.multiple_choice import chosen, read_options
+from eval.options import LETTERS
+from mmdora.errors import UserError
+from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope_files, science_files, seed_files
+from tests.choice_walk import questions_of, write_json, write_jsonl
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        *[
+            (said, "B")
+            for said in ("B", "b.", "(B)", "**B**", "B. dog", "(B) a dog", "B) x", "B: dog", "B is correct.")
+        ],
+        *[(said, "B") for said in ("The answer is B", "Answer: (B).", "the correct answer is **B**. It barks.")],
+        *[(said, "B") for said in ("Dog.", "a dog", "It is a dog", "The answer is the dog.", "B\nIt barks.")],
+        *[(said, "C") for said in ("Let me think. A is wrong. So the answer is C", "option C")],
+        *[
+            (said, None)
+            for said in ("", "A or B", "E", "I", "dog and cat", "the answer is a fish", "not B", "A dog or so")
+        ],
+        *[(said, None) for said in ("The answer is A. No, the answer is B.", "hot dog", "The answer is not B")],
+    ],
+)
+def test_only_what_is_clear_is_an_answer(said, letter):
+    assert chosen(said, {"A": "cat", "B": "a dog", "C": "bird"}) == letter
+
+
+def test_options_are_read_from_lines():
+    assert read_options("Which?\nA. a cat\n(B) a dog \n C) it\nAnswer.") == {"A": "a cat", "B": "a dog", "C": "it"}
+    assert read_options("I. Roman\nA. x\nA. one\nB. two\nD. four") == {"A": "one", "B": "two"}
+    assert read_options("A. only one") == read_options("No options") == {}
+    assert len(read_options("\n".join(f"{letter}. x" for letter in [*LETTERS, "B"]))) == 26
+
+
+@given(st.text(alphabet="ABab.():* \nis") | st.text())
+def test_no_text_breaks_the_parser(text):
+    assert chosen(text, {"A": text, "B": "b"}) in ("A", "B", None)
+    assert list(read_options(text)) == list(LETTERS[: len(read_options(text))])
+
+
+def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
+    rows = [{"question": "Which?\nA. x\nB. y", "answer": "z"}]
+    with pytest.raises(UserError, match="has the options A, B, and its answer is 'z'"):
+        questions_of("multiple_choice", write_json(tmp_path / "own.json", rows))
+    with pytest.raises(UserError, match="has no options"):
+        questions_of("multiple_choice", write_json(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "message"),
+    [
+        ("scienceqa", "problems.json", '{"1": {"split": "test"}}', r"problems.json, problem '1': no field 'question'"),
+        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\nx\tWhat?\tp\tq\n", r"row 2: the index 'x'"),
+        (
+            "mmbench",
+            "mmbench_dev.tsv",
+            "index\tquestion\tA\tB\tanswer\n1\tWhat?\tp\tq\tC\n",
+            r"index 1: the answer 'C'",
+        ),
+        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\timage\n1\tWhat?\tp\tq\t*\n", r"index 1: the picture"),
+        (
+            "mmbench",
+            "mmbench_dev.tsv",
+            "index\tquestion\tA\tB\n1\tWhat?\t\t\n",
+            r"mmbench_dev.tsv, row 2: has no options",
+        ),
+        ("seedbench", "SEED-Bench.json", '{"questions": []}', r"SEED-Bench.json, the file: no field 'question_type'"),
+        ("boolq", "test.json", '[{"instruction": "?", "answer": "yes"}]', r"row 0: 'yes' is no answer of boolq"),
+        ("commonsense", "test.json", "[]", r"holds no boolq/test.json or piqa/test.json"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, file, text, message):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        questions_of(name, tmp_path)
+
+
+def test_a_workbook_that_is_none_is_named(tmp_path):
+    questions = questions_of("mmbench", mmbench_files(tmp_path))
+    (tmp_path / "said.xlsx").write_text("no workbook")
+    with pytest.raises(UserError, match=r"said\.xlsx: not a workbook"):
+        BENCHMARKS["mmbench"]().read_predictions(tmp_path / "said.xlsx", questions)
+    pd.DataFrame([{"id": 1}]).to_excel(tmp_path / "said.xlsx", index=False)
+    with pytest.raises(UserError, match=r"said\.xlsx, row 2: no field 'index'"):
+        BENCHMARKS["mmbench"]().read_predictions(tmp_path / "said.xlsx", questions)
+
+
+def places(value: Any, way: tuple = ()) -> Iterator[tuple]:
+    """The way to every value inside a JSON value."""
+    if way:
+        yield way
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places(inner, (*way, key))
+
+
+def spoilt(value: Any) -> Iterator[Any]:
+    """The value with each value inside it taken out, or of another type."""
+    for *way, last in places(value):
+        for wrong in (None, 5, -1, "x", True, [1], {"a": 1}):
+            other = copy.deepcopy(value)
+            inner = other
+            for key in way:
+                inner = inner[key]
+            inner[last] = wrong
+            yield other
+        if isinstance(inner, dict):
+            del inner[last]
+            yield other
+
+
+def is_read(read: Any) -> bool:
+    """Whether it is; a fault of the file's is the user's, and no other exception is raised."""
+    try:
+        read()
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "file"),
+    [
+        ("scienceqa", science_files, "problems.json"),
+        ("scienceqa", science_files, "pid_splits.json"),
+        ("seedbench", seed_files, "SEED-Bench.json"),
+        ("boolq", commonsense_files, "boolq/test.json"),
+        ("pope", pope_files, "coco/coco_pope_random.json"),
+    ],
+)
+def test_official_files_of_other_types_are_the_users_faults(tmp_path, name, make, file):
+    path = make(tmp_path) / file
+    lines = path.read_text().split("\n")
+    value = json.loads(lines[0]) if len(lines) < 3 else [json.loads(line) for line in lines if line]
+    write = write_json if len(lines) < 3 else write_jsonl
+    write(path, value)
+    assert is_read(lambda: questions_of(name, tmp_path))
+    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if write(path, other)]
+    assert sum(refused) > len(refused) / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "row"),
+    [
+        ("scienceqa", science_files, lambda q: {"question_id": q.id, "text": "A"}),
+        ("seedbench", seed_files, lambda q: {"question_id": q.id, "prediction": "A"}),
+        ("commonsense", commonsense_files, lambda q: {"id": q.id, "response": "true"}),
+        ("pope", pope_files, lambda q: {"question": q.details["question"], "answer": "no"}),
+        (
+            "mmbench",
+            mmbench_files,
+            lambda q: {"question_id": int(q.id) % 10, "round_id": int(q.id) // 10**6, "text": "A"},
+        ),
+        ("mme", mme_files, lambda q: {"question_id": q.details["pair"], "prompt": q.details["question"], "text": "no"}),
+    ],
+)
+def test_predictions_of_other_types_are_the_users_faults(tmp_path, name, make, row):
+    questions = questions_of(name, make(tmp_path))[:6]
+    path, benchmark = tmp_path / "said.jsonl", BENCHMARKS[name]()
+
+    def score() -> None:
+        said = dict(benchmark.read_predictions(path, questions))
+        benchmark.score_all({q.id: said.get(q.id, "") for q in questions}, questions)
+
+    rows = [row(q) for q in questions]
+    write_jsonl(path, rows)
+    assert {i for i, _ in benchmark.read_predictions(path, questions)} == {q.id for q in questions}
+    refused = [not is_read(score) for other in spoilt(rows) if write_jsonl(path, other)]
+    assert any(refused)
