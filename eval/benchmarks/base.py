@@ -9,6 +9,7 @@ predictions are read and handed in (`read_predictions`, `write_submission`). It 
 
 from __future__ import annotations
 
+import logging
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 from mmdora.registry import Registry
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,13 @@ class Benchmark(ABC):
     def is_judged(self) -> bool:
         return type(self).judge_prompt is not Benchmark.judge_prompt
 
-    def only_result(self, results: Sequence[Result]) -> Result:
-        """The result, where the leaderboard takes one. Raises UserError for several."""
+    def only_result(self, results: Sequence[Result], wanted: str | None = None) -> Result:
+        """The result, where the leaderboard takes one. `wanted` is the split that it ranks: of one whose answers are
+        public, the file is only good to try. Raises UserError for several."""
         if len(results) > 1:
             raise UserError(f"{results[0].benchmark} takes one result; {results[1].folder} is another")
+        if wanted is not None and any(row["references"] for row in results[0].rows):
+            log.warning("%s: its answers are public; the leaderboard ranks %s", results[0].folder, wanted)
         return results[0]
 
     def judge_prompt(self, response: str, question: Question) -> str | None:

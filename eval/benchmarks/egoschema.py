@@ -78,9 +78,8 @@ class EgoSchema(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """`{"<q_uid>": 0…4}` for the validation server where `out` ends in .json, else Kaggle's CSV."""
-        if len(results) != 1 or any(row["references"] for row in results[0].rows):
-            raise UserError(f"{results[0].folder}: the leaderboard takes one result, of the split `full`")
-        chosen = {row["id"]: chosen_option(row["response"], row["details"]["options"]) for row in results[0].rows}
+        rows = self.only_result(results, "the split full").rows
+        chosen = {row["id"]: chosen_option(row["response"], row["details"]["options"]) for row in rows}
         indices = {key: -1 if index is None else index for key, index in chosen.items()}
         if out.suffix == ".json":
             write_whole(out, json_text(indices))

@@ -23,10 +23,10 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.metrics import Totals
 from eval.results import Result
-from eval.submission import unanswered_split, write_json
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -103,11 +103,11 @@ testdev_balanced_choices.json   (for validity and plausibility, if you have it)"
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """EvalAI's file, `[{"questionId", "prediction"}]`, of every question in submission_all_questions.json: the
         server scores the phase's own of them."""
-        result = unanswered_split(results, f"the split {SUBMISSION}")
+        result = self.only_result(results, f"the split {SUBMISSION}")
         split, data = result.receipt["split"], Path(result.receipt["data"])
         if split != SUBMISSION and data.name != f"{SUBMISSION}_questions.json":
             raise UserError(f"{result.folder}: the split is {split or data.name}; the leaderboard takes {SUBMISSION}")
-        write_json(out, [{"questionId": row["id"], "prediction": row["response"]} for row in result.rows])
+        write_whole(out, json_text([{"questionId": row["id"], "prediction": row["response"]} for row in result.rows]))
 
 
 def annotation(row: dict[str, Any], path: Path, where: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_json, typed
 from eval.results import Result
-from eval.submission import write_json
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
@@ -99,9 +99,8 @@ images/v1_0.png"""
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """What MM-Vet's evaluator takes: an object of answers by question id."""
-        if len(results) != 1:
-            raise UserError(f"{len(results)} results: MM-Vet's evaluator takes one")
-        write_json(out, {row["id"]: row["response"] for row in results[0].rows})
+        result = self.only_result(results)
+        write_whole(out, json_text({row["id"]: row["response"] for row in result.rows}))
 
     def judge_prompt(self, response: str, question: Question) -> str | None:
         reference = question.references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")

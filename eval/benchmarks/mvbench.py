@@ -146,13 +146,12 @@ class MVBench(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """upload_leaderboard.json, as the notebook writes it: each task's accuracy in percent, and "Avg"."""
-        if len(results) != 1:
-            raise UserError(f"{len(results)} results: MVBench's leaderboard takes one at a time")
-        rows, right = results[0].rows, {task: list[float]() for task in TASKS}
+        result = self.only_result(results)
+        rows, right = result.rows, {task: list[float]() for task in TASKS}
         for row in rows:
             right[row["categories"][0].removeprefix("task: ")].append(row["official"])
         if lacking := [task for task, values in right.items() if not values]:
-            raise UserError(f"{results[0].folder}: no answers to {', '.join(lacking)}; the leaderboard wants all tasks")
+            raise UserError(f"{result.folder}: no answers to {', '.join(lacking)}; the leaderboard wants all tasks")
         table = {task: 100 * sum(values) / len(values) for task, values in right.items()}
         write_whole(out, json_text(table | {"Avg": 100 * sum(row["official"] for row in rows) / len(rows)}))
 

@@ -91,9 +91,8 @@ class NLVR(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """The identifiers' CSV: a picture's name, and true or false; an answer that is neither is written as "none"."""
-        if len(results) != 1:
-            raise UserError(f"{len(results)} results: NLVR's file holds one")
-        answers = {row["id"]: row["response"].strip() for row in results[0].rows}
+        result = self.only_result(results)
+        answers = {row["id"]: row["response"].strip() for row in result.rows}
         wanted = PERMUTATIONS * len({key.rpartition("-")[0] for key in answers})
         if len(answers) < wanted:
             log.warning("%s: %d of %d pictures; the official script wants all", out, len(answers), wanted)

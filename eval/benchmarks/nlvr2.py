@@ -69,9 +69,8 @@ class NLVR2(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """The predictions' CSV: identifier, and True or False; an answer that is neither is written as "none"."""
-        if len(results) != 1:
-            raise UserError(f"{len(results)} results: NLVR2's file holds one")
-        write_whole(out, csv_text({row["id"]: row["response"] for row in results[0].rows}, str.capitalize))
+        result = self.only_result(results)
+        write_whole(out, csv_text({row["id"]: row["response"] for row in result.rows}, str.capitalize))
 
 
 def picture_folder(root: Path, split: str, directory: Any, pair: str) -> Path:

@@ -19,9 +19,9 @@ from pathlib import Path
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.vqa import evalai_normalize, leave_one_out
+from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_jsonl, typed
 from eval.results import Result
-from eval.submission import unanswered_split, write_json
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -125,8 +125,8 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """EvalAI's file, `[{"question_id", "answer"}]`."""
-        result = unanswered_split(results, "the split test")
-        write_json(out, [{"question_id": int(row["id"]), "answer": row["response"]} for row in result.rows])
+        result = self.only_result(results, "the split test")
+        write_whole(out, json_text([{"question_id": int(row["id"]), "answer": row["response"]} for row in result.rows]))
 
 
 def row_key(row: object, path: Path, where: str) -> tuple[str, str]:

@@ -112,17 +112,16 @@ class VideoMME(Benchmark):
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """output_test_template.json: the videos with their questions, and the answers as "response"."""
-        if len(results) != 1:
-            raise UserError(f"{len(results)} results: Video-MME takes one file at a time")
+        result = self.only_result(results)
         videos: dict[str, dict[str, Any]] = {}
-        for row in results[0].rows:
+        for row in result.rows:
             details = row["details"]
             named = ("video_id", "duration_category", "video_category", "video_subcategory")
             video = videos.setdefault(details["video_id"], {name: details[name] for name in named} | {"questions": []})
             asked = {"question_id": row["id"]} | {name: details[name] for name in ("task_type", "question", "choices")}
             video["questions"].append(asked | {"answer": row["references"][0], "response": row["response"]})
         if lacking := [name for name, video in videos.items() if len(video["questions"]) != 3]:
-            raise UserError(f"{results[0].folder}: video {lacking[0]} has not its three questions")
+            raise UserError(f"{result.folder}: video {lacking[0]} has not its three questions")
         write_whole(out, json.dumps(list(videos.values()), indent=4, ensure_ascii=False) + "\n")
 
 

@@ -27,9 +27,9 @@ from eval.benchmarks.vqa import (
     process_punctuation,
     strip_whitespace,
 )
+from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
-from eval.submission import unanswered_split, write_json
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
@@ -94,8 +94,8 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """EvalAI's file, `[{"image", "answer"}]`."""
-        result = unanswered_split(results, "the split test")
-        write_json(out, [{"image": row["id"], "answer": row["response"]} for row in result.rows])
+        result = self.only_result(results, "the split test")
+        write_whole(out, json_text([{"image": row["id"], "answer": row["response"]} for row in result.rows]))
 
 
 def normalize(prediction: str) -> str:

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, TypeAlias
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.vqa import evalai_normalize, vqa_accuracy
+from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
-from eval.submission import unanswered_split, write_json
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -117,14 +117,17 @@ val2014/COCO_val2014_000000262148.jpg   (or in images/; test2015/ for both test 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """EvalAI's file: every test2015 question, `[{"question_id", "answer"}]`. Answers to test-dev2015 alone go in
         with the others empty, as LLaVA's do: the phase test-dev counts no more than those."""
-        result = unanswered_split(results, "test-dev2015 or test2015")
+        result = self.only_result(results, "test-dev2015 or test2015")
         answers = {row["id"]: row["response"] for row in result.rows}
+        if result.rows[0]["references"]:  # val2014, to try the file
+            write_whole(out, json_text([{"question_id": int(i), "answer": said} for i, said in answers.items()]))
+            return
         root = find_path(result.receipt["data"])
         path = self.find(root.parent if root.is_file() else root, "test2015", self.questions_file)
         asked = read_questions(read_json(path), path)
         if foreign := answers.keys() - asked.keys():
             raise UserError(f"{result.folder}: {len(foreign)} answers are to no question of {path}: {min(foreign)}")
-        write_json(out, [{"question_id": int(i), "answer": answers.get(i, "")} for i in asked])
+        write_whole(out, json_text([{"question_id": int(i), "answer": answers.get(i, "")} for i in asked]))
 
 
 @BENCHMARKS.register("okvqa")
