@@ -203,7 +203,9 @@ class Encoder:
         blank = part.path is _NOTHING
         if isinstance(part, Image):
             return _BLANK if blank else load_image(part.path, part.data)
-        return self._blank_clip() if blank else load_video(part.path, self.video, part.data)
+        if blank:
+            return self._blank_clip()
+        return load_video(part.path, self.video.model_copy(update=part.bounds), part.data)
 
     def _run(self, sample: Sample, text: str, plain: Plain, media: list[Media]) -> Encoded:
         shown = media[: len(list(sample.media()))]

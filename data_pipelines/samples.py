@@ -27,10 +27,20 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """As `Image`."""
+    """As `Image`; or a clip of it, from `start` up to `end` (seconds; None: from its first frame, to its last).
+    `frames_fps` is the rate of a directory of pictures. What is given here goes before `data.video`."""
 
     path: Path
     data: bytes | None = field(default=None, repr=False)
+    start: float | None = None
+    end: float | None = None
+    frames_fps: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that are given, by the name of their key in `data.video`."""
+        named = {"start": self.start, "end": self.end, "frames_fps": self.frames_fps}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 Part: TypeAlias = Text | Image | Video

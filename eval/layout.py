@@ -57,6 +57,11 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, blank ones left out."""
+    return [line for line in _text(path).split("\n") if line.strip()]
+
+
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
     """A CSV or TSV file as one dict a row; `names` for a file without a header line.
 

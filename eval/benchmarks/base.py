@@ -67,6 +67,7 @@ class Benchmark(ABC):
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
     max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
     has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
+    compares_features: ClassVar[bool] = False  # answered by comparing features (eval/features.py), not by generating
     missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod
@@ -123,14 +124,15 @@ class Benchmark(ABC):
     def ask(self, config: EvaluationConfig, **fields: str) -> str:
         """The user's words: the prompt, the benchmark's own or `config.prompt`, with `{question}` and such filled in.
 
-        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`.
+        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`, where
+        there are questions to fill in.
         """
         template = config.prompt or self.prompt
         named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
         if unknown := named - fields.keys():
             known = ", ".join(f"{{{name}}}" for name in fields)
             raise UserError(f"prompt: {config.benchmark} fills in {known}, not {{{sorted(unknown)[0]}}}")
-        if "question" not in named:
+        if "question" in fields and "question" not in named:
             raise UserError(f"prompt: {template!r} has no {{question}}")
         return template.format(**fields)
 
