@@ -1,7 +1,7 @@
 """Captions of videos: `msrvtt_caption`, and VALUE's `tvc` and `yc2c`.
 
 Scorers: for MSR-VTT tylin/coco-caption, as for pictures (eval/benchmarks/captions.py); for TVC and YC2C
-VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py (which evaluate_yc2c.py uses too): only the first of a
+VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py, which evaluate_yc2c.py uses too: only the first of a
 clip's predicted descriptions counts, and characters outside of ASCII become spaces.
 """
 
