@@ -95,6 +95,12 @@ def scorable(questions: list[Question]) -> list[Question]:
     return questions
 
 
+def checked_caption(caption: Any, file: Path, where: str) -> str:
+    if not isinstance(caption, str):
+        raise UserError(f"{file}, {where}: the caption is {caption!r:.60}, not text")
+    return caption
+
+
 def image_question(question_id: str, text: str, path: Path, references: Sequence[str], **details: Any) -> Question:
     sample = conversation(question_id, text, [Image(path)])
     return Question(question_id, sample, tuple(references), str(path), details=details)
@@ -105,6 +111,7 @@ class Caption(CaptionBenchmark):
     """Captions over any dataset format, by CIDEr (tylin/coco-caption, pycocoevalcap/eval.py)."""
 
     verified = True
+    prompt = "{question}"  # the dataset's own
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         return scorable(conversation_questions(config))
@@ -168,11 +175,17 @@ def coco_captions(data: Any, file: Path) -> list[tuple[int, str, list[str]]]:
     captions: dict[int, list[str]] = defaultdict(list)
     for number, row in enumerate(annotations):
         image_id, caption = fields(row, file, f"annotation {number}", "image_id", "caption")
-        captions[image_id].append(caption)
-    rows = [tuple(fields(row, file, f"image {n}", "id", "file_name")) for n, row in enumerate(images)]
-    if annotations and (bare := [image_id for image_id, _ in rows if image_id not in captions]):
-        raise UserError(f"{file}: {len(bare)} images have no caption, such as {bare[0]}")
-    return [(image_id, name, captions[image_id]) for image_id, name in rows]
+        captions[image_id].append(checked_caption(caption, file, f"annotation {number}"))
+    rows = []
+    for number, row in enumerate(images):
+        (image_id,) = fields(row, file, f"image {number}", "id")
+        if not isinstance(image_id, int):
+            raise UserError(f"{file}, image {number}: its id is {image_id!r}, not a whole number")
+        if annotations and image_id not in captions:
+            raise UserError(f"{file}: image {image_id} has no caption")
+        # BLIP's files of Karpathy's splits in this form name no pictures.
+        rows.append((image_id, row.get("file_name", f"COCO_val2014_{image_id:012}.jpg"), captions[image_id]))
+    return rows
 
 
 def karpathy_split(data: Any, file: Path, split: str, key: str) -> list[tuple[Any, str, list[str]]]:
@@ -183,7 +196,8 @@ def karpathy_split(data: Any, file: Path, split: str, key: str) -> list[tuple[An
         where = f"image {number}"
         image_id, name, sentences, its_split = fields(row, file, where, key, "filename", "sentences", "split")
         if its_split == split:
-            rows.append((image_id, name, [next(fields(s, file, where, "raw")) for s in sentences]))
+            said = [checked_caption(next(fields(s, file, where, "raw")), file, where) for s in sentences]
+            rows.append((image_id, name, said))
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from data_pipelines.samples import Video
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Question, conversation
-from eval.benchmarks.captions import CaptionBenchmark, scorable
+from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
 from eval.layout import fields, find_file, find_folder, read_json, read_jsonl
 from eval.results import Result
 from mmdora.config import EvaluationConfig
@@ -59,7 +59,7 @@ class MSRVTTCaption(CaptionBenchmark):
         captions: dict[str, list[str]] = defaultdict(list)
         for number, row in enumerate(sentences):
             video_id, caption = fields(row, file, f"sentence {number}", "video_id", "caption")
-            captions[video_id].append(caption)
+            captions[video_id].append(checked_caption(caption, file, f"sentence {number}"))
         asked, text = [], self.ask(config)
         for number, row in enumerate(videos):
             video_id, its_split = fields(row, file, f"video {number}", "video_id", "split")
@@ -108,7 +108,9 @@ class ValueCaption(CaptionBenchmark):
         for number, row in enumerate(read_jsonl(file), 1):
             clip_id, name = fields(row, file, f"row {number}", "clip_id", "vid_name")
             text = self.ask(config, subtitle=subtitle(spoken.get(name, []), row.get("ts")))
-            references = [next(fields(d, file, f"row {number}", "desc")) for d in row.get("descs", [])]
+            where = f"row {number}"
+            descriptions = [next(fields(d, file, where, "desc")) for d in row.get("descs", [])]
+            references = [checked_caption(description, file, where) for description in descriptions]
             sample = conversation(str(clip_id), text, [self.clip(folder, row)])
             details = {"split": split, "vid_name": name, "clip_id": clip_id, "ts": row.get("ts")}
             asked.append(Question(str(clip_id), sample, tuple(references), name, details=details))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
 
 
 def run_by_features(entry: EvaluationConfig, request: Request, trust_remote_code: bool, out: Path) -> None:
-    """For a benchmark of retrieval: the target is a model with text and image features."""
+    """For a benchmark of retrieval: the target is a model with text and image features. It is quick, and under torchrun
+    one process does it all."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     asked, console, folder = read_questions(entry, by_features=True), make_console(), out / entry.name
     encoder = load_dual_encoder(request.target, trust_remote_code)
     with progress_bar(console, entry.name, len(asked)) as advance:
