@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def test_metrics_are_pycocoevalcaps():
         corpus, each = Bleu(4).compute_score(golds, said, verbose=0)
         ours, by_image = bleu(references, captions)
         assert ours == pytest.approx(corpus, rel=1e-9)
-        assert [list(order) for order in zip(*by_image, strict=True)] == pytest.approx(each, rel=1e-9)
+        assert pytest.approx(np.asarray(each), rel=1e-9) == np.asarray(by_image).T
         assert rouge_l(references, captions) == pytest.approx(list(Rouge().compute_score(golds, said)[1]), rel=1e-9)
         assert cider(references, captions) == pytest.approx(list(Cider().compute_score(golds, said)[1]), rel=1e-9)
 
@@ -57,7 +58,7 @@ def test_no_caption_breaks_a_metric(pairs):
     assert all(0 <= value <= 10 + 1e-9 for value in cider(references, captions))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.text(), max_size=20))
 def test_a_caption_stays_one_whatever_is_in_it(captions):
     tokenized = tokenize(captions)
