@@ -46,11 +46,8 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     if done.returncode:
         raise _failed("the PTB tokenizer", done.stderr)
     tokenized = done.stdout.decode("utf-8", "replace").split("\n")
-    assert len(tokenized) >= len(captions), f"{len(captions)} captions became {len(tokenized)} lines"
-    return [
-        " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION)
-        for line in tokenized[: len(captions)]
-    ]
+    assert len(tokenized) == len(captions), f"{len(captions)} captions became {len(tokenized)} lines"
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION) for line in tokenized]
 
 
 class Meteor:

@@ -12,6 +12,7 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
+from tokenizers.processors import TemplateProcessing
 
 import mmdora
 from data_pipelines.samples import Message, Sample, Text
@@ -38,6 +39,8 @@ TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 def clip(tmp_path_factory) -> Path:
     """A tiny CLIP as transformers saves it."""
     folder, words = tmp_path_factory.mktemp("clip"), tokenizer()
+    ends = (words.eos_token, words.eos_token_id)  # where CLIP reads what the text means
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {ends[0]}", special_tokens=[ends])
     torch.manual_seed(0)
     text = TOWER | {"vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": words.eos_token_id}
     config = hf.CLIPConfig(
@@ -107,6 +110,7 @@ def test_a_clip_from_files_to_report(clip, data, tmp_path, capsys):
     expected = by_hand(hf.CLIPModel.from_pretrained(clip), hf.CLIPProcessor.from_pretrained(clip), data)
     found = np.load(folder / "similarity.npy")
     assert found == pytest.approx(expected, abs=1e-5)
+    assert len(np.unique(found)) == 16  # every sentence and every video is something else
     ranks = tied_ranks(found)
     assert report["scores"]["official"]["value"] == rank_figures([rank for row in ranks for rank in row])["R1"]
     assert report["n"] == 4

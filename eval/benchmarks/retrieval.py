@@ -66,7 +66,7 @@ class MSRVTTRetrieval(Benchmark):
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         found = [read_ranks(responses[q.id]) for q in questions]
-        figures = {}
+        figures: dict[str, float] = {}
         for direction in DIRECTIONS:
             ranks = list(chain.from_iterable(answer[direction] for answer in found))
             if ranks:
