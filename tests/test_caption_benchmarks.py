@@ -197,7 +197,7 @@ def test_karpathys_splits_and_the_prompt(tmp_path):
 
 def test_a_clip_is_its_span_with_what_is_said_in_it(tmp_path):
     make_tvc(tmp_path)
-    prompt = "Hear: {subtitle}. Caption it."
+    prompt = "Hear: {subtitles}. Caption it."
     config = EvaluationConfig(name="t", benchmark="tvc", data=str(tmp_path), prompt=prompt)
     first, second = read_questions(config)
     assert first.sample.messages[0].text == "Hear: . Caption it."
@@ -227,3 +227,32 @@ def test_bad_predictions_are_named(name, text, said, tmp_path):
     predictions.write_text(text)
     with pytest.raises(UserError, match=said):
         score(name, predictions, str(tmp_path / answers), None, True, None, False, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "coco_caption",
+            ('"caption": "Two men (old) ride a horse!"', '"caption": 7'),
+            "annotation 0: the caption is 7",
+        ),
+        ("coco_caption", ('"image_id": 73', '"image_id": 42'), "image 73 has no caption"),
+        ("flickr30k", ("\t", " "), "line 1: expected <image>#<number>, a tab and a caption"),
+        (
+            "msrvtt_caption",
+            ('"video_id": "video7010", "sen_id"', '"video_id": "video7011", "sen_id"'),
+            "has no sentence",
+        ),
+        ("tvc", ('"ts": [0.0, 2.5]', '"ts": "0-2.5"'), "row 1: 'ts' is '0-2.5', not the seconds"),
+    ],
+)
+def test_bad_files_are_named(name, change, said, tmp_path):
+    make, options, answers = MAKERS[name]
+    make(tmp_path)
+    file = tmp_path / answers
+    assert change[0] in file.read_text(encoding="utf-8")
+    file.write_text(file.read_text(encoding="utf-8").replace(*change), encoding="utf-8")
+    config = EvaluationConfig(name="c", benchmark=name, data=str(tmp_path), split=options.get("split"))
+    with pytest.raises(UserError, match=said):
+        read_questions(config)

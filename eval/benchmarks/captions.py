@@ -103,7 +103,7 @@ def checked_caption(caption: Any, file: Path, where: str) -> str:
 
 def image_question(question_id: str, text: str, path: Path, references: Sequence[str], **details: Any) -> Question:
     sample = conversation(question_id, text, [Image(path)])
-    return Question(question_id, sample, tuple(references), str(path), details=details)
+    return Question(question_id, sample, tuple(references), question_id, details=details)
 
 
 @BENCHMARKS.register("caption")

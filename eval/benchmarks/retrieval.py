@@ -17,8 +17,8 @@ import numpy as np
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.video_captions import find_video
-from eval.layout import find_file, find_folder, read_json, read_table
+from eval.benchmarks.video_captions import MSRVTT_FOLDERS, videos_of
+from eval.layout import find_file, read_json, read_table
 from eval.metrics import Totals
 from eval.retrieval import rank_figures, tied_ranks
 from mmdora.config import EvaluationConfig
@@ -40,15 +40,14 @@ class MSRVTTRetrieval(Benchmark):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         names = ["MSRVTT_JSFUSION_test.csv", "*/MSRVTT_JSFUSION_test.csv"]
         file = find_file(config.data, names, self.layout)
-        folders = ["MSRVTT_Videos", "videos/all", "TestVideo"]
-        folder = find_folder(config.data, folders, config.media, self.layout)
+        videos = videos_of(config, *MSRVTT_FOLDERS)
         rows = read_table(file)
         if rows and not {"video_id", "sentence"} <= rows[0].keys():
             raise UserError(f"{file}: expected the columns key, vid_key, video_id and sentence")
         return [
             Question(
                 row["video_id"],
-                conversation(row["video_id"], row["sentence"], [Video(find_video(folder, row["video_id"]))]),
+                conversation(row["video_id"], row["sentence"], [Video(videos.find(row["video_id"]))]),
                 (row["video_id"],),
                 row["video_id"],
             )

@@ -11,33 +11,39 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from data_pipelines.samples import Video
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Question, conversation
 from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
-from eval.layout import fields, find_file, find_folder, read_json, read_jsonl
+from eval.layout import fields, find_file, read_json, read_jsonl
 from eval.results import Result
+from eval.videos import Line, VideoFiles, spoken
 from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 VIDEO_PROMPT = "Provide a one-sentence caption for the provided video."  # LLaVA-1.5's for a picture
-VIDEO_FILES = (".mp4", ".webm", ".mkv", ".avi")
-
+MSRVTT_FOLDERS = ("TestVideo", "videos/all", "MSRVTT_Videos", "TrainValVideo", ".")
 MSRVTT_CATEGORIES = (  # category.txt, by number
     *("music", "people", "gaming", "sports/actions", "news/events/politics", "education", "tv shows", "movie/comedy"),
     *("animation", "vehicles/autos", "howto", "travel", "science/technology", "animals/pets", "kids/family"),
     *("documentary", "food/drink", "cooking", "beauty/fashion", "advertisement"),
 )
-TV_FRAMES_FPS = 3.0  # of the frames that TVQA's authors hand out in place of videos
-TV_SHOWS = ("castle", "friends", "grey", "house", "met")  # their clips' names begin so; The Big Bang Theory's do not
+TV_FRAMES_FPS = 3.0  # of the pictures that TVQA's authors hand out in place of videos
+TV_SHOWS = ("bbt", "castle", "friends", "grey", "house", "met")
+
+Span: TypeAlias = tuple[float, float] | tuple[None, None]  # seconds; None: the whole video
 
 
-def find_video(folder: Path, name: str) -> Path:
-    """The video `name` in `folder`, whichever kind of file it is, or the directory of its frames."""
-    found = (folder / f"{name}{ending}" for ending in (*VIDEO_FILES, ""))
-    return next((path for path in found if path.exists()), folder / f"{name}.mp4")
+def videos_of(config: EvaluationConfig, *folders: str) -> VideoFiles:
+    """The videos in `config.media`, or in the first of `folders` (beside the questions' file) that has one."""
+    if config.media is not None:
+        return VideoFiles([find_path(config.media)])
+    root = find_path(config.data)
+    root = root.parent if root.is_file() else root
+    return VideoFiles([root / folder for folder in folders])
 
 
 @BENCHMARKS.register("msrvtt_caption")
@@ -53,8 +59,7 @@ class MSRVTTCaption(CaptionBenchmark):
         split = self.split(config)
         names = ["test_videodatainfo.json"] if split == "test" else ["train_val_videodatainfo.json"]
         file = find_file(config.data, [*names, "MSRVTT_data.json", "*/MSRVTT_data.json"], self.layout)
-        folders = ["TestVideo" if split == "test" else "TrainValVideo", "videos/all", "MSRVTT_Videos"]
-        folder = find_folder(config.data, folders, config.media, self.layout)
+        files = videos_of(config, *MSRVTT_FOLDERS)
         videos, sentences = fields(read_json(file), file, "the file", "videos", "sentences")
         captions: dict[str, list[str]] = defaultdict(list)
         for number, row in enumerate(sentences):
@@ -67,7 +72,7 @@ class MSRVTTCaption(CaptionBenchmark):
                 continue
             if video_id not in captions:
                 raise UserError(f"{file}: {video_id} has no sentence")
-            sample = conversation(video_id, text, [Video(find_video(folder, video_id))])
+            sample = conversation(video_id, text, [Video(files.find(video_id))])
             categories = [f"category: {name}" for i, name in enumerate(MSRVTT_CATEGORIES) if i == row.get("category")]
             asked.append(Question(video_id, sample, tuple(captions[video_id]), video_id, tuple(categories)))
         return scorable(asked)
@@ -78,7 +83,8 @@ class MSRVTTCaption(CaptionBenchmark):
         if not isinstance(data, dict):
             return super().read_predictions(path, questions)
         (rows,) = fields(data, path, "the file", "result")
-        return [tuple(fields(row, path, f"row {n}", "video_id", "caption")) for n, row in enumerate(rows)]
+        pairs = (fields(row, path, f"row {n}", "video_id", "caption") for n, row in enumerate(rows))
+        return [(str(video_id), str(caption)) for video_id, caption in pairs]
 
 
 class ValueCaption(CaptionBenchmark):
@@ -86,40 +92,51 @@ class ValueCaption(CaptionBenchmark):
 
     splits = ("val", "test")
     prompt = VIDEO_PROMPT
-    name: ClassVar[str]
+    task: ClassVar[str]
     subtitles: ClassVar[str]  # the file of them
     id_in_submission: ClassVar[str]  # what the sample submission calls the video's name
+    folders: ClassVar[tuple[str, ...]]  # of the videos
 
     @abstractmethod
-    def clip(self, folder: Path, row: Mapping[str, Any]) -> Video:
-        """What is shown, of a row of the annotations."""
+    def clip(self, file: Path, span: Span) -> Video:
+        """What is shown of a video."""
 
     def as_scored(self, caption: str) -> str:
         return "".join(char if ord(char) < 128 else " " for char in caption)
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        """`{subtitle}` in a prompt stands for what is said during the clip."""
+        """`{subtitles}` in a prompt stands for what is said during the clip."""
         split = self.split(config)
-        wanted = f"{self.name}_{split}_release.jsonl"
-        file = find_file(config.data, [f"ann/{self.name}/{wanted}", f"{self.name}/{wanted}", wanted], self.layout)
-        folder = find_folder(config.data, ["videos", "frames_hq"], config.media, self.layout)
-        spoken = self.read_subtitles(config) if "{subtitle}" in (config.prompt or "") else {}
+        wanted = f"{self.task}_{split}_release.jsonl"
+        file = find_file(config.data, [f"ann/{self.task}/{wanted}", f"{self.task}/{wanted}", wanted], self.layout)
+        files = videos_of(config, *self.folders)
+        said = self.read_subtitles(config) if "{subtitles}" in (config.prompt or "") else {}
         asked = []
         for number, row in enumerate(read_jsonl(file), 1):
-            clip_id, name = fields(row, file, f"row {number}", "clip_id", "vid_name")
-            text = self.ask(config, subtitle=subtitle(spoken.get(name, []), row.get("ts")))
             where = f"row {number}"
-            descriptions = [next(fields(d, file, where, "desc")) for d in row.get("descs", [])]
+            clip_id, name = fields(row, file, where, "clip_id", "vid_name")
+            span = checked_span(row.get("ts"), file, where)
+            text = self.ask(config, subtitles=spoken(said.get(name, []), *span))
+            descriptions = [next(fields(d, file, where, "desc")) for d in row.get("descs") or []]
             references = [checked_caption(description, file, where) for description in descriptions]
-            sample = conversation(str(clip_id), text, [self.clip(folder, row)])
-            details = {"split": split, "vid_name": name, "clip_id": clip_id, "ts": row.get("ts")}
-            asked.append(Question(str(clip_id), sample, tuple(references), name, details=details))
+            sample = conversation(str(clip_id), text, [self.clip(files.find(str(name)), span)])
+            details = {"split": split, "vid_name": name, "clip_id": clip_id}
+            asked.append(Question(str(clip_id), sample, tuple(references), str(name), details=details))
         return scorable(asked)
 
-    def read_subtitles(self, config: EvaluationConfig) -> dict[str, list[dict[str, Any]]]:
+    def read_subtitles(self, config: EvaluationConfig) -> dict[str, list[Line]]:
+        """What is said in each video."""
         file = find_file(config.data, [f"ann/{self.subtitles}", self.subtitles], self.layout)
-        rows = (fields(row, file, f"row {n}", "vid_name", "sub") for n, row in enumerate(read_jsonl(file), 1))
-        return dict(tuple(row) for row in rows)
+        said = {}
+        for number, row in enumerate(read_jsonl(file), 1):
+            where = f"row {number}"
+            name, subtitles = fields(row, file, where, "vid_name", "sub")
+            lines = [tuple(fields(line, file, where, "text", "start", "end")) for line in subtitles]
+            try:
+                said[name] = [Line(str(text).strip(), float(start), float(end)) for text, start, end in lines]
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{file}, {where}: a subtitle does not start and end at seconds ({error})") from None
+        return said
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """VALUE's JSON lines, {"clip_id", "descs": [{"desc"}]}, or ours."""
@@ -144,7 +161,7 @@ class ValueCaption(CaptionBenchmark):
             if empty := [row["id"] for row in result.rows if not row["response"].strip()]:
                 raise UserError(f"{result.folder}: {len(empty)} clips have no caption, such as {empty[0]}")
         files = {
-            f"{self.name}/{self.name}_{split}_predictions.jsonl": [self.submitted(row) for row in found[split].rows]
+            f"{self.task}/{self.task}_{split}_predictions.jsonl": [self.submitted(row) for row in found[split].rows]
             for split in ("val", "test")
         }
         write_zip(out, files)
@@ -155,40 +172,40 @@ class ValueCaption(CaptionBenchmark):
         return about | {"descs": [{"desc": row["response"]}]}
 
 
-def subtitle(spoken: Sequence[Mapping[str, Any]], span: Any) -> str:
-    """What is said while the clip runs (seconds; None: in the whole video)."""
-    start, end = span or (0.0, float("inf"))
-    lines = [str(line["text"]).strip() for line in spoken if line["start"] < end and line["end"] > start]
-    return " ".join(line for line in lines if line)
+def checked_span(span: Any, file: Path, where: str) -> Span:
+    match span:
+        case None:
+            return None, None
+        case [int() | float() as start, int() | float() as end]:
+            return float(start), float(end)
+    raise UserError(f"{file}, {where}: 'ts' is {span!r:.60}, not the seconds at which the clip starts and ends")
 
 
 @BENCHMARKS.register("tvc")
 class TVC(ValueCaption):
     """TVC, moments of TV shows, by CIDEr (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py)."""
 
-    name, subtitles, id_in_submission = "tvc", "tv_subtitles.jsonl", "vid_name"
+    task, subtitles, id_in_submission = "tvc", "tv_subtitles.jsonl", "vid_name"
+    folders = (*(f"frames_hq/{show}_frames" for show in TV_SHOWS), "videos", "frames", ".")
     layout = """<data>/ann/tvc/tvc_val_release.jsonl, <data>/ann/tvc/tvc_test_release.jsonl
-<data>/ann/tv_subtitles.jsonl  (for prompts with {subtitle})
+<data>/ann/tv_subtitles.jsonl  (for prompts with {subtitles})
 <data>/frames_hq/house_frames/house_s02e05_seg02_clip_11/00001.jpg  (three a second)
   or <data>/videos/house_s02e05_seg02_clip_11.mp4"""
 
-    def clip(self, folder: Path, row: Mapping[str, Any]) -> Video:
-        name = str(row["vid_name"])
-        show = next((show for show in TV_SHOWS if name.startswith(f"{show}_")), "bbt")
-        frames = folder / f"{show}_frames" / name
-        path = frames if frames.is_dir() else find_video(folder, name)
-        start, end = row.get("ts") or (None, None)
-        return Video(path, start=start, end=end, frames_fps=TV_FRAMES_FPS if path.is_dir() else None)
+    def clip(self, file: Path, span: Span) -> Video:
+        start, end = span
+        return Video(file, start=start, end=end, frames_fps=TV_FRAMES_FPS if file.is_dir() else None)
 
 
 @BENCHMARKS.register("yc2c")
 class YC2C(ValueCaption):
     """YC2C, steps of recipes, by CIDEr (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_yc2c.py)."""
 
-    name, subtitles, id_in_submission = "yc2c", "yc2_subtitles.jsonl", "video_id"
+    task, subtitles, id_in_submission = "yc2c", "yc2_subtitles.jsonl", "video_id"
+    folders = ("videos", ".")
     layout = """<data>/ann/yc2c/yc2c_val_release.jsonl, <data>/ann/yc2c/yc2c_test_release.jsonl
-<data>/ann/yc2_subtitles.jsonl  (for prompts with {subtitle})
+<data>/ann/yc2_subtitles.jsonl  (for prompts with {subtitles})
 <data>/videos/iuQjb1-WAzs_0.mp4  (YouCook2's videos cut into their segments)"""
 
-    def clip(self, folder: Path, row: Mapping[str, Any]) -> Video:
-        return Video(find_video(folder, str(row["vid_name"])))
+    def clip(self, file: Path, span: Span) -> Video:
+        return Video(file)

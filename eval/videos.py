@@ -1,0 +1,63 @@
+"""Where a benchmark's videos lie, and the subtitles that belong to a clip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmdora.errors import UserError
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".gif", "")  # "": a directory of pictures
+CUE = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d+)\s*-->\s*(\d+):(\d\d):(\d\d)[,.](\d+)")
+MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+
+
+class VideoFiles:
+    """Videos by name: the first of `folders` that has one with any of SUFFIXES, asked once for each name."""
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._folders = list(folders)
+        self._found: dict[tuple[str, ...], Path] = {}
+
+    def find(self, *names: str) -> Path:
+        """The file of the first of `names` that is there; where none is, the one that should be. A name may have its
+        suffix, or leave it out."""
+        if names not in self._found:
+            places = [f / f"{name}{suffix}" for f in self._folders for name in names for suffix in SUFFIXES]
+            there = (place for place in places if place.exists())
+            self._found[names] = next(there, self._folders[0] / (names[0] + ("" if Path(names[0]).suffix else ".mp4")))
+        return self._found[names]
+
+
+class Line(NamedTuple):
+    """A subtitle, on show from `start` to `end` (seconds)."""
+
+    text: str
+    start: float
+    end: float
+
+
+def read_srt(path: Path) -> list[Line]:
+    """A SubRip file, without its markup. Raises UserError for one that is not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from None
+    lines = []
+    for block in re.split(r"\n\s*\n", text):
+        if (cue := CUE.search(block)) is None:
+            continue
+        hours, minutes, seconds, thousandths = zip(cue.groups()[:4], cue.groups()[4:], strict=True)
+        times = zip(hours, minutes, seconds, thousandths, strict=True)
+        start, end = (int(h) * 3600 + int(m) * 60 + float(f"{s}.{t}") for h, m, s, t in times)
+        said = " ".join(MARKUP.sub("", block[cue.end() :]).split())
+        lines.append(Line(said, start, end))
+    return lines
+
+
+def spoken(lines: Sequence[Line], start: float | None = None, end: float | None = None) -> str:
+    """What is said from `start` up to `end` (None: from the first word, to the last), one subtitle a line."""
+    low, high = (0.0 if start is None else start), (float("inf") if end is None else end)
+    return "\n".join(line.text for line in lines if line.text and line.end > low and line.start < high)
