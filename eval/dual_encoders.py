@@ -22,12 +22,13 @@ OPEN_CLIP = "open_clip:"  # open_clip:ViT-B-32/openai: an architecture, and a ta
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """`texts` and `images` give features [texts or images, width] that one can compare by their cosine; `digest` is of
-    all that they depend on."""
+    """`texts` and `images` give features [texts or images, width] that one can compare by their cosine; `weights` and
+    `preprocessing` are digests of all that they depend on."""
 
     texts: Callable[[Sequence[str]], Tensor]
     images: Callable[[Sequence[PILImage.Image]], Tensor]
-    digest: str
+    weights: str
+    preprocessing: str
 
 
 def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncoder:
@@ -76,17 +77,17 @@ def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callab
         length = model.config.text_config.max_position_embeddings
 
         def texts(sentences: Sequence[str]) -> Tensor:
-            tokens = processor.tokenizer(
-                list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt"
+            tokens = processor(
+                text=list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt"
             )
             kept = {k: v.to(model.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
             return _pooled(model.get_text_features(**kept))
 
         def images(pictures: Sequence[PILImage.Image]) -> Tensor:
-            pixels = processor.image_processor(images=list(pictures), return_tensors="pt")
+            pixels = processor(images=list(pictures), return_tensors="pt")
             return _pooled(model.get_image_features(**pixels.to(model.device)))
 
-        return DualEncoder(texts, images, f"{weights_digest(model)} {processor_digest(processor)}")
+        return DualEncoder(texts, images, weights_digest(model), processor_digest(processor))
 
     return model, build
 
@@ -116,6 +117,6 @@ def _open_clip(name: str) -> tuple[nn.Module, Callable[[nn.Module], DualEncoder]
         def images(pictures: Sequence[PILImage.Image]) -> Tensor:
             return model.encode_image(torch.stack([preprocess(picture) for picture in pictures]).to(device))
 
-        return DualEncoder(texts, images, f"{weights_digest(model)} {preprocess} {type(tokenizer).__name__}")
+        return DualEncoder(texts, images, weights_digest(model), f"{preprocess} {type(tokenizer).__name__}")
 
     return model, build

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data_pipelines.samples import Video
 from data_pipelines.video import load_video, resolve_reader
-from eval.benchmarks import Question
+from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.retrieval import ranked
 from eval.dual_encoders import DualEncoder
 from eval.generation import media_digest
@@ -51,7 +51,8 @@ def evaluate_by_features(
     texts = {text_key(q.sample.messages[0].text, encoder): q.sample.messages[0].text for q in questions}
     videos = {video_key(video, encoder): video for video in map(shown, questions)}
     asked = [(text_key(q.sample.messages[0].text, encoder), video_key(shown(q), encoder)) for q in questions]
-    receipt = {**(origin or {}), **_receipt(config), "questions": _digest([key for pair in asked for key in pair])}
+    receipt = {**(origin or {}), **_receipt(config), "weights": encoder.weights}
+    receipt["questions"] = _digest([key for pair in asked for key in pair])
     if (folder / "report.json").exists() and not overwrite:
         report = read_report(folder)
         if (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"]):
@@ -61,6 +62,7 @@ def evaluate_by_features(
             f"{folder} holds the finished result of another evaluation; --overwrite replaces it, --out puts the new "
             "one elsewhere"
         )
+    (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     features = Features(folder / "features")
     embed_texts(texts, encoder, features, config.batch_size)
     for _ in embed_videos(videos, encoder, features):
@@ -80,6 +82,7 @@ def _receipt(config: EvaluationConfig) -> dict[str, Any]:
         "data": config.data,
         "split": config.split,
         "limit": config.limit,
+        "prompt_template": config.prompt or BENCHMARKS[config.benchmark].prompt,
         "frames": f"{FRAMES.fps:g} a second, at most {FRAMES.num_frames}; the mean of their features (meanP)",
         "video_reader": resolve_reader(FRAMES.reader),
         "versions": {
@@ -124,12 +127,12 @@ class Features:
 
 
 def text_key(sentence: str, encoder: DualEncoder) -> str:
-    return _digest([encoder.digest, "text", sentence])
+    return _digest([encoder.weights, encoder.preprocessing, "text", sentence])
 
 
 def video_key(video: Video, encoder: DualEncoder) -> str:
     how = [FRAMES.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(FRAMES.reader)]
-    return _digest([encoder.digest, "video", media_digest(video), *how])
+    return _digest([encoder.weights, encoder.preprocessing, "video", media_digest(video), *how])
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -184,9 +184,11 @@ def test_what_cannot_be_compared_is_said(data, tmp_path):
         load_dual_encoder("assets/tiny-llava")
     with pytest.raises(UserError, match="cannot load 'open_clip:ViT-B-32/nothing'"):
         load_dual_encoder("open_clip:ViT-B-32/nothing")
-    config = EvaluationConfig(name="m", benchmark="msrvtt_retrieval", data=str(data))
+    config = EvaluationConfig(name="m", benchmark="msrvtt_retrieval", data=str(data), prompt="a video: {question}")
     with pytest.raises(UserError, match="is not answered in words"):
         read_questions(config)  # as for a run that trains a model which generates
+    asked = read_questions(config, by_features=True)
+    assert [q.sample.messages[0].text for q in asked] == [f"a video: {sentence}" for sentence in SENTENCES]
     (data / "MSRVTT_Videos" / "video9772.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 4 media files are missing, such as .*video9772\.mp4"):
         read_questions(config, by_features=True)

@@ -34,6 +34,7 @@ class MSRVTTRetrieval(Benchmark):
 
     layout = """<data>/MSRVTT_JSFUSION_test.csv
 <data>/MSRVTT_Videos/video9770.mp4 or <data>/videos/all/video9770.mp4 or <data>/TestVideo/video9770.mp4"""
+    prompt = "{question}"  # the sentence alone
     compares_features = True
     has_strict = False
 
@@ -44,15 +45,11 @@ class MSRVTTRetrieval(Benchmark):
         rows = read_table(file)
         if rows and not {"video_id", "sentence"} <= rows[0].keys():
             raise UserError(f"{file}: expected the columns key, vid_key, video_id and sentence")
-        return [
-            Question(
-                row["video_id"],
-                conversation(row["video_id"], row["sentence"], [Video(videos.find(row["video_id"]))]),
-                (row["video_id"],),
-                row["video_id"],
-            )
-            for row in rows
-        ]
+        asked = []
+        for row in rows:
+            name, text = row["video_id"], self.ask(config, question=row["sentence"])
+            asked.append(Question(name, conversation(name, text, [Video(videos.find(name))]), (name,), name))
+        return asked
 
     def score(self, response: str, question: Question) -> Score:
         ranks = read_ranks(response)["text_to_video"]
