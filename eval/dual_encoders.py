@@ -42,7 +42,8 @@ def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncod
         base = str(json.loads(about.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
         if not base:
             raise UserError(f"{target}: its adapter_config.json does not name the base model")
-    is_open_clip = base.startswith(OPEN_CLIP) or (find_path(base) / "open_clip_config.json").is_file()
+    kinds = [find_path(base) / name for name in ("config.json", "open_clip_config.json")]  # LAION's have both
+    is_open_clip = base.startswith(OPEN_CLIP) or (kinds[1].is_file() and not kinds[0].is_file())
     try:
         model, build = _open_clip(base) if is_open_clip else _transformers(base, trust_remote_code)
     except UserError:

@@ -191,8 +191,23 @@ def test_karpathys_splits_and_the_prompt(tmp_path):
     assert asked[0].sample.messages[0].text == "Provide a one-sentence caption for the provided image."
     other = read_questions(config.model_copy(update={"prompt": "Say what you see.", "split": "val"}))
     assert [(q.id, q.sample.messages[0].text) for q in other] == [("73", "Say what you see.")]
+    blips = {"images": [{"id": 73}], "annotations": [{"image_id": 73, "caption": "A cat."}]}
+    (tmp_path / "coco_karpathy_test_gt.json").write_text(json.dumps(blips))
+    (alone,) = read_questions(config.model_copy(update={"data": str(tmp_path / "coco_karpathy_test_gt.json")}))
+    assert (alone.id, alone.references) == ("73", ("A cat.",))
     with pytest.raises(UserError, match=r"holds no dataset_coco\.json .*; expected layout:\n<data>/dataset_coco\.json"):
         read_questions(config.model_copy(update={"data": str(tmp_path / "val2014")}))
+
+
+def test_karpathys_split_of_flickr30k(tmp_path):
+    make_flickr30k(tmp_path)
+    images = [
+        {"imgid": 0, "filename": "036979.jpg", "split": "train", "sentences": [{"raw": "A dog."}]},
+        {"imgid": 1, "filename": "136979.jpg", "split": "test", "sentences": [{"raw": "A cat."}, {"raw": "Cats."}]},
+    ]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+    (asked,) = read_questions(EvaluationConfig(name="f", benchmark="flickr30k", data=str(tmp_path)))
+    assert (asked.id, asked.references) == ("136979", ("A cat.", "Cats."))
 
 
 def test_a_clip_is_its_span_with_what_is_said_in_it(tmp_path):

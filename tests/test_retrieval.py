@@ -166,7 +166,7 @@ def test_an_adapter_on_a_clip_is_scored(clip, data, tmp_path):
 
 
 def test_an_open_clip_model_is_scored(open_clip, data, tmp_path):
-    from open_clip import create_model_from_pretrained, get_tokenizer
+    from open_clip import add_model_config, create_model_from_pretrained, get_tokenizer
 
     run(open_clip, data, tmp_path / "out")
     found = np.load(tmp_path / "out" / "msrvtt_retrieval" / "similarity.npy")
@@ -177,6 +177,12 @@ def test_an_open_clip_model_is_scored(open_clip, data, tmp_path):
         pixels = torch.stack([preprocess(PILImage.fromarray(frame)) for frame in frames])
         mean = model.encode_image(pixels, normalize=True).mean(0)
     assert found[0, 1] == pytest.approx(float(text[0] @ mean / mean.norm()), abs=1e-5)
+
+    described = json.loads((open_clip / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "of-my-own.json").write_text(json.dumps(described))
+    add_model_config(tmp_path / "of-my-own.json")
+    run(f"open_clip:of-my-own/{open_clip / 'open_clip_model.safetensors'}", data, tmp_path / "named")
+    assert np.load(tmp_path / "named" / "msrvtt_retrieval" / "similarity.npy") == pytest.approx(found, abs=1e-5)
 
 
 def test_what_cannot_be_compared_is_said(data, tmp_path):
