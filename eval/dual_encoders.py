@@ -11,7 +11,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
-from eval.generation import processor_digest, weights_digest
+from eval.digests import processor_digest, weights_digest
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why

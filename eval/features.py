@@ -24,8 +24,8 @@ from data_pipelines.samples import Video
 from data_pipelines.video import load_video, resolve_reader
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.retrieval import ranked
+from eval.digests import media_digest
 from eval.dual_encoders import DualEncoder
-from eval.generation import media_digest
 from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig, VideoConfig
