@@ -24,7 +24,8 @@ LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x85\u2028\u2029", " "))
 
 def check_installed() -> None:
     """Raise UserError that says how to install what captions are scored with, where it is missing."""
-    _java(), _package()
+    _java()
+    _package()
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:

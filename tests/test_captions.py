@@ -76,6 +76,9 @@ def test_java_is_the_packages_own_and_ends(monkeypatch):
         same, each = meteor.score([["a dog ||| runs"], ["a cat\nsits"], ["x"]], ["a dog runs", "", "x ||| y"])
         assert each[0] > each[2] > each[1] == 0
         assert 0 < same < 1
+        for text in ("", " ", "|||", "||| |||", "\t", "\r", "a\rb", "\x00", "\ud800", "語 ."):
+            both = [meteor.score([[text, "a dog"]], ["a dog"])[0], meteor.score([["a dog"]], [text])[0]]
+            assert all(0 <= value <= 1 for value in both)
         meteor.process.kill()
         with pytest.raises(UserError, match=r"METEOR \(Java\) failed"):
             meteor.score([["a"]], ["a"])
