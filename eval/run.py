@@ -25,12 +25,16 @@ from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
 
-def read_questions(config: EvaluationConfig) -> list[Question]:
+def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[Question]:
     """The benchmark's questions, cut to `limit`; their media are there.
 
-    Raises UserError for data that is missing or of another layout.
+    Raises UserError for data that is missing or of another layout, and for a benchmark that a model which generates
+    (`by_features`: one that gives features) cannot answer.
     """
     benchmark = BENCHMARKS[config.benchmark]()
+    if benchmark.compares_features and not by_features:
+        how = f"mmdora eval MODEL --benchmark {config.benchmark}"
+        raise UserError(f"{config.benchmark} is not answered in words; score a CLIP-like model with `{how}`")
     if missing := benchmark.lacks(config):
         raise UserError(missing)
     if config.judge is not None:

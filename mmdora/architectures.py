@@ -205,8 +205,7 @@ def find_part(model: nn.Module, name: str) -> Region:
     known = architecture_of(model).resolve(model)
     if name in known:
         return known[name]
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    if name == EMBEDDINGS and table is not None:
+    if name == EMBEDDINGS and (table := embeddings_of(model, "input")) is not None:
         return Region(tuple(path for path, module in model.named_modules() if module is table))
     if name == "" or name in dict(model.named_modules()):
         return Region((name,))
@@ -215,6 +214,14 @@ def find_part(model: nn.Module, name: str) -> Region:
         f"parts.{name}: {type(model).__name__} has no such part.{nearest(name, list(known))} "
         f"Its parts: {choices}; a dotted module path works too"
     )
+
+
+def embeddings_of(model: nn.Module, which: str) -> Any:
+    """The "input" or the "output" embeddings; None where the model has none, or one for each of its towers, as CLIP."""
+    try:
+        return getattr(model, f"get_{which}_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def unused_blocks(model: nn.Module, region: Region) -> list[str]:

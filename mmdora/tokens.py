@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmdora.adapters.embedding import scaled
 from mmdora.adapters.layer import AdapterLayer
-from mmdora.architectures import is_inside
+from mmdora.architectures import embeddings_of, is_inside
 from mmdora.errors import UserError
 from mmdora.peft_format import PREFIX, VALUES, Adapter
 from mmdora.zero import gathered, in_full, true_shape
@@ -203,7 +203,7 @@ def check_rows(model: nn.Module, adapter: Adapter) -> None:
 def load_rows(model: Any, adapter: Adapter) -> None:
     """Put the rows of a checked directory on the model, or copy them where it has such rows."""
     here = dict(token_rows(model))
-    inside, out = (_embeddings(model, which) for which in ("input", "output"))
+    inside, out = (embeddings_of(model, which) for which in ("input", "output"))
     for path, rows in adapter.rows.items():
         if path in here:
             with gathered([here[path].trainable_tokens_delta], write=True):
@@ -223,18 +223,13 @@ def remove_rows(table: nn.Module) -> None:
 
 def tied_embeddings(model: Any) -> bool:
     """Whether the input and the output embeddings are one parameter."""
-    inside, out = _embeddings(model, "input"), _embeddings(model, "output")
+    inside, out = embeddings_of(model, "input"), embeddings_of(model, "output")
     return inside is not None and out is not None and inside.weight is out.weight
-
-
-def _embeddings(model: Any, which: str) -> Any:
-    getter = getattr(model, f"get_{which}_embeddings", None)
-    return None if getter is None else getter()
 
 
 def _tables(model: Any) -> dict[str, Any]:
     """The input embeddings and the head, where there is one, by path."""
-    wanted = [table for table in (_embeddings(model, "input"), _embeddings(model, "output")) if table is not None]
+    wanted = [table for table in (embeddings_of(model, "input"), embeddings_of(model, "output")) if table is not None]
     if not wanted or not all(isinstance(table, nn.Embedding | nn.Linear) for table in wanted):
         raise UserError(f"new_tokens: {type(model).__name__} has no table of embeddings that could take them")
     return {_path(model, table): table for table in wanted}

@@ -72,6 +72,7 @@ class Benchmark(ABC):
     has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
     has_official: ClassVar[bool] = True  # False where an answer is worth what a judge says, and without one nothing
     judge_version: ClassVar[int] = 1  # goes up when a judge would be asked about the same answer in other words
+    compares_features: ClassVar[bool] = False  # answered by comparing features (eval/features.py), not by generating
     missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod
@@ -150,14 +151,15 @@ class Benchmark(ABC):
     def ask(self, config: EvaluationConfig, **fields: str) -> str:
         """The user's words: the prompt, the benchmark's own or `config.prompt`, with `{question}` and such filled in.
 
-        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`.
+        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`, where
+        there are questions to fill in.
         """
         template = config.prompt or self.prompt
         named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
         if unknown := named - fields.keys():
             known = ", ".join(f"{{{name}}}" for name in fields)
             raise UserError(f"prompt: {config.benchmark} fills in {known}, not {{{sorted(unknown)[0]}}}")
-        if "question" not in named:
+        if "question" in fields and "question" not in named:
             raise UserError(f"prompt: {template!r} has no {{question}}")
         return template.format(**fields)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipelines.encoding import Encoder
+from eval.benchmarks import BENCHMARKS
+from eval.dual_encoders import load_dual_encoder
+from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
 from mmdora.config import EvaluationConfig, JudgeConfig, RunConfig
@@ -44,6 +48,9 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
     out = request.out or (run_dir.path / "eval" if config else None)
     if out is None:
         raise UserError(f"{request.target} is not a run; say with --out where the results go")
+    if request.benchmark is not None and BENCHMARKS[request.benchmark].compares_features:
+        run_by_features(entries[0], request, trust_remote_code, out)
+        return
     questions = {entry.name: read_questions(entry) for entry in entries}
 
     loaded = load_target(request.target, trust_remote_code)
@@ -57,6 +64,20 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
                 evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, overwrite=request.overwrite)
             )
     console.print(results_table([(report, None) for report in reports]))
+    console.print(f"Results are in {out}", soft_wrap=True)
+
+
+def run_by_features(entry: EvaluationConfig, request: Request, trust_remote_code: bool, out: Path) -> None:
+    """For a benchmark of retrieval: the target is a model with text and image features. It is quick, and under torchrun
+    one process does it all."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    asked, console, folder = read_questions(entry, by_features=True), make_console(), out / entry.name
+    encoder = load_dual_encoder(request.target, trust_remote_code)
+    with progress_bar(console, entry.name, len(asked)) as advance:
+        origin = {"target": request.target}
+        report = evaluate_by_features(encoder, entry, asked, folder, advance, origin, request.overwrite)
+    console.print(results_table([(report, None)]))
     console.print(f"Results are in {out}", soft_wrap=True)
 
 

@@ -15,17 +15,20 @@ class Kind:
     answer: Callable[[Any], Any]
     tolerance: float  # relative, of floats
     left_out: tuple[str, ...]  # keys of the expected output that say nothing of a score
+    sometimes: tuple[str, ...]  # keys that not every case's expected output has
 
 
 KINDS: dict[tuple[str, str], Kind] = {}
 
 
-def official(file: str, kind: str, tolerance: float = 1e-9, left_out: tuple[str, ...] = ()) -> Callable:
+def official(
+    file: str, kind: str, tolerance: float = 1e-9, left_out: tuple[str, ...] = (), sometimes: tuple[str, ...] = ()
+) -> Callable:
     """Register what answers the cases of `kind` in `file`.json."""
 
     def register(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         assert (file, kind) not in KINDS, f"{file}: {kind!r} is answered twice"
-        KINDS[file, kind] = Kind(answer, tolerance, left_out)
+        KINDS[file, kind] = Kind(answer, tolerance, left_out, sometimes)
         return answer
 
     return register

@@ -1,0 +1,211 @@
+"""Captions of videos: `msrvtt_caption`, and VALUE's `tvc` and `yc2c`.
+
+Scorers: for MSR-VTT tylin/coco-caption, as for pictures (eval/benchmarks/captions.py); for TVC and YC2C
+VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py, which evaluate_yc2c.py uses too: only the first of a
+clip's predicted descriptions counts, and characters outside of ASCII become spaces.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+from data_pipelines.samples import Video
+from eval.archives import write_zip
+from eval.benchmarks.base import BENCHMARKS, Question, conversation
+from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
+from eval.layout import fields, find_file, read_json, read_jsonl
+from eval.results import Result
+from eval.videos import Line, VideoFiles, spoken
+from mmdora.config import EvaluationConfig
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+
+VIDEO_PROMPT = "Provide a one-sentence caption for the provided video."  # LLaVA-1.5's for a picture
+MSRVTT_FOLDERS = ("TestVideo", "videos/all", "MSRVTT_Videos", "TrainValVideo", ".")
+MSRVTT_CATEGORIES = (  # category.txt, by number
+    *("music", "people", "gaming", "sports/actions", "news/events/politics", "education", "tv shows", "movie/comedy"),
+    *("animation", "vehicles/autos", "howto", "travel", "science/technology", "animals/pets", "kids/family"),
+    *("documentary", "food/drink", "cooking", "beauty/fashion", "advertisement"),
+)
+TV_FRAMES_FPS = 3.0  # of the pictures that TVQA's authors hand out in place of videos
+TV_SHOWS = ("bbt", "castle", "friends", "grey", "house", "met")
+
+Span: TypeAlias = tuple[float, float] | tuple[None, None]  # seconds; None: the whole video
+
+
+def videos_of(config: EvaluationConfig, *folders: str) -> VideoFiles:
+    """The videos in `config.media`, or in the first of `folders` (beside the questions' file) that has one."""
+    if config.media is not None:
+        return VideoFiles([find_path(config.media)])
+    root = find_path(config.data)
+    root = root.parent if root.is_file() else root
+    return VideoFiles([root / folder for folder in folders])
+
+
+@BENCHMARKS.register("msrvtt_caption")
+class MSRVTTCaption(CaptionBenchmark):
+    """MSR-VTT captions by CIDEr, 20 references a video (tylin/coco-caption, pycocoevalcap/eval.py)."""
+
+    layout = """<data>/test_videodatainfo.json or <data>/MSRVTT_data.json
+<data>/TestVideo/video7010.mp4 or <data>/videos/all/video7010.mp4 or <data>/MSRVTT_Videos/video7010.mp4"""
+    splits = ("test", "validate")
+    prompt = VIDEO_PROMPT
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        split = self.split(config)
+        names = ["test_videodatainfo.json"] if split == "test" else ["train_val_videodatainfo.json"]
+        file = find_file(config.data, [*names, "MSRVTT_data.json", "*/MSRVTT_data.json"], self.layout)
+        files = videos_of(config, *MSRVTT_FOLDERS)
+        videos, sentences = fields(read_json(file), file, "the file", "videos", "sentences")
+        captions: dict[str, list[str]] = defaultdict(list)
+        for number, row in enumerate(sentences):
+            video_id, caption = fields(row, file, f"sentence {number}", "video_id", "caption")
+            captions[video_id].append(checked_caption(caption, file, f"sentence {number}"))
+        asked, text = [], self.ask(config)
+        for number, row in enumerate(videos):
+            video_id, its_split = fields(row, file, f"video {number}", "video_id", "split")
+            if its_split != split:
+                continue
+            if video_id not in captions:
+                raise UserError(f"{file}: {video_id} has no sentence")
+            sample = conversation(video_id, text, [Video(files.find(video_id))])
+            categories = [f"category: {name}" for i, name in enumerate(MSRVTT_CATEGORIES) if i == row.get("category")]
+            asked.append(Question(video_id, sample, tuple(captions[video_id]), video_id, tuple(categories)))
+        return scorable(asked)
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """The challenge's {"result": [{"video_id", "caption"}]}, or what COCO's results may be."""
+        data = read_json(path) if path.suffix == ".json" else None
+        if not isinstance(data, dict):
+            return super().read_predictions(path, questions)
+        (rows,) = fields(data, path, "the file", "result")
+        pairs = (fields(row, path, f"row {n}", "video_id", "caption") for n, row in enumerate(rows))
+        return [(str(video_id), str(caption)) for video_id, caption in pairs]
+
+
+class ValueCaption(CaptionBenchmark):
+    """Clips of VALUE (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py)."""
+
+    splits = ("val", "test")
+    prompt = VIDEO_PROMPT
+    task: ClassVar[str]
+    subtitles: ClassVar[str]  # the file of them
+    id_in_submission: ClassVar[str]  # what the sample submission calls the video's name
+    folders: ClassVar[tuple[str, ...]]  # of the videos
+
+    @abstractmethod
+    def clip(self, file: Path, span: Span) -> Video:
+        """What is shown of a video."""
+
+    def as_scored(self, caption: str) -> str:
+        return "".join(char if ord(char) < 128 else " " for char in caption)
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        """`{subtitles}` in a prompt stands for what is said during the clip."""
+        split = self.split(config)
+        wanted = f"{self.task}_{split}_release.jsonl"
+        file = find_file(config.data, [f"ann/{self.task}/{wanted}", f"{self.task}/{wanted}", wanted], self.layout)
+        files = videos_of(config, *self.folders)
+        said = self.read_subtitles(config) if "{subtitles}" in (config.prompt or "") else {}
+        asked = []
+        for number, row in enumerate(read_jsonl(file), 1):
+            where = f"row {number}"
+            clip_id, name = fields(row, file, where, "clip_id", "vid_name")
+            span = checked_span(row.get("ts"), file, where)
+            text = self.ask(config, subtitles=spoken(said.get(name, []), *span))
+            descriptions = [next(fields(d, file, where, "desc")) for d in row.get("descs") or []]
+            references = [checked_caption(description, file, where) for description in descriptions]
+            sample = conversation(str(clip_id), text, [self.clip(files.find(str(name)), span)])
+            details = {"split": split, "vid_name": name, "clip_id": clip_id}
+            asked.append(Question(str(clip_id), sample, tuple(references), str(name), details=details))
+        return scorable(asked)
+
+    def read_subtitles(self, config: EvaluationConfig) -> dict[str, list[Line]]:
+        """What is said in each video."""
+        file = find_file(config.data, [f"ann/{self.subtitles}", self.subtitles], self.layout)
+        said = {}
+        for number, row in enumerate(read_jsonl(file), 1):
+            where = f"row {number}"
+            name, subtitles = fields(row, file, where, "vid_name", "sub")
+            lines = [tuple(fields(line, file, where, "text", "start", "end")) for line in subtitles]
+            try:
+                said[name] = [Line(str(text).strip(), float(start), float(end)) for text, start, end in lines]
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{file}, {where}: a subtitle does not start and end at seconds ({error})") from None
+        return said
+
+    def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """VALUE's JSON lines, {"clip_id", "descs": [{"desc"}]}, or ours."""
+        rows = read_jsonl(path) if path.suffix == ".jsonl" else []
+        if not rows or not isinstance(rows[0], dict) or "descs" not in rows[0]:
+            return super().read_predictions(path, questions)
+        pairs = []
+        for number, row in enumerate(rows, 1):
+            clip_id, said = fields(row, path, f"row {number}", "clip_id", "descs")
+            if not isinstance(said, list) or not said:
+                raise UserError(f"{path}, row {number}: 'descs' holds no description")
+            pairs.append((str(clip_id), str(next(fields(said[0], path, f"row {number}", "desc")))))
+        return pairs
+
+    def write_submission(self, results: Sequence[Result], out: Path) -> None:
+        """VALUE's zip, of this task alone: <task>/<task>_val_predictions.jsonl and the same of test."""
+        found = {result.rows[0]["details"].get("split"): result for result in results}
+        if len(results) != 2 or found.keys() != {"val", "test"}:
+            given = ", ".join(str(result.rows[0]["details"].get("split")) for result in results)
+            raise UserError(f"VALUE wants two results, of the splits val and test, not {given}")
+        for result in results:
+            if empty := [row["id"] for row in result.rows if not row["response"].strip()]:
+                raise UserError(f"{result.folder}: {len(empty)} clips have no caption, such as {empty[0]}")
+        files = {
+            f"{self.task}/{self.task}_{split}_predictions.jsonl": [self.submitted(row) for row in found[split].rows]
+            for split in ("val", "test")
+        }
+        write_zip(out, files)
+
+    def submitted(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        clip = row["details"]
+        about = {self.id_in_submission: clip["vid_name"], "clip_id": clip["clip_id"]}
+        return about | {"descs": [{"desc": row["response"]}]}
+
+
+def checked_span(span: Any, file: Path, where: str) -> Span:
+    match span:
+        case None:
+            return None, None
+        case [int() | float() as start, int() | float() as end]:
+            return float(start), float(end)
+    raise UserError(f"{file}, {where}: 'ts' is {span!r:.60}, not the seconds at which the clip starts and ends")
+
+
+@BENCHMARKS.register("tvc")
+class TVC(ValueCaption):
+    """TVC, moments of TV shows, by CIDEr (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py)."""
+
+    task, subtitles, id_in_submission = "tvc", "tv_subtitles.jsonl", "vid_name"
+    folders = (*(f"frames_hq/{show}_frames" for show in TV_SHOWS), "videos", "frames", ".")
+    layout = """<data>/ann/tvc/tvc_val_release.jsonl, <data>/ann/tvc/tvc_test_release.jsonl
+<data>/ann/tv_subtitles.jsonl  (for prompts with {subtitles})
+<data>/frames_hq/house_frames/house_s02e05_seg02_clip_11/00001.jpg  (three a second)
+  or <data>/videos/house_s02e05_seg02_clip_11.mp4"""
+
+    def clip(self, file: Path, span: Span) -> Video:
+        start, end = span
+        return Video(file, start=start, end=end, frames_fps=TV_FRAMES_FPS if file.is_dir() else None)
+
+
+@BENCHMARKS.register("yc2c")
+class YC2C(ValueCaption):
+    """YC2C, steps of recipes, by CIDEr (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_yc2c.py)."""
+
+    task, subtitles, id_in_submission = "yc2c", "yc2_subtitles.jsonl", "video_id"
+    folders = ("videos", ".")
+    layout = """<data>/ann/yc2c/yc2c_val_release.jsonl, <data>/ann/yc2c/yc2c_test_release.jsonl
+<data>/ann/yc2_subtitles.jsonl  (for prompts with {subtitles})
+<data>/videos/iuQjb1-WAzs_0.mp4  (YouCook2's videos cut into their segments)"""
+
+    def clip(self, file: Path, span: Span) -> Video:
+        return Video(file)

@@ -1,0 +1,123 @@
+"""Models whose texts and pictures share a space: CLIP, SigLIP and their kin in transformers, and OpenCLIP's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor, nn
+
+from eval.digests import processor_digest, weights_digest
+from mmdora.config_files import find_path
+from mmdora.errors import UserError
+from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.rundir import on_device
+
+OPEN_CLIP = "open_clip:"  # open_clip:ViT-B-32/openai: an architecture, and a tag or a file of weights
+
+
+@dataclass(frozen=True)
+class DualEncoder:
+    """`texts` and `images` give features [texts or images, width] that one can compare by their cosine; `weights` and
+    `preprocessing` are digests of all that they depend on."""
+
+    texts: Callable[[Sequence[str]], Tensor]
+    images: Callable[[Sequence[PILImage.Image]], Tensor]
+    weights: str
+    preprocessing: str
+
+
+def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncoder:
+    """The model of a hub id or a directory (of transformers, of OpenCLIP, or of an adapter on one of them), or of
+    `open_clip:ARCHITECTURE/WEIGHTS`. Raises UserError."""
+    from mmdora.checkpoint import load_adapter
+
+    folder = find_path(target)
+    about, base = folder / "adapter_config.json", target
+    if about.is_file():
+        base = str(json.loads(about.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+        if not base:
+            raise UserError(f"{target}: its adapter_config.json does not name the base model")
+    kinds = [find_path(base) / name for name in ("config.json", "open_clip_config.json")]  # LAION's have both
+    is_open_clip = base.startswith(OPEN_CLIP) or (kinds[1].is_file() and not kinds[0].is_file())
+    try:
+        model, build = _open_clip(base) if is_open_clip else _transformers(base, trust_remote_code)
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
+        raise UserError(f"cannot load {base!r} as a model with text and image features: {why(error, base)}") from error
+    if about.is_file():
+        load_adapter(model, folder)
+    return build(on_device(model).eval())
+
+
+def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callable[[nn.Module], DualEncoder]]:
+    from transformers import AutoModel, AutoProcessor
+
+    path = find_path(name)
+    source = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
+    model, found = AutoModel.from_pretrained(
+        **source,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
+        raise UserError(f"{name}: a {type(model).__name__} has no text and image features to compare")
+    check_complete("the model", name, found)
+    processor = AutoProcessor.from_pretrained(**source, trust_remote_code=trust_remote_code)
+
+    def build(model: Any) -> DualEncoder:
+        # SigLIP was trained on texts padded to their full length.
+        padding = "max_length" if model.config.model_type.startswith("siglip") else True
+        length = model.config.text_config.max_position_embeddings
+
+        def texts(sentences: Sequence[str]) -> Tensor:
+            tokens = processor(
+                text=list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt"
+            )
+            kept = {k: v.to(model.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+            return _pooled(model.get_text_features(**kept))
+
+        def images(pictures: Sequence[PILImage.Image]) -> Tensor:
+            pixels = processor(images=list(pictures), return_tensors="pt")
+            return _pooled(model.get_image_features(**pixels.to(model.device)))
+
+        return DualEncoder(texts, images, weights_digest(model), processor_digest(processor))
+
+    return model, build
+
+
+def _pooled(output: Any) -> Tensor:
+    """Releases of transformers differ in whether features come alone."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _open_clip(name: str) -> tuple[nn.Module, Callable[[nn.Module], DualEncoder]]:
+    import open_clip
+
+    if name.startswith(OPEN_CLIP):
+        architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+        model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained=weights or None)
+    else:
+        architecture = f"local-dir:{find_path(name)}"
+        model, preprocess = open_clip.create_model_from_pretrained(architecture)
+    tokenizer = open_clip.get_tokenizer(architecture)
+
+    def build(model: Any) -> DualEncoder:
+        device = next(model.parameters()).device
+
+        def texts(sentences: Sequence[str]) -> Tensor:
+            return model.encode_text(tokenizer(list(sentences)).to(device))
+
+        def images(pictures: Sequence[PILImage.Image]) -> Tensor:
+            return model.encode_image(torch.stack([preprocess(picture) for picture in pictures]).to(device))
+
+        return DualEncoder(texts, images, weights_digest(model), f"{preprocess} {type(tokenizer).__name__}")
+
+    return model, build
