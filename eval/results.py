@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.layout import fields, read_json, read_jsonl
 from mmdora.errors import UserError
+
+REPORT = {"name": str, "benchmark": str, "n": int, "scores": dict, "categories": dict, "receipt": dict}
+ROW = {
+    "id": str,
+    "question": str,
+    "media": list,
+    "references": list,
+    "response": str,
+    "cluster": str,
+    "categories": list,
+    "details": dict,
+    "counts": dict,
+}
+NAMES = {str: "a string", int: "a whole number", dict: "an object", list: "a list of strings"}
+WORTH = ("official", "strict")  # a finite number, or null where the split's answers are not public
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,10 @@ class Result:
     rows: list[dict[str, Any]]  # id, question, media, references, response, cluster, categories, details, scores
 
     @property
+    def name(self) -> str:
+        return str(self.report["name"])
+
+    @property
     def benchmark(self) -> str:
         return str(self.report["benchmark"])
 
@@ -27,21 +48,60 @@ class Result:
         return dict(self.report["receipt"])
 
 
+def find_results(folder: Path) -> list[Path]:
+    """The result directories that `folder` stands for: itself, those of a run, or those that lie in it.
+
+    Raises UserError where there is none.
+    """
+    if (folder / "report.json").is_file():
+        return [folder]
+    for parent in (folder / "eval", folder):
+        if found := sorted(path.parent for path in parent.glob("*/report.json")):
+            return found
+    what = "no such folder" if not folder.is_dir() else "holds no result"
+    raise UserError(
+        f"{folder}: {what}; give a result (a folder with a report.json, such as <run>/eval/<name>), a run, "
+        "or a folder of results"
+    )
+
+
 def read_result(folder: Path) -> Result:
     """Raises UserError where `folder` holds no finished result, or one that was changed by hand."""
     if not (folder / "report.json").is_file():
         raise UserError(f"{folder}: no report.json; a result is a folder such as <run>/eval/<name>")
     result = Result(folder, read_report(folder), read_scores(folder))
-    if result.report.get("n") != len(result.rows):
-        asked = result.report.get("n")
+    if result.report["n"] != len(result.rows):
+        asked = result.report["n"]
         raise UserError(f"{folder}: report.json is of {asked} questions, scores.jsonl has {len(result.rows)}")
+    doubled = [i for i, count in Counter(row["id"] for row in result.rows).items() if count > 1]
+    if doubled:
+        raise UserError(f"{folder / 'scores.jsonl'}: {len(doubled)} ids are there twice, such as {doubled[0]!r}")
     return result
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    """Raises UserError for a file that is not a report."""
+    path = folder / "report.json"
+    report = read_json(path)
+    _check(report, REPORT, path, "the report")
+    return report
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "scores.jsonl").read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
-    return [json.loads(line) for line in lines if line]
+    """Raises UserError that names the line which is not a question's."""
+    path = folder / "scores.jsonl"
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        where = f"row {number}"
+        _check(row, ROW, path, where)
+        worths = dict(zip(WORTH, fields(row, path, where, *WORTH), strict=True)) | {"judged": row.get("judged")}
+        for key, worth in {**worths, **row["counts"]}.items():
+            if worth is not None and not (isinstance(worth, int | float) and math.isfinite(worth)):
+                raise UserError(f"{path}, {where}: {key!r} is {worth!r:.60}, not a number")
+    return rows
+
+
+def _check(row: Any, types: dict[str, type], path: Path, where: str) -> None:
+    for (key, kind), value in zip(types.items(), fields(row, path, where, *types), strict=True):
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+            raise UserError(f"{path}, {where}: {key!r} is {value!r:.60}, not {NAMES[kind]}")

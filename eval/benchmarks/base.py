@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.layout import read_answers
-from eval.metrics import Totals
+from eval.metrics import PERCENT, Bounds, Totals
 from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -67,6 +67,7 @@ class Benchmark(ABC):
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
     max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
     has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
+    bounds: ClassVar[Bounds] = PERCENT  # of the headline: the least and the most it can be; None where it has no most
     missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod

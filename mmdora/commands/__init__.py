@@ -127,6 +127,33 @@ def submit(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RESULT_A", help="A result, a run, or a folder of results.")],
+    b: Annotated[Path, typer.Argument(metavar="RESULT_B", help="What to hold against it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Compare two models' answers question by question, and say whether the difference may be chance."""
+    from mmdora.commands.compare import run
+
+    run(a, b, as_json, plugin or [])
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RESULT...", help="Results, runs, or folders of results.")
+    ],
+    html: Annotated[Path, typer.Option(help="The page to write.")],
+    plugin: Plugins = None,
+) -> None:
+    """Write a page that ranks models, down to the single question."""
+    from mmdora.commands.leaderboard import run
+
+    run(results, html, plugin or [])
+
+
+@app.command()
 def merge(
     run: Target,
     out: Annotated[Path, typer.Argument(help="The new model's directory.")],

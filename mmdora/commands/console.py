@@ -67,11 +67,12 @@ def make_table(title: str, *columns: str) -> Table:
     return table
 
 
-def estimate(scores: dict[str, float] | None) -> str:
-    """`98.7 [97.4, 99.7]`"""
+def estimate(scores: dict[str, float | None] | None) -> str:
+    """`98.7 [97.4, 99.7]`; the figure alone where nothing is known of its interval"""
     if scores is None or scores["value"] is None:
         return "–"
-    return f"{scores['value']:.1f} [{scores['low']:.1f}, {scores['high']:.1f}]"
+    interval = "" if scores["low"] is None else f" [{scores['low']:.1f}, {scores['high']:.1f}]"
+    return f"{scores['value']:.1f}{interval}"
 
 
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:

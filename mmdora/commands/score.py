@@ -30,6 +30,8 @@ def run(
     plugins: list[str],
 ) -> None:
     import_plugins(plugins)
+    if out is not None and out.is_file():
+        raise UserError(f"--out {out}: this is a file; a result is a folder")
     if out is not None and (out / "report.json").exists() and not overwrite:
         raise UserError(f"{out} holds a finished result; --overwrite replaces it")
     scorer = BENCHMARKS[benchmark]()
@@ -56,6 +58,8 @@ def answers_to(questions: list[Question], benchmark: Benchmark, predictions: Pat
     """Every question's answer by id. Raises UserError that names duplicate, foreign and missing ids."""
     if not predictions.is_file() and not predictions.is_dir():
         raise UserError(f"{predictions}: no such file")
+    if predictions.is_file() and predictions.stat().st_size == 0:
+        raise UserError(f"{predictions}: the file is empty")
     pairs = benchmark.read_predictions(predictions, questions)
     answers, asked = dict(pairs), {q.id for q in questions}
     doubled = [i for i, count in Counter(i for i, _ in pairs).items() if count > 1]
