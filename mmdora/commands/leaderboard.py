@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from eval.leaderboard import arrange
@@ -10,8 +9,6 @@ from eval.leaderboard_page import MOST_PICTURES, write_leaderboard
 from eval.results import Result, find_results, read_result
 from mmdora.commands.console import import_plugins, make_console, progress_bar
 from mmdora.errors import UserError
-
-NAMED = re.compile(r"(?P<name>[^=/\\]+)=(?P<path>.+)")
 
 
 def run(results: list[str], html: Path, plugins: list[str]) -> None:
@@ -32,6 +29,7 @@ def run(results: list[str], html: Path, plugins: list[str]) -> None:
 
 def read_named(argument: str) -> list[tuple[str | None, Result]]:
     """The results of `[NAME=]PATH`, each under the name, if there is one. A path that is there is a path."""
-    match = None if Path(argument).exists() else NAMED.fullmatch(argument)
-    name, path = (match["name"].strip(), match["path"]) if match else (None, argument)
-    return [(name, read_result(folder)) for folder in find_results(Path(path))]
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        name, path = "", argument
+    return [(name.strip() or None, read_result(folder)) for folder in find_results(Path(path))]
