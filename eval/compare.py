@@ -72,26 +72,25 @@ def compare_kind(a: Result, b: Result, kind: str) -> Comparison | None:
     benchmark, of_b = BENCHMARKS[a.benchmark](), {row["id"]: row for row in b.rows}
     pairs = [(row, of_b[row["id"]]) for row in a.rows]
     clusters = [row["cluster"] for row in a.rows]  # B may name the same files elsewhere
-    tables = [_table(rows, clusters, kind) for rows in zip(*pairs, strict=True)]
+    table_a, table_b = (_table(rows, clusters, kind) for rows in zip(*pairs, strict=True))
     statistic = partial(benchmark.headline, kind=kind)
-    found = paired_difference(*tables, statistic, benchmark.bounds)
+    found = paired_difference(table_a, table_b, statistic, benchmark.bounds)
     if found is None:
         return None
     counts = count([(x[kind], y[kind]) for x, y in pairs])
     exact = None
     if _is_share(benchmark) and all(row[kind] in (0, 1) for pair in pairs for row in pair):
         exact = mcnemar(counts["only_a"], counts["only_b"])
-    independent = tables[0].clusters == len(pairs)
+    independent = table_a.clusters == len(pairs)
     test, p = (EXACT, exact) if exact is not None and independent else (BOOTSTRAP, found.p)
-    values = [float(statistic(table.whole())[0]) for table in tables]
     return Comparison(
         name=a.name,
         benchmark=a.benchmark,
         kind=kind,
         n=len(pairs),
-        clusters=tables[0].clusters,
-        a=values[0],
-        b=values[1],
+        clusters=table_a.clusters,
+        a=float(statistic(table_a.whole())[0]),
+        b=float(statistic(table_b.whole())[0]),
         difference=found.value,
         low=found.low,
         high=found.high,
@@ -114,7 +113,7 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return made
 
 
-def differences(a: Result, b: Result) -> list[str]:
+def differences(a: Result, b: Result, names: tuple[str, str] = ("A", "B")) -> list[str]:
     """Why the two cannot be held against each other, in words; what a receipt does not say is not held against it."""
     if a.benchmark != b.benchmark:
         return [f"benchmark: {a.benchmark} and {b.benchmark}"]
@@ -130,13 +129,13 @@ def differences(a: Result, b: Result) -> list[str]:
     for key, x, y in zip(("split", "limit"), *asked, strict=True):
         if x != y:
             found.append(f"{key}: {x or 'none'} and {y or 'none'}")
-    return found + _other_questions(a, b)
+    return found + _other_questions(a, b, names)
 
 
-def _other_questions(a: Result, b: Result) -> list[str]:
+def _other_questions(a: Result, b: Result, names: tuple[str, str]) -> list[str]:
     rows, others = ({row["id"]: row for row in result.rows} for result in (a, b))
     found = []
-    for where, ids in (("A", rows.keys() - others.keys()), ("B", others.keys() - rows.keys())):
+    for where, ids in zip(names, (rows.keys() - others.keys(), others.keys() - rows.keys()), strict=True):
         if ids:
             found.append(f"questions: {len(ids)} only in {where}, such as {_some(ids)}")
     shared = rows.keys() & others.keys()

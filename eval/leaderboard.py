@@ -22,7 +22,7 @@ class Column:
     name: str
     benchmark: str
     results: dict[int, Result] = field(default_factory=dict)
-    unlike: list[str] = field(default_factory=list)  # why it is not the earlier column of its name
+    unlike: list[str] = field(default_factory=list)  # why it is not the first column of its name
 
     @property
     def first(self) -> Result:
@@ -69,9 +69,9 @@ def _column(columns: list[Column], result: Result) -> Column:
     for column in alike:
         if not differences(column.first, result):
             return column
-    taken = {column.name for column in columns}
-    name = result.name if result.name not in taken else _numbered(result.name, taken)
-    unlike = differences(alike[0].first, result) if alike else []
+    earlier = {column.name: column for column in columns}
+    name = _numbered(result.name, set(earlier)) if result.name in earlier else result.name
+    unlike = differences(earlier[result.name].first, result, (result.name, name)) if result.name in earlier else []
     columns.append(Column(name, result.benchmark, unlike=unlike))
     return columns[-1]
 

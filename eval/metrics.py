@@ -39,8 +39,9 @@ class Table:
     fall together."""
 
     def __init__(self, columns: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> None:
-        names, member = np.unique(np.asarray(clusters), return_inverse=True)
-        self.clusters = len(names)
+        place = {name: i for i, name in enumerate(sorted(set(clusters)))}
+        member = np.asarray([place[name] for name in clusters])
+        self.clusters = len(place)
         self.sums = {
             name: np.bincount(member, weights=np.asarray(values, dtype=np.float64), minlength=self.clusters)
             for name, values in columns.items()

@@ -11,8 +11,8 @@ from typing import Any
 from eval.layout import fields, read_json, read_jsonl
 from mmdora.errors import UserError
 
-REPORT = {"name": str, "benchmark": str, "n": int, "scores": dict, "categories": dict, "receipt": dict}
-ROW = {
+REPORT: dict[str, type] = {"name": str, "benchmark": str, "n": int, "scores": dict, "categories": dict, "receipt": dict}
+ROW: dict[str, type] = {
     "id": str,
     "question": str,
     "media": list,
@@ -23,7 +23,8 @@ ROW = {
     "details": dict,
     "counts": dict,
 }
-NAMES = {str: "a string", int: "a whole number", dict: "an object", list: "a list of strings"}
+FIGURES = {"scores": ("value", "low", "high"), "categories": ("n", "value")}  # a score without a figure is null
+NAMES: dict[type, str] = {str: "a string", int: "a whole number", dict: "an object", list: "a list of strings"}
 WORTH = ("official", "strict")  # a finite number, or null where the split's answers are not public
 
 
@@ -73,6 +74,8 @@ def read_result(folder: Path) -> Result:
     if result.report["n"] != len(result.rows):
         asked = result.report["n"]
         raise UserError(f"{folder}: report.json is of {asked} questions, scores.jsonl has {len(result.rows)}")
+    if not result.rows:
+        raise UserError(f"{folder}: the result is of no questions")
     doubled = [i for i, count in Counter(row["id"] for row in result.rows).items() if count > 1]
     if doubled:
         raise UserError(f"{folder / 'scores.jsonl'}: {len(doubled)} ids are there twice, such as {doubled[0]!r}")
@@ -84,6 +87,12 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     report = read_json(path)
     _check(report, REPORT, path, "the report")
+    for part, names in FIGURES.items():
+        for name, figure in report[part].items():
+            if figure is not None:
+                where = f"{part}: {name}"
+                _check_numbers(dict(zip(names, fields(figure, path, where, *names), strict=True)), path, where)
+    _check_numbers({"unparsed_rate": report.get("unparsed_rate")}, path, "the report")
     return report
 
 
@@ -95,13 +104,18 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
         where = f"row {number}"
         _check(row, ROW, path, where)
         worths = dict(zip(WORTH, fields(row, path, where, *WORTH), strict=True)) | {"judged": row.get("judged")}
-        for key, worth in {**worths, **row["counts"]}.items():
-            if worth is not None and not (isinstance(worth, int | float) and math.isfinite(worth)):
-                raise UserError(f"{path}, {where}: {key!r} is {worth!r:.60}, not a number")
+        _check_numbers(worths | row["counts"], path, where)
     return rows
 
 
 def _check(row: Any, types: dict[str, type], path: Path, where: str) -> None:
     for (key, kind), value in zip(types.items(), fields(row, path, where, *types), strict=True):
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+        texts = value if isinstance(value, list) else ()
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}, {where}: {key!r} is {value!r:.60}, not {NAMES[kind]}")
+
+
+def _check_numbers(row: dict[str, Any], path: Path, where: str) -> None:
+    for key, value in row.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(f"{path}, {where}: {key!r} is {value!r:.60}, not a number")

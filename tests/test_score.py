@@ -13,7 +13,7 @@ from eval.benchmarks.vqa import VQA
 from eval.results import find_results, read_result
 from mmdora.errors import UserError
 from tests.media import write_image
-from tests.scored import command, right, scored, write_answers, write_questions
+from tests.scored import command, edit, right, scored, write_answers, write_questions
 
 
 @pytest.fixture
@@ -169,6 +169,10 @@ def change_report(text: str):
     return lambda folder: (folder / "report.json").write_text(text)
 
 
+def with_report(**changes):
+    return lambda folder: edit(folder / "report.json", **changes)
+
+
 def with_row(**changes):
     return change_line(2, lambda line: json.dumps(json.loads(line) | changes))
 
@@ -186,6 +190,10 @@ TAMPERED = [
     (with_row(counts={"tp": "x"}), "row 3: 'tp' is 'x', not a number"),
     (change_report("{"), "report.json: not JSON"),
     (change_report("[]"), "report.json, the report: expected an object, found list"),
+    (with_report(scores={"official": 5}), "scores: official: expected an object, found int"),
+    (with_report(scores={"official": {"value": "5", "low": 1, "high": 2}}), "'value' is '5', not a number"),
+    (with_report(categories={"shape": {"value": 5}}), "categories: shape: no field 'n'"),
+    (with_report(unparsed_rate="none"), "'unparsed_rate' is 'none', not a number"),
     (change_report('{"name": "vqa"}'), "report.json, the report: no field 'benchmark'"),
     (lambda folder: (folder / "scores.jsonl").unlink(), "scores.jsonl: cannot be read"),
     (lambda folder: (folder / "scores.jsonl").write_bytes(b"\xff"), "scores.jsonl: not UTF-8"),
@@ -244,9 +252,7 @@ def test_what_no_leaderboard_takes(rows, tmp_path, capsys, monkeypatch):
     out = scored(tmp_path / "result", rows, right(12))
     assert command("submit", out, "--out", tmp_path / "file") == 2
     assert "no leaderboard" in capsys.readouterr().err
-    report = json.loads((out / "report.json").read_text())
-    report["receipt"]["limit"] = 12
-    (out / "report.json").write_text(json.dumps(report))
+    edit(out / "report.json", receipt={"limit": 12})
     assert command("submit", out, "--out", tmp_path / "file") == 2
     assert "only the first 12 questions were asked" in capsys.readouterr().err
     assert not (tmp_path / "file").exists()
