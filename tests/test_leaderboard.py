@@ -137,6 +137,8 @@ def test_wrong_arguments(folder, capsys):
     out = scored(folder / "r", write_questions(folder / "x", 12), right(12))
     assert command("leaderboard", out, "--html", folder) == 2
     assert "this is a folder" in capsys.readouterr().err
+    assert command("leaderboard", out, "--html", out / "report.json" / "page.html") == 2
+    assert "--html: cannot make the folder" in capsys.readouterr().err
 
 
 needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="no Chromium on PATH, nor named in CHROME_BIN")
@@ -207,6 +209,23 @@ def test_in_a_browser(page, browser):
     for shown in (seen, again, single, missing, other):
         assert "owned" not in shown.run("document.title")
     assert {address.partition(":")[0] for address in browser.asked} <= {"file", "data"}
+
+
+@needs_chromium
+def test_answers_that_are_not_public(folder, browser):
+    """Shown without a score."""
+    out = scored(folder / "test_split", write_questions(folder / "x", 12), right(12))
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
+    hidden = {"references": [], "official": None, "strict": None}
+    (out / "scores.jsonl").write_text("".join(json.dumps(line | hidden) + "\n" for line in lines))
+    edit(out / "report.json", scores={"official": None, "strict": None}, categories={})
+    assert command("leaderboard", f"model={out}", "--html", folder / "unscored.html") == 0
+    seen = browser.open(f"{(folder / 'unscored.html').as_uri()}#id=q4")
+    assert seen.run("document.querySelector('table.sortable').innerText").split()[-2:] == ["model", "–"]
+    inside = seen.run("document.querySelector('#list').innerText")
+    assert "the answer is not public" in inside
+    assert "· not scored" in inside
+    assert seen.run("document.getElementById('show').options.length") == 1
 
 
 @needs_chromium

@@ -129,7 +129,7 @@ def test_wrong_arguments(rows, tmp_path, capsys):
     assert command("score", "vqs", "--predictions", predictions, "--annotations", rows) == 2
     assert "Did you mean 'vqa'?" in capsys.readouterr().err
     code, _, err = score(capsys, rows, predictions, "--out", predictions)
-    assert (code, "this is a file" in err) == (2, True)
+    assert (code, f"--out: cannot make the folder {predictions}" in err) == (2, True)
 
 
 def test_a_finished_result_is_kept(rows, tmp_path, capsys):
@@ -246,6 +246,8 @@ def test_submit(rows, tmp_path, capsys, with_leaderboard):
     assert contents(out) == before
     assert command("submit", out, "--out", file) == 2
     assert "is there already" in capsys.readouterr().err
+    assert command("submit", out, "--out", file / "inside.json") == 2
+    assert f"--out: cannot make the folder {file}" in capsys.readouterr().err
 
 
 def test_what_no_leaderboard_takes(rows, tmp_path, capsys, monkeypatch):

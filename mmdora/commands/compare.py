@@ -50,11 +50,13 @@ def run(a: Path, b: Path, as_json: bool, plugins: list[str]) -> None:
 
 
 def show(console: Console, comparisons: Sequence[Comparison]) -> None:
-    columns = ("benchmark", "score", "n", "A", "B", "B - A, 95% interval", "p", "p (Holm)")
-    table = make_table("B against A, paired question by question", *columns)
+    """Official and judged scores; the strict ones are in the JSON."""
+    table = make_table("B against A, with 95% intervals", "benchmark", "n", "A", "B", "B - A", "p", "p, Holm")
     for one in comparisons:
-        scores = f"{one.a:.1f}", f"{one.b:.1f}"
-        table.add_row(one.name, one.kind, str(one.n), *scores, change(one), chance(one.p), chance(one.p_holm))
+        if one.kind != "strict":
+            name = one.name if one.kind == "official" else f"{one.name}, {one.kind}"
+            scores = f"{one.a:.1f}", f"{one.b:.1f}"
+            table.add_row(name, str(one.n), *scores, change(one), chance(one.p), chance(one.p_holm))
     console.print(table)
 
 

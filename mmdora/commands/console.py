@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ def import_plugins(names: list[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise UserError(f"plugins: cannot import {name!r} ({error})") from error
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that results go into. Raises UserError that names the option where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
 
 
 @contextmanager

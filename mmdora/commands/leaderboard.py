@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.leaderboard import arrange
 from eval.leaderboard_page import MOST_PICTURES, write_leaderboard
 from eval.results import Result, find_results, read_result
-from mmdora.commands.console import import_plugins, make_console, progress_bar
+from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
 from mmdora.errors import UserError
 
 
@@ -17,7 +17,7 @@ def run(results: list[str], html: Path, plugins: list[str]) -> None:
         raise UserError(f"--html {html}: this is a folder; name the page to write in it")
     named = [pair for argument in results for pair in read_named(argument)]
     board = arrange(named)
-    html.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(html.parent, "--html")
     console = make_console()
     media = {path for _, result in named for row in result.rows for path in row["media"]}
     with progress_bar(console, "pictures", min(MOST_PICTURES, len(media))) as advance:

@@ -12,7 +12,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.generation import file_digest
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
-from mmdora.commands.console import import_plugins, make_console, results_table
+from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
@@ -30,8 +30,6 @@ def run(
     plugins: list[str],
 ) -> None:
     import_plugins(plugins)
-    if out is not None and out.is_file():
-        raise UserError(f"--out {out}: this is a file; a result is a folder")
     if out is not None and (out / "report.json").exists() and not overwrite:
         raise UserError(f"{out} holds a finished result; --overwrite replaces it")
     scorer = BENCHMARKS[benchmark]()
@@ -44,6 +42,7 @@ def run(
     receipt = {"data": annotations, "split": split, "predictions": str(predictions), "file": file_digest(predictions)}
     report = make_report(config, responses, questions, scores, receipt)
     if out is not None:
+        make_folder(out, "--out")
         write_results(out, responses, questions, scores, report)
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
