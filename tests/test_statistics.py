@@ -42,6 +42,15 @@ def test_coverage_of_a_mean_over_clusters():
     assert 0.91 <= coverage(holds) <= 0.985
 
 
+@pytest.mark.parametrize("clusters", [8, 20])
+def test_coverage_over_few_clusters(clusters):
+    def holds(rng):
+        found = cluster_bootstrap(clustered(rng, clusters, 20, 0.6).ravel().tolist(), names(clusters, 20))
+        return found.low <= 60 <= found.high
+
+    assert 0.91 <= coverage(holds) <= 0.985
+
+
 def test_coverage_of_a_ratio_of_counts():
     """F1 of yes and no: half the answers are yes, 80% of which are found, and 30% of the others are called so."""
     truth = 200 * 0.4 / (2 * 0.4 + 0.15 + 0.1)
@@ -178,12 +187,12 @@ def test_equal_answers_are_no_difference_but_may_become_one():
     assert found.high == -found.low
 
 
-@pytest.mark.parametrize("clusters", [1, 3, 5])
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5])
 def test_few_pictures_cannot_show_much(clusters):
-    """All to B: as k coins that all fall to one side."""
+    """All to B: as k coins that all fall to one side, or more likely."""
     a = Table({"n": [1.0] * 60, "value": [0.0] * 60}, [str(i % clusters) for i in range(60)])
     b = Table({"n": [1.0] * 60, "value": [1.0] * 60}, [str(i % clusters) for i in range(60)])
-    assert paired_difference(a, b, mean).p == pytest.approx(2 / 2**clusters)
+    assert 2 / 2**clusters <= paired_difference(a, b, mean).p <= 1
 
 
 def test_a_benchmark_of_counts_knows_its_bounds():
