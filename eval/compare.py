@@ -60,7 +60,8 @@ def compare(a: Result, b: Result) -> list[Comparison]:
 
 def has(result: Result, kind: str) -> bool:
     """Whether every question has a score of the kind."""
-    return all(row.get(kind) is not None for row in result.rows) and result.report["scores"].get(kind) is not None
+    figure = result.report["scores"].get(kind) or {"value": None}
+    return figure["value"] is not None and all(row.get(kind) is not None for row in result.rows)
 
 
 def compare_kind(a: Result, b: Result, kind: str) -> Comparison | None:
@@ -122,7 +123,8 @@ def differences(a: Result, b: Result, names: tuple[str, str] = ("A", "B")) -> li
     for key in ("scorer_version", "judge", "prompt_template"):
         if one.get(key) != other.get(key) and None not in (one.get(key), other.get(key)):
             found.append(f"{key}: {one[key]!r} and {other[key]!r}")
-    if one.get("question_set") == other.get("question_set") is not None:
+    same_ids = {row["id"] for row in a.rows} == {row["id"] for row in b.rows}
+    if same_ids and one.get("question_set") == other.get("question_set") is not None:
         return found
     splits = BENCHMARKS[a.benchmark].splits
     asked = [(r.get("split") or next(iter(splits), None), r.get("limit")) for r in (one, other)]

@@ -105,6 +105,9 @@ def test_other_questions_are_refused(rows, tmp_path, capsys):
     other = write_questions(tmp_path / "other", 40, answers=["no"])
     said = refused(capsys, a, scored(tmp_path / "other_result", other, right(40)))
     assert "references: other in 40 questions, such as 'q0': ['yes'] and ['no']" in said
+    renamed = scored(tmp_path / "renamed", rows, right(40)) / "scores.jsonl"
+    renamed.write_text(renamed.read_text().replace('"q7"', '"z7"'))
+    assert "questions: 1 only in A, such as 'q7'" in refused(capsys, a, renamed.parent)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eval.benchmarks import BENCHMARKS
+from data_pipelines.samples import Sample
+from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import VQA
 from eval.results import find_results, read_result
+from mmdora.commands.score import answers_to
 from mmdora.errors import UserError
 from tests.media import write_image
 from tests.scored import command, edit, right, scored, write_answers, write_questions
@@ -111,6 +115,25 @@ def test_predictions_of_another_shape(data, expected, rows, tmp_path, capsys):
     assert "answers.json" in err
     assert len(err) < 400
     assert not (tmp_path / "result").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "response", "x"]), inner),
+    max_leaves=8,
+)
+
+
+@given(document=JSON)
+def test_whatever_the_predictions_are_it_is_an_answer_or_one_error(document, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(document))
+    questions = [Question("q0", Sample("q0", (), "t"), ("yes",), "q0")]
+    try:
+        said = dict.fromkeys(answers_to(questions, BENCHMARKS["vqa"](), path))
+    except UserError as error:
+        said = str(error)
+    assert said == {"q0": None} or str(path) in said
 
 
 def test_json_lines_name_the_line(rows, tmp_path, capsys):
