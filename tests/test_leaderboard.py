@@ -171,6 +171,7 @@ def test_in_a_browser(page, browser):
     assert seen.run("document.querySelectorAll('table.sortable th')[2].getAttribute('aria-sort')") == "descending"
 
     assert seen.run(COUNT) == "1–50 of 120 questions"
+    assert "in the order of best, <b>bold</b>, worst" in seen.run("document.getElementById('order').textContent")
     seen.run("document.getElementById('next').click()")
     assert seen.run(SHOWN)[0] == "q50"
     choose(seen, "document.getElementById('show')", "differ")

@@ -161,6 +161,7 @@ function render() {
   at("list").replaceChildren(...shown.map((question) => item(question, data)));
   const range = shown.length ? `${page * PAGE + 1}–${page * PAGE + shown.length} of ` : "";
   at("count").textContent = `${range}${found.length.toLocaleString("en")} questions`;
+  at("order").textContent = `; right (✓) or wrong (✗) in the order of ${data.models.map((model) => models[model]).join(", ")}`;
   at("previous").disabled = page === 0;
   at("next").disabled = page === last;
   at("single").hidden = !state.id;

@@ -69,8 +69,8 @@ def show_counts(console: Console, pair: tuple[Result, Result], one: Comparison, 
     )
     if one.test != EXACT and one.mcnemar_p is not None:
         told += (
-            f" ({one.n} questions share {one.clusters} images or videos; McNemar's test, which takes "
-            f"questions to be independent, has {chance(one.mcnemar_p)})"
+            f" ({one.n} questions in {one.clusters} clusters, as on one image; McNemar's test, which takes questions "
+            f"to be independent, has {chance(one.mcnemar_p)})"
         )
     console.print(told, soft_wrap=True)
     for name, side in (("better_in_a", "A"), ("better_in_b", "B")):
