@@ -3,9 +3,9 @@
     python benchmarks/leaderboard.py --out benchmarks/results/leaderboard.json
 
 Answers are drawn at random over questions with pictures of 640 × 480; the statistics are those of VQAv2's size. In the
-browser, `first_render` is from the start of the navigation to the first contentful paint, `ready` to the page's script
-having shown its first questions; `filter` and `search` are one change of a control each, to the next frame that is
-drawn: medians over ten. The first search also writes down what is searched.
+browser, `first_render` is from the start of the navigation to the first contentful paint, and `ready` from opening a
+tab to the page's script having run; `filter` and `search` are one change of a control each, to the next frame that is
+drawn: medians over ten, and the longest. The first search also writes down what is searched.
 """
 
 from __future__ import annotations
