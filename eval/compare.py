@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from eval.benchmarks import BENCHMARKS, Benchmark
-from eval.metrics import Table, holm, mcnemar, paired_difference
+from eval.metrics import PERCENT, Table, Totals, holm, mcnemar, paired_difference
 from eval.results import Result
 from eval.scoring import score_table
 from mmdora.errors import UserError
@@ -74,13 +76,14 @@ def compare_kind(a: Result, b: Result, kind: str) -> Comparison | None:
     pairs = [(row, of_b[row["id"]]) for row in a.rows]
     clusters = [row["cluster"] for row in a.rows]  # B may name the same files elsewhere
     table_a, table_b = (_table(rows, clusters, kind) for rows in zip(*pairs, strict=True))
-    statistic = partial(benchmark.headline, kind=kind)
-    found = paired_difference(table_a, table_b, statistic, benchmark.bounds)
+    is_mean = kind == "judged" or type(benchmark).headline is Benchmark.headline
+    statistic = partial(_mean if is_mean else benchmark.headline, kind=kind)
+    found = paired_difference(table_a, table_b, statistic, PERCENT if kind == "judged" else benchmark.bounds)
     if found is None:
         return None
     counts = count([(x[kind], y[kind]) for x, y in pairs])
     exact = None
-    if _is_share(benchmark) and all(row[kind] in (0, 1) for pair in pairs for row in pair):
+    if is_mean and all(row[kind] in (0, 1) for pair in pairs for row in pair):
         exact = mcnemar(counts["only_a"], counts["only_b"])
     independent = table_a.clusters == len(pairs)
     test, p = (EXACT, exact) if exact is not None and independent else (BOOTSTRAP, found.p)
@@ -159,15 +162,13 @@ def _some(ids: set[str]) -> str:
 
 
 def _table(rows: Sequence[Row], clusters: Sequence[str], kind: str) -> Table:
-    table = score_table(rows, clusters)
     if kind == "judged":
-        table.sums |= Table({kind: [row[kind] for row in rows]}, clusters).sums
-    return table
+        return Table({kind: [row[kind] for row in rows], "n": [1.0] * len(rows)}, clusters)
+    return score_table(rows, clusters)
 
 
-def _is_share(benchmark: Benchmark) -> bool:
-    """Whether the headline is the share of right answers, of which alone McNemar's test speaks."""
-    return type(benchmark).headline is Benchmark.headline
+def _mean(totals: Totals, kind: str) -> np.ndarray:
+    return 100 * totals[kind] / totals["n"]
 
 
 def count(pairs: Sequence[tuple[float, float]]) -> dict[str, int]:

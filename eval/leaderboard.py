@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,13 +116,15 @@ def cells(column: Column, kind: str) -> dict[int, Cell]:
     }
 
 
-def categories(column: Column) -> list[tuple[str, dict[int, dict[str, Any]]]]:
-    """The breakdown's rows: a category, and its figures by model."""
-    names = dict.fromkeys(name for result in column.results.values() for name in result.report["categories"])
-    return [
-        (name, {m: r.report["categories"][name] for m, r in column.results.items() if name in r.report["categories"]})
-        for name in names
-    ]
+def categories(column: Column, kind: str) -> list[tuple[str, dict[int, dict[str, Any]]]]:
+    """The breakdown's rows, of official or judged scores: a category, and its figures by model."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for model, result in column.results.items():
+        for name, figure in result.report["categories"].items():
+            chosen = figure if kind == "official" else figure.get(kind) or {"value": None}
+            if chosen["value"] is not None:
+                found.setdefault(name, {})[model] = {"n": figure["n"], **chosen}
+    return list(found.items())
 
 
 def question_rows(column: Column) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
@@ -133,6 +134,11 @@ def question_rows(column: Column) -> tuple[list[dict[str, Any]], list[list[dict[
     return rows, [[rows_of[row["id"]] for rows_of in by_id] for row in rows]
 
 
+def worth(row: dict[str, Any]) -> float | None:
+    """Of an answer, 0 to 1: what the official scorer gives, or a judge where there is no official scorer."""
+    return row["official"] if row["official"] is not None else row.get("judged")
+
+
 def models_differ(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether models' answers to a question are worth differently."""
-    return len(Counter(row["official"] for row in rows)) > 1
+    return len({worth(row) for row in rows}) > 1

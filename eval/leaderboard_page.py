@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.leaderboard import CLEAR, Board, Column, categories, cells, models_differ, question_rows
+from eval.leaderboard import CLEAR, Board, Column, categories, cells, models_differ, question_rows, worth
 from eval.report import jpeg_address, thumbnails
 from mmdora.config import VideoConfig
 
@@ -68,8 +68,9 @@ def _column(column: Column, share: int, advance: Callable[[int], None]) -> dict[
         "unlike": column.unlike,
         "n": len(column.first.rows),
         "cells": scored,
+        "told": [kind for kind in ("official", "judged") if kind in scored] or ["official"],
         "unparsed": {model: result.report.get("unparsed_rate") for model, result in column.results.items()},
-        "categories": categories(column),
+        "categories": {kind: rows for kind in ("official", "judged") if (rows := categories(column, kind))},
         "receipts": {model: _receipt(result.receipt, result.folder) for model, result in column.results.items()},
         "models": list(column.results),
         "shown": len(payload["questions"]),
@@ -90,7 +91,7 @@ def _questions(column: Column, share: int, advance: Callable[[int], None]) -> tu
     rows, answers = [rows[i] for i in kept], [answers[i] for i in kept]
     names = {name: i for i, name in enumerate(dict.fromkeys(c for row in rows for c in row["categories"]))}
     # Pictures of the questions that people look at first: where models differ, then where they are wrong.
-    order = sorted(range(len(rows)), key=lambda i: (not models_differ(answers[i]), answers[i][0]["official"] or 0))
+    order = sorted(range(len(rows)), key=lambda i: (not models_differ(answers[i]), worth(answers[i][0]) or 0))
     wanted = list(dict.fromkeys(path for i in order for path in rows[i]["media"]))
     places = {path: i for i, path in enumerate(wanted)}
     frames = column.first.receipt.get("num_frames")
@@ -112,7 +113,7 @@ def _questions(column: Column, share: int, advance: Callable[[int], None]) -> tu
                 [names[name] for name in row["categories"]],
                 [places[path] for path in row["media"]],
                 [_cut(answer["response"]) for answer in given],
-                [_worth(answer["official"]) for answer in given],
+                [_rounded(worth(answer)) for answer in given],
             ]
             for row, given in zip(rows, answers, strict=True)
         ],
@@ -124,5 +125,5 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
 
 
-def _worth(score: float | None) -> float | None:
+def _rounded(score: float | None) -> float | None:
     return None if score is None else round(score, 3)

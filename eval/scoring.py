@@ -74,15 +74,6 @@ def make_report(
     }
 
 
-def _finite(value: Any) -> Any:
-    """The value in JSON's types, which know no NaN: null in its place."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[str, Score], kind: str) -> Figure:
     """The benchmark's headline over some questions, with its interval."""
     clusters = [q.cluster for q in questions]
@@ -142,3 +133,12 @@ def write_results(
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     aside.replace(folder / "report.json")
+
+
+def _finite(value: Any) -> Any:
+    """The value in JSON's types, which know no NaN: null in its place."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

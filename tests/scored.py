@@ -60,3 +60,16 @@ def edit(path: Path, **changes: Any) -> None:
     report = json.loads(path.read_text())
     report["receipt"] |= changes.pop("receipt", {})
     path.write_text(json.dumps(report | changes))
+
+
+def judge(out: Path, worth: float, only: bool = False) -> Path:
+    """Give a result judged scores, of `worth` for each answer; `only`: there is no official scorer."""
+    unscored = {"official": None, "strict": None} if only else {}
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
+    (out / "scores.jsonl").write_text("".join(json.dumps(line | unscored | {"judged": worth}) + "\n" for line in lines))
+    figure = {"value": 100 * worth, "low": 0, "high": 100}
+    report = json.loads((out / "report.json").read_text())
+    shape = report["categories"]["shape"] | ({"value": None} if only else {}) | {"judged": figure}
+    scores = report["scores"] | unscored | {"judged": figure}
+    edit(out / "report.json", scores=scores, categories={"shape": shape}, receipt={"judge": "recorded"})
+    return out

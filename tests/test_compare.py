@@ -8,7 +8,7 @@ import pytest
 
 from eval.compare import BOOTSTRAP, EXACT
 from eval.metrics import mcnemar
-from tests.scored import command, edit, right, scored, write_questions
+from tests.scored import command, edit, judge, right, scored, write_questions
 
 
 @pytest.fixture
@@ -149,16 +149,15 @@ def test_what_else_is_unlike_is_said(rows, tmp_path, capsys):
 
 def test_judged_scores_have_a_row_of_their_own(rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40)), scored(tmp_path / "b", rows, right(40))
-    for out, worth in ((a, 0.25), (b, 0.5)):
-        lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
-        text = "".join(json.dumps(line | {"judged": worth}) + "\n" for line in lines)
-        (out / "scores.jsonl").write_text(text)
-        report = json.loads((out / "report.json").read_text())
-        report["scores"]["judged"] = {"value": 100 * worth, "low": 0, "high": 100}
-        (out / "report.json").write_text(json.dumps(report))
+    judge(a, 0.25)
+    judge(b, 0.5)
     found = {c["kind"]: c for c in compared(capsys, a, b)["comparisons"]}
     assert found["official"]["difference"] == 0
     assert (found["judged"]["difference"], found["judged"]["test"]) == (25, BOOTSTRAP)
+    judge(a, 0.0, only=True)
+    judge(b, 1.0, only=True)
+    (one,) = compared(capsys, a, b)["comparisons"]
+    assert (one["kind"], one["difference"], one["test"], one["p"]) == ("judged", 100, EXACT, mcnemar(0, 40))
     edit(b / "report.json", scores={"official": None, "strict": None})
     assert "no scores to compare" in refused(capsys, a, b)
 

@@ -12,7 +12,7 @@ from eval.leaderboard import arrange, cells
 from eval.metrics import holm, mcnemar
 from eval.results import read_result
 from tests.media import write_video
-from tests.scored import command, edit, right, scored, write_questions
+from tests.scored import command, edit, judge, right, scored, write_questions
 
 HOSTILE = [
     "</script><script>document.title = 'owned'</script>",
@@ -210,6 +210,27 @@ def test_in_a_browser(page, browser):
     for shown in (seen, again, single, missing, other):
         assert "owned" not in shown.run("document.title")
     assert {address.partition(":")[0] for address in browser.asked} <= {"file", "data"}
+
+
+@needs_chromium
+@pytest.mark.parametrize(("only", "heads"), [(False, ["vqa", "vqa, judged"]), (True, ["vqa, judged"])])
+def test_judged_scores_have_a_column_of_their_own(only, heads, folder, browser):
+    rows = write_questions(folder / "x", 12)
+    for name, worth in (("good", 1.0), ("bad", 0.25)):
+        judge(scored(folder / f"{name}_{only}", rows, right(12)), worth, only)
+    page = folder / "judged.html"
+    results = [f"{name}={folder}/{name}_{only}" for name in ("bad", "good")]
+    assert command("leaderboard", *results, "--html", page) == 0
+    seen = browser.open(page.as_uri())
+    tables = "[...document.querySelectorAll('table.sortable')]"
+    found = seen.run(f"[...{tables}[0].tHead.rows[0].cells].map(cell => cell.querySelector('button').textContent)")
+    assert found == ["model", *heads]
+    last = seen.run(
+        f"[...{tables}[0].tBodies[0].rows].map(row => row.cells[row.cells.length - 1].innerText.split(/\\s/)[0])"
+    )
+    assert sorted(last) == ["100.0", "25.0"]
+    assert seen.run(f"{tables}.pop().innerText").split()[:4] == ["category", "bad", "good", "shape"]
+    assert seen.run("document.querySelector('#list .marks').textContent") == ("◔✓" if only else "✓✓")
 
 
 @needs_chromium

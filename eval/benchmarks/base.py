@@ -62,12 +62,12 @@ class Benchmark(ABC):
 
     verified: ClassVar[bool] = False  # whether its layout was tried on the real files, or is from documentation only
     version: ClassVar[int] = 1  # goes up when the same answers would score otherwise: such results are not compared
+    bounds: ClassVar[Bounds] = PERCENT  # of the headline: the least and the most it can be; None where it has no most
     layout: ClassVar[str] = ""  # the official files as downloaded, told to whoever has them elsewhere
     splits: ClassVar[tuple[str, ...]] = ()  # that `split` may name; the first is taken where it names none
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
     max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
     has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
-    bounds: ClassVar[Bounds] = PERCENT  # of the headline: the least and the most it can be; None where it has no most
     missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
 
     @abstractmethod
