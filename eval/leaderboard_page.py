@@ -84,26 +84,21 @@ def _receipt(receipt: dict[str, Any], folder: Path) -> str:
 
 
 def _questions(column: Column, share: int, advance: Callable[[int], None]) -> tuple[dict[str, Any], dict[str, int]]:
-    """What the page's script shows: questions with every model's answer, and their media."""
+    """What the page's script shows, questions with every model's answer and their media; and how many files there are,
+    how many are shown, and how many could not be read."""
     rows, answers = question_rows(column)
-    step = len(rows) / min(len(rows), MOST_QUESTIONS)
-    kept = [int(i * step) for i in range(min(len(rows), MOST_QUESTIONS))]
+    count = min(len(rows), MOST_QUESTIONS)
+    kept = [i * len(rows) // count for i in range(count)]
     rows, answers = [rows[i] for i in kept], [answers[i] for i in kept]
     names = {name: i for i, name in enumerate(dict.fromkeys(c for row in rows for c in row["categories"]))}
     # Pictures of the questions that people look at first: where models differ, then where they are wrong.
-    order = sorted(range(len(rows)), key=lambda i: (not models_differ(answers[i]), worth(answers[i][0]) or 0))
-    wanted = list(dict.fromkeys(path for i in order for path in rows[i]["media"]))
-    places = {path: i for i, path in enumerate(wanted)}
-    frames = column.first.receipt.get("num_frames")
-    video = VideoConfig(num_frames=frames) if isinstance(frames, int) and frames > 0 else VideoConfig()
-    pictures = []
-    for path in wanted[:share]:
-        pictures.append([jpeg_address(p) for p in thumbnails(Path(path), video, PICTURE)])
-        advance(1)
+    order = sorted(range(count), key=lambda i: (not models_differ(answers[i]), worth(answers[i][0]) or 0))
+    places = {path: i for i, path in enumerate(dict.fromkeys(path for i in order for path in rows[i]["media"]))}
+    pictures = _pictures(list(places)[:share], column.first.receipt.get("num_frames"), advance)
     payload = {
         "models": list(column.results),
         "categories": list(names),
-        "media": [Path(path).name for path in wanted],
+        "media": [Path(path).name for path in places],
         "pictures": pictures,
         "questions": [
             [
@@ -118,7 +113,17 @@ def _questions(column: Column, share: int, advance: Callable[[int], None]) -> tu
             for row, given in zip(rows, answers, strict=True)
         ],
     }
-    return payload, {"files": len(wanted), "shown": sum(map(bool, pictures)), "unread": pictures.count([])}
+    return payload, {"files": len(places), "shown": sum(map(bool, pictures)), "unread": pictures.count([])}
+
+
+def _pictures(paths: list[str], frames: Any, advance: Callable[[int], None]) -> list[list[str]]:
+    """Each file's thumbnails as addresses: a picture's, or those of as many `frames` of a video as the model saw."""
+    video = VideoConfig(num_frames=frames) if isinstance(frames, int) and frames > 0 else VideoConfig()
+    found = []
+    for path in paths:
+        found.append([jpeg_address(picture) for picture in thumbnails(Path(path), video, PICTURE)])
+        advance(1)
+    return found
 
 
 def _cut(text: str) -> str:
