@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ def read_json(path: Path) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
@@ -69,7 +70,7 @@ def read_jsonl(path: Path) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
     return rows
 
@@ -127,13 +128,18 @@ def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any
 
 
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
-    """(id, answer) of each row of a JSON list or a JSON-lines file."""
+    """(id, answer) of each row of a JSON list or a JSON-lines file; numbers are taken as they are written.
+
+    Raises UserError that names the file and the row whose answer is neither text nor a number.
+    """
     rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects with {key!r} and {value!r}")
     pairs = []
     for number, row in enumerate(rows):
         question_id, answer = fields(row, path, f"row {number}", key, value)
+        if not isinstance(answer, str | int | float) or (isinstance(answer, float) and not math.isfinite(answer)):
+            raise UserError(f"{path}, row {number}: {value!r} is {json.dumps(answer):.60}, not text")
         pairs.append((str(question_id), answer if isinstance(answer, str) else json.dumps(answer)))
     return pairs
 

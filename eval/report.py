@@ -72,7 +72,7 @@ def shown(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConfig) -> Row:
     return Row(
         question=score["question"],
-        pictures=[_jpeg(picture) for path in score["media"] for picture in thumbnails(Path(path), video)],
+        pictures=[jpeg_address(picture) for path in score["media"] for picture in thumbnails(Path(path), video)],
         reference=" / ".join(dict.fromkeys(score["references"])),
         before=earlier["response"] if earlier else None,
         after=score["response"],
@@ -81,8 +81,9 @@ def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConf
     )
 
 
-def thumbnails(path: Path, video: VideoConfig) -> list[PILImage.Image]:
-    """The picture, or the frames that the model saw, made small; none for a file that is gone."""
+def thumbnails(path: Path, video: VideoConfig, size: int = THUMBNAIL) -> list[PILImage.Image]:
+    """The picture, or the frames that the model saw, made small (pixels, the longer side); none for a file that is
+    gone."""
     try:
         pictures = [load_image(path).copy()]
     except MediaError:
@@ -92,11 +93,12 @@ def thumbnails(path: Path, video: VideoConfig) -> list[PILImage.Image]:
             return []
         pictures = [PILImage.fromarray(frame) for frame in frames]
     for picture in pictures:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.thumbnail((size, size))
     return pictures
 
 
-def _jpeg(picture: PILImage.Image) -> str:
+def jpeg_address(picture: PILImage.Image) -> str:
+    """The picture as an address that holds it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return _address(buffer.getvalue(), "jpeg")

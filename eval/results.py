@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.layout import fields, read_json, read_jsonl
 from mmdora.errors import UserError
+
+REPORT: dict[str, type] = {"name": str, "benchmark": str, "n": int, "scores": dict, "categories": dict, "receipt": dict}
+ROW: dict[str, type] = {
+    "id": str,
+    "question": str,
+    "media": list,
+    "references": list,
+    "response": str,
+    "cluster": str,
+    "categories": list,
+    "details": dict,
+    "counts": dict,
+}
+FIGURES = {"scores": ("value", "low", "high"), "categories": ("n", "value")}  # a score without a figure is null
+NAMES: dict[type, str] = {str: "a string", int: "a whole number", dict: "an object", list: "a list of strings"}
+WORTH = ("official", "strict")  # a finite number, or null where the split's answers are not public
 
 
 @dataclass(frozen=True)
@@ -19,6 +37,10 @@ class Result:
     rows: list[dict[str, Any]]  # id, question, media, references, response, cluster, categories, details, scores
 
     @property
+    def name(self) -> str:
+        return str(self.report["name"])
+
+    @property
     def benchmark(self) -> str:
         return str(self.report["benchmark"])
 
@@ -27,21 +49,73 @@ class Result:
         return dict(self.report["receipt"])
 
 
+def find_results(folder: Path) -> list[Path]:
+    """The result directories that `folder` stands for: itself, those of a run, or those that lie in it.
+
+    Raises UserError where there is none.
+    """
+    if (folder / "report.json").is_file():
+        return [folder]
+    for parent in (folder / "eval", folder):
+        if found := sorted(path.parent for path in parent.glob("*/report.json")):
+            return found
+    what = "no such folder" if not folder.is_dir() else "holds no result"
+    raise UserError(
+        f"{folder}: {what}; give a result (a folder with a report.json, such as <run>/eval/<name>), a run, "
+        "or a folder of results"
+    )
+
+
 def read_result(folder: Path) -> Result:
     """Raises UserError where `folder` holds no finished result, or one that was changed by hand."""
     if not (folder / "report.json").is_file():
         raise UserError(f"{folder}: no report.json; a result is a folder such as <run>/eval/<name>")
     result = Result(folder, read_report(folder), read_scores(folder))
-    if result.report.get("n") != len(result.rows):
-        asked = result.report.get("n")
+    if result.report["n"] != len(result.rows):
+        asked = result.report["n"]
         raise UserError(f"{folder}: report.json is of {asked} questions, scores.jsonl has {len(result.rows)}")
+    if not result.rows:
+        raise UserError(f"{folder}: the result is of no questions")
+    doubled = [i for i, count in Counter(row["id"] for row in result.rows).items() if count > 1]
+    if doubled:
+        raise UserError(f"{folder / 'scores.jsonl'}: {len(doubled)} ids are there twice, such as {doubled[0]!r}")
     return result
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    """Raises UserError for a file that is not a report."""
+    path = folder / "report.json"
+    report = read_json(path)
+    _check(report, REPORT, path, "the report")
+    for part, names in FIGURES.items():
+        for name, figure in report[part].items():
+            if figure is not None:
+                where = f"{part}: {name}"
+                _check_numbers(dict(zip(names, fields(figure, path, where, *names), strict=True)), path, where)
+    _check_numbers({"unparsed_rate": report.get("unparsed_rate")}, path, "the report")
+    return report
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "scores.jsonl").read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
-    return [json.loads(line) for line in lines if line]
+    """Raises UserError that names the line which is not a question's."""
+    path = folder / "scores.jsonl"
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        where = f"row {number}"
+        _check(row, ROW, path, where)
+        worths = dict(zip(WORTH, fields(row, path, where, *WORTH), strict=True)) | {"judged": row.get("judged")}
+        _check_numbers(worths | row["counts"], path, where)
+    return rows
+
+
+def _check(row: Any, types: dict[str, type], path: Path, where: str) -> None:
+    for (key, kind), value in zip(types.items(), fields(row, path, where, *types), strict=True):
+        texts = value if isinstance(value, list) else ()
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}, {where}: {key!r} is {value!r:.60}, not {NAMES[kind]}")
+
+
+def _check_numbers(row: dict[str, Any], path: Path, where: str) -> None:
+    for key, value in row.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(f"{path}, {where}: {key!r} is {value!r:.60}, not a number")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
 from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
 from mmdora.config import EvaluationConfig
 
-Figure = dict[str, float] | None  # {"value", "low", "high"}; None where it means nothing
+Figure = dict[str, float | None] | None  # {"value", "low", "high"}; None where it means nothing
 
 
 def score_all(benchmark: str, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
@@ -68,7 +69,7 @@ def make_report(
     return report | {
         "unparsed_rate": unparsed,
         "majority_baseline": majority,
-        "metrics": benchmark.extras(responses, questions),
+        "metrics": _finite(benchmark.extras(responses, questions)),
     }
 
 
@@ -105,8 +106,9 @@ def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[
     clusters = [q.cluster for q in questions]
     chosen = [scores[q.id] for q in questions]
     if type(benchmark).headline is Benchmark.headline:
-        return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters))
-    found = estimate(score_table([asdict(s) for s in chosen], clusters), partial(benchmark.headline, kind=kind))
+        return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters, benchmark.bounds))
+    table = score_table([asdict(s) for s in chosen], clusters)
+    found = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
     return asdict(found) if found is not None else None
 
 
@@ -154,7 +156,18 @@ def write_results(
         for q in questions
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "scores.jsonl").write_text(text, encoding="utf-8")
+    # Half of a surrogate pair, as JSON may hold, is no UTF-8: it is written as JSON's escape.
+    (folder / "scores.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
     aside = folder / ".report.json"
-    aside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     aside.replace(folder / "report.json")
+
+
+def _finite(value: Any) -> Any:
+    """The value in JSON's types, which know no NaN: null in its place."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

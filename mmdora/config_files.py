@@ -4,14 +4,16 @@ once, and written."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from mmdora.config import RunConfig
+from mmdora.config import JudgeConfig, RunConfig, Section
 from mmdora.errors import UserError
 from mmdora.registry import nearest
+
+S = TypeVar("S", bound=Section)
 
 
 def shipped_path(name: str) -> Path | None:
@@ -64,11 +66,24 @@ def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
     """A tree of plain values as a RunConfig. Raises UserError that lists every problem."""
+    return parse_section(RunConfig, tree, f"{source} is not a valid config")
+
+
+def parse_section(kind: type[S], values: dict[str, Any], trouble: str) -> S:
+    """Plain values as a section. Raises UserError that lists every problem behind `trouble`."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = [_problem(e) for e in error.errors()]
-        raise UserError(f"{source} is not a valid config:\n" + "\n".join(f"  {p}" for p in problems)) from None
+        raise UserError(f"{trouble}:\n" + "\n".join(f"  {p}" for p in problems)) from None
+
+
+def judge_config(url: str | None, model: str | None, verdicts: str | None) -> JudgeConfig | None:
+    """The judge that a command line names, if it names one. Raises UserError."""
+    given = {"url": url, "model": model, "verdicts": verdicts}
+    if all(value is None for value in given.values()):
+        return None
+    return parse_section(JudgeConfig, given, "--judge-url, --judge-model and --verdicts")
 
 
 def dump_config(config: RunConfig) -> str:

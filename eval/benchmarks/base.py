@@ -21,7 +21,7 @@ import numpy as np
 
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.layout import read_answers
-from eval.metrics import Totals
+from eval.metrics import PERCENT, Bounds, Totals
 from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -65,6 +65,7 @@ class Benchmark(ABC):
 
     verified: ClassVar[bool] = False  # whether its layout was tried on the real files, or is from documentation only
     version: ClassVar[int] = 1  # goes up when the same answers would score otherwise: such results are not compared
+    bounds: ClassVar[Bounds] = PERCENT  # of the headline: the least and the most it can be; None where it has no most
     layout: ClassVar[str] = ""  # the official files as downloaded, told to whoever has them elsewhere
     splits: ClassVar[tuple[str, ...]] = ()  # that `split` may name; the first is taken where it names none
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's

@@ -28,6 +28,9 @@ Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipp
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings to change.")]
 Target = Annotated[str, typer.Argument(help="A run directory, an adapter directory, or a model (directory or hub id).")]
 Split = Annotated[str | None, typer.Option(help="Which of the benchmark's splits, if not its first.")]
+JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible address of a judge, for judged benchmarks.")]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's model.")]
+Verdicts = Annotated[str | None, typer.Option(help="A file of verdicts, in place of a judge.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A module to import first.")]
 
@@ -87,13 +90,20 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results go; a model without a run needs it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    verdicts: Verdicts = None,
     trust_remote_code: Trust = False,
     plugin: Plugins = None,
 ) -> None:
     """Score a run's own benchmarks, or any benchmark on any model."""
     from mmdora.commands.eval import Request, run
+    from mmdora.config_files import judge_config
 
-    request = Request(target, only, benchmark, data, data_format, split, prompt, limit, batch_size, out, overwrite)
+    judge = judge_config(judge_url, judge_model, verdicts)
+    request = Request(
+        target, only, benchmark, data, data_format, split, prompt, limit, batch_size, out, overwrite, judge
+    )
     run(request, trust_remote_code, plugin or [])
 
 
@@ -106,12 +116,17 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write a result directory too.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    verdicts: Verdicts = None,
     plugin: Plugins = None,
 ) -> None:
     """Score answers that are already there, without a model."""
     from mmdora.commands.score import run
+    from mmdora.config_files import judge_config
 
-    run(benchmark, predictions, annotations, split, as_json, out, overwrite, plugin or [])
+    judge = judge_config(judge_url, judge_model, verdicts)
+    run(benchmark, predictions, annotations, split, as_json, out, overwrite, plugin or [], judge)
 
 
 @app.command()
@@ -124,6 +139,33 @@ def submit(
     from mmdora.commands.submit import run
 
     run(results, out, plugin or [])
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RESULT_A", help="A result, a run, or a folder of results.")],
+    b: Annotated[Path, typer.Argument(metavar="RESULT_B", help="What to hold against it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Compare two models' answers question by question, and say whether the difference may be chance."""
+    from mmdora.commands.compare import run
+
+    run(a, b, as_json, plugin or [])
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RESULT...", help="Results, runs, or folders of results.")
+    ],
+    html: Annotated[Path, typer.Option(help="The page to write.")],
+    plugin: Plugins = None,
+) -> None:
+    """Write a page that ranks models, down to the single question."""
+    from mmdora.commands.leaderboard import run
+
+    run(results, html, plugin or [])
 
 
 @app.command()

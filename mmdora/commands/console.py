@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def import_plugins(names: list[str]) -> None:
             raise UserError(f"plugins: cannot import {name!r} ({error})") from error
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that results go into. Raises UserError that names the option where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
+
+
 @contextmanager
 def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
     """A bar that yields its `advance(n)`."""
@@ -67,11 +76,12 @@ def make_table(title: str, *columns: str) -> Table:
     return table
 
 
-def estimate(scores: dict[str, float] | None) -> str:
-    """`98.7 [97.4, 99.7]`"""
+def estimate(scores: dict[str, float | None] | None) -> str:
+    """`98.7 [97.4, 99.7]`; the figure alone where nothing is known of its interval"""
     if scores is None or scores["value"] is None:
         return "–"
-    return f"{scores['value']:.1f} [{scores['low']:.1f}, {scores['high']:.1f}]"
+    interval = "" if scores["low"] is None else f" [{scores['low']:.1f}, {scores['high']:.1f}]"
+    return f"{scores['value']:.1f}{interval}"
 
 
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:

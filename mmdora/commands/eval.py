@@ -14,6 +14,7 @@ from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
 from mmdora.config import EvaluationConfig, JudgeConfig, RunConfig
+from mmdora.config_files import parse_section
 from mmdora.errors import UserError
 from mmdora.registry import nearest
 from mmdora.rundir import RunDir, load_target
@@ -109,4 +110,4 @@ def as_requested(entry: EvaluationConfig, request: Request) -> EvaluationConfig:
     if request.judge is None and entry.judge is not None and entry.judge.url is not None:
         log.warning("%s: its judge at %s is not asked unless it is given again", entry.name, entry.judge.url)
         changes["judge"] = None
-    return EvaluationConfig.model_validate(entry.model_dump() | changes)
+    return parse_section(EvaluationConfig, entry.model_dump() | changes, "the command line")

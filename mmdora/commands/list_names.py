@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from rich.table import Table
-
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
@@ -30,20 +28,22 @@ KINDS: dict[str, Any] = {
 def run(kind: str) -> None:
     if kind not in KINDS:
         raise UserError(f"nothing is called {kind!r}.{nearest(kind, list(KINDS))} Known: {', '.join(KINDS)}")
+    rows = [(name, *about(kind, entry)) for name, entry in KINDS[kind].items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     console = make_console()
-    table = Table(show_header=False, box=None)
-    for name, entry in KINDS[kind].items():
-        table.add_row(name, about(kind, entry))
-    console.print(table)
+    for *cells, last in rows:
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+        console.print("  ".join([*padded, last]).rstrip(), soft_wrap=True)
 
 
-def about(kind: str, entry: Any) -> str:
-    """One line on an entry: the parts of an architecture, else the first line of its docstring or its module's."""
+def about(kind: str, entry: Any) -> tuple[str, ...]:
+    """What is told of an entry: the parts of an architecture, else the first line of its docstring or its module's; of
+    a benchmark also whether its layout was tried on the real files."""
     if kind == "architectures":
-        return ", ".join(f"{part}: {' + '.join(paths)}" for part, paths in entry.parts.items())
+        return (", ".join(f"{part}: {' + '.join(paths)}" for part, paths in entry.parts.items()),)
     module = inspect.getmodule(entry)
     text = (entry.__doc__ or (module.__doc__ if module else None) or "").strip().splitlines()
     line = text[0] if text else ""
     if kind == "benchmarks":
-        line += " [verified]" if entry.verified else " [layout from documentation only]"
-    return line
+        return "verified" if entry.verified else "layout from documentation only", line
+    return (line,)

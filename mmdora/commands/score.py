@@ -14,7 +14,7 @@ from eval.generation import file_digest
 from eval.judge import describe_judge, judge_all
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
-from mmdora.commands.console import import_plugins, make_console, results_table
+from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
 from mmdora.config import EvaluationConfig, JudgeConfig
 from mmdora.errors import UserError
 
@@ -47,6 +47,8 @@ def run(
     receipt: dict[str, Any] = {"data": annotations, "split": split, "predictions": str(predictions)}
     receipt["file"] = file_digest(predictions)
     judged = None
+    if out is not None:
+        make_folder(out, "--out")
     if judge is not None and out is not None:
         receipt["judge"] = describe_judge(scorer, judge)
         judged = judge_all(scorer, judge, responses, questions, out)
@@ -66,6 +68,8 @@ def answers_to(questions: list[Question], benchmark: Benchmark, predictions: Pat
     """Every question's answer by id. Raises UserError that names duplicate, foreign and missing ids."""
     if not predictions.is_file() and not predictions.is_dir():
         raise UserError(f"{predictions}: no such file")
+    if predictions.is_file() and predictions.stat().st_size == 0:
+        raise UserError(f"{predictions}: the file is empty")
     pairs = benchmark.read_predictions(predictions, questions)
     answers, asked = dict(pairs), {q.id for q in questions}
     doubled = [i for i, count in Counter(i for i, _ in pairs).items() if count > 1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS
 from eval.results import read_result
-from mmdora.commands.console import import_plugins, make_console
+from mmdora.commands.console import import_plugins, make_console, make_folder
 from mmdora.errors import UserError
 
 
@@ -21,6 +21,6 @@ def run(folders: list[Path], out: Path, plugins: list[str]) -> None:
             raise UserError(f"{result.folder}: only the first {limit} questions were asked; a leaderboard wants all")
     if out.exists():
         raise UserError(f"{out} is there already; --out names a new file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "--out")
     BENCHMARKS[names[0]]().write_submission(results, out)
     make_console().print(f"Wrote {out}, {sum(len(r.rows) for r in results):,} answers to {names[0]}", soft_wrap=True)

@@ -1,0 +1,35 @@
+"""`mmdora leaderboard`: results of several models as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eval.leaderboard import arrange
+from eval.leaderboard_page import MOST_PICTURES, write_leaderboard
+from eval.results import Result, find_results, read_result
+from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
+from mmdora.errors import UserError
+
+
+def run(results: list[str], html: Path, plugins: list[str]) -> None:
+    import_plugins(plugins)
+    if html.is_dir():
+        raise UserError(f"--html {html}: this is a folder; name the page to write in it")
+    named = [pair for argument in results for pair in read_named(argument)]
+    board = arrange(named)
+    make_folder(html.parent, "--html")
+    console = make_console()
+    media = {path for _, result in named for row in result.rows for path in row["media"]}
+    with progress_bar(console, "pictures", min(MOST_PICTURES, len(media))) as advance:
+        write_leaderboard(html, board, advance)
+    size = html.stat().st_size / 2**20
+    counts = f"{len(board.models)} models, {len(board.columns)} benchmarks"
+    console.print(f"Wrote {html} ({size:.1f} MiB): {counts}", soft_wrap=True)
+
+
+def read_named(argument: str) -> list[tuple[str | None, Result]]:
+    """The results of `[NAME=]PATH`, each under the name, if there is one. A path that is there is a path."""
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        name, path = "", argument
+    return [(name.strip() or None, read_result(folder)) for folder in find_results(Path(path))]
