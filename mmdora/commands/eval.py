@@ -88,7 +88,8 @@ def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]
         if request.data is None:
             raise UserError("--benchmark needs --data, the folder or file with its questions")
         name = request.only or request.benchmark
-        return [EvaluationConfig(name=name, benchmark=request.benchmark, data=request.data)]
+        entry = {"name": name, "benchmark": request.benchmark, "data": request.data}
+        return [parse_section(EvaluationConfig, entry, "the command line")]
     if config is None:
         raise UserError(f"{request.target} is not a run; say --benchmark NAME --data DIR --out DIR")
     names = [entry.name for entry in config.evaluation]
