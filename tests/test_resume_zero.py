@@ -37,9 +37,9 @@ def launch(tmp_path: Path, runs: list[list[str]], end: str = "") -> str:
 
 
 def stage(tmp_path: Path, number: int, offload: bool = False) -> str:
-    """A DeepSpeed JSON."""
+    """A DeepSpeed JSON: the shipped one; stage 0 has none."""
     path = tmp_path / f"zero{number}{'_offload' if offload else ''}.json"
-    tree = json.loads((ROOT / "configs" / "deepspeed" / f"zero{3 if number == 3 else 2}.json").read_text())
+    tree = json.loads((ROOT / "configs" / "deepspeed" / f"zero{number or 1}.json").read_text())
     tree["zero_optimization"]["stage"] = number
     if offload:
         tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
