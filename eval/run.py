@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,7 +16,9 @@ import transformers
 from data_pipelines.encoding import Encoder
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import BENCHMARKS, Question
-from eval.generation import answer_all, question_key, weights_digest
+from eval.digests import weights_digest
+from eval.generation import answer_all
+from eval.responses import process_rank, question_keys
 from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
@@ -63,16 +64,19 @@ def evaluate(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     weights: str | None = None,
+    contamination: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Generate, score and report into `folder`; returns the report. `origin` says in the receipt where the model is
-    from; `weights` is a digest of them, for a model whose weights no process has as a whole.
+    from; `weights` is a digest of them, for a model whose weights no process has as a whole, or that is known already;
+    `contamination` tells, once all questions are answered, what was trained on, by the entry's name for the receipt.
 
     A finished result of the very same questions and weights is returned as it is. Raises UserError where `folder`
-    holds the result of another evaluation, unless `overwrite` says that it may go.
+    holds the result of another evaluation, unless `overwrite` says that it may go; RunError where questions could not
+    be answered: then there is no report.
     """
     weights = weights or weights_digest(model)
     limits = (config.batch_size, length_of_answers(config))
-    keys = {q.id: question_key(q, encoder, length_of_answers(config), weights) for q in questions}
+    keys = question_keys(questions, encoder, length_of_answers(config), weights)
     receipt = {**(origin or {}), **_receipt(model, encoder, config, questions), "weights": weights}
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
     if (folder / "report.json").exists() and not overwrite:
@@ -85,10 +89,14 @@ def evaluate(
             f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; "
             "--overwrite replaces it, --out puts the new one elsewhere"
         )
+    if process_rank() == 0:
+        (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
+    if contamination is not None and process_rank() == 0:
+        receipt["contamination"] = contamination()[config.name]
     scores = score_all(config.benchmark, responses, questions)
     report = make_report(config, responses, questions, scores, receipt)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if process_rank() == 0:
         write_results(folder, responses, questions, scores, report)
     return report
 

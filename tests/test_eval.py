@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.benchmarks import BENCHMARKS, Question
-from eval.generation import answer_all, file_digest, generate, question_key, read_responses, weights_digest
+from eval.digests import weights_digest
+from eval.generation import answer_all, generate
 from eval.metrics import cluster_bootstrap, majority_share, wilson
+from eval.responses import Responses, question_keys
 from eval.scoring import make_report, score_all
 from mmdora.config import EvaluationConfig, VideoConfig
 from mmdora.errors import UserError
@@ -110,7 +112,7 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     asked: list[int] = []
 
     def keys(max_new_tokens: int = 8) -> dict[str, str]:
-        return {q.id: question_key(q, encoder, max_new_tokens, weights_digest(model)) for q in questions}
+        return question_keys(questions, encoder, max_new_tokens, weights_digest(model))
 
     def answers(max_new_tokens: int = 8) -> dict[str, str]:
         return answer_all(model, encoder, questions, keys(max_new_tokens), folder, 2, max_new_tokens, asked.append)
@@ -128,10 +130,9 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     torn = "\n".join([*lines[:4], lines[4][:20]])
     (folder / "responses.jsonl").write_text(torn)
     assert ask_again() == 2
-    assert {k: v["response"] for k, v in read_responses(folder, keys()).items()} == first
+    assert Responses(folder, keys()).known == first
     assert ask_again(max_new_tokens=7) == len(questions)  # another decoding is another answer
     Path(next(iter(questions[0].sample.media())).path).write_bytes(write_image(tmp_path / "x.png", 99).read_bytes())
-    file_digest.cache_clear()
     assert ask_again(max_new_tokens=7) == 1  # another picture, too
     model.lm_head.weight.data[0] += 1
     assert ask_again(max_new_tokens=7) == len(questions)  # and other weights
@@ -144,7 +145,7 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
 
     def key(config: VideoConfig, video: Video) -> str:
         sample = Sample("q", (Message("user", (video, Text("What?"))),), "test")
-        return question_key(Question("q", sample, ("yes",), "q"), Encoder(tiny[1], config), 8, "weights")
+        return question_keys([Question("q", sample, ("yes",), "q")], Encoder(tiny[1], config), 8, "weights")["q"]
 
     video = Video(tmp_path)
     first = key(VideoConfig(num_frames=2), video)
@@ -152,7 +153,6 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
     assert key(VideoConfig(num_frames=2, start=1.0), video) != first
     assert key(VideoConfig(num_frames=2, sampling="keyframe"), video) != first
     write_image(tmp_path / "3.png", seed=9)
-    file_digest.cache_clear()
     assert key(VideoConfig(num_frames=2), video) != first
     shard = Path("shard.tar/a.mp4")
     assert key(VideoConfig(), Video(shard, b"one")) != key(VideoConfig(), Video(shard, b"two"))

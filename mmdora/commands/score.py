@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
-from eval.generation import file_digest
+from eval.digests import file_digest
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.console import import_plugins, make_console, results_table
