@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
@@ -51,10 +52,19 @@ def kinds(tmp_path_factory) -> dict[str, list[Question]]:
     }
 
 
+def attentive(name: str):
+    """The family's tiny model with weights so large that what it says depends on all that it reads."""
+    model, processor = build(name)
+    for path, weight in model.named_parameters():
+        if weight.dim() == 2 and ("language_model" in path or "text_model" in path):
+            nn.init.normal_(weight, std=0.3)
+    return model, processor
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batches_answer_token_for_token_as_single_questions(name, kinds, monkeypatch):
     """Pictures, two of them, clips and words alone, side by side; and as plain transformers answers each."""
-    model, processor = build(name)
+    model, processor = attentive(name)
     encoder = Encoder(processor, VideoConfig(num_frames=3))
     asked = [q for kind in FAMILIES[name].media for q in kinds[kind]]
     alone = {}
@@ -63,7 +73,7 @@ def test_batches_answer_token_for_token_as_single_questions(name, kinds, monkeyp
         ids = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
         end = processor.tokenizer.eos_token_id
         alone[q.id] = " ".join(map(str, ids[: ids.index(end)] if end in ids else ids))
-    assert len(set(alone.values())) > 1
+    assert len(set(alone.values())) > len(alone) // 2
     monkeypatch.setattr(
         processor.tokenizer, "batch_decode", lambda rows, **_: [" ".join(map(str, row)) for row in rows]
     )
