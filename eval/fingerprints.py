@@ -53,7 +53,7 @@ class Near:
     """Held-out fingerprints, of which `search` finds those that others are near to."""
 
     def __init__(self, held_out: Sequence[Fingerprint]):
-        self.frames = np.array([len(f) for f in held_out])
+        self.frames = np.array([len(f) for f in held_out], int)
         self.owners = np.repeat(np.arange(len(held_out)), self.frames)
         self.bits, self.cells = _described(held_out)
 

@@ -35,11 +35,11 @@ def row(name: str, ask: str, answer: str = "red", **media: str) -> dict:
 def leaky(tmp_path) -> Path:
     """Training data that shares with a benchmark a file, a picture and a clip that were encoded anew, and questions."""
     for i in range(6):
-        write_image(tmp_path / f"train{i}.png", seed=i, size=(160, 120))
+        write_image(tmp_path / f"train{i}.png", seed=i)
     write_video(tmp_path / "train.mp4", frames=24, rate=12)
     (tmp_path / "copy.png").write_bytes((tmp_path / "train0.png").read_bytes())
-    picture(1, (160, 120)).resize((96, 80)).save(tmp_path / "resized.jpg", quality=60)
-    write_image(tmp_path / "other.png", seed=99, size=(160, 120))
+    picture(1).resize((96, 80)).save(tmp_path / "resized.jpg", quality=60)
+    write_image(tmp_path / "other.png", seed=99)
     write_video(tmp_path / "again.mp4", frames=24, size=(96, 80), rate=24, crf="35")
     write_video(tmp_path / "other.mp4", frames=24)
     frames = [np.asarray(picture(100 + i)) for i in range(8)]
