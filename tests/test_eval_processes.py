@@ -98,8 +98,8 @@ def test_killed_in_the_midst_it_asks_only_what_is_not_answered(data, alone, tmp_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the launch hides compilers as Linux finds them")
 def test_processes_share_the_questions_out(data, alone, tmp_path, monkeypatch):
-    """One rank dies: the other does not wait for it, and the error is told. Started again with a picture that cannot be
-    read, all else is answered once, and the exit status says that one is not. Mended, the result is one process's."""
+    """One rank dies: the other does not wait for it, and the error is told. Started again, all is answered once but a
+    picture that cannot be read, and the exit status says so. Mended, the result is one process's."""
     (tmp_path / "watching_plugin.py").write_text(WATCH)
     log = tmp_path / "asked"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
@@ -107,6 +107,7 @@ def test_processes_share_the_questions_out(data, alone, tmp_path, monkeypatch):
     start = [*torchrun(), "-m", "mmdora.commands", *arguments(data, tmp_path, "--plugin", "watching_plugin")]
     result, torn = tmp_path / "vqa", data.parent / "3.png"
     whole = torn.read_bytes()
+    torn.write_bytes(whole[:100])
 
     monkeypatch.setenv("DIES", "1")
     died = launch(start, tmp_path, limit=200)
@@ -116,7 +117,6 @@ def test_processes_share_the_questions_out(data, alone, tmp_path, monkeypatch):
     assert rows_of(result / "responses.1.jsonl")
 
     monkeypatch.delenv("DIES")
-    torn.write_bytes(whole[:100])
     unread = launch(start, tmp_path, limit=200)
     assert unread.returncode == 1
     assert "error: 1 of 11 questions could not be answered, such as 'q3'" in unread.stderr
