@@ -4,7 +4,7 @@
 
 The other side is what one writes oneself: the same pictures and prompts through the model's own processor, sorted by
 length, in batches padded on the left, `generate`, a line a question. It keeps no digests, is not gone on with after a
-kill, and knows no scores.
+kill, and knows no scores. Both compute in fp32 and must give the same answers.
 - `answers`: both loops in one process, over the same model, in turns; CPU seconds of all threads.
 - `commands`: `mmdora eval` with its scores and report, and the plain loop as a script; both from start to end, CPU
   seconds of the processes. `first_answer_seconds` is wall clock until responses.jsonl has a line.
@@ -38,6 +38,7 @@ sys.path.remove(str(Path(__file__).parent))  # or this file would hide the packa
 
 MODEL = ROOT / "assets" / "tiny-llava"
 NEW_TOKENS = 16
+TOKENS = ("input_ids", "attention_mask")
 WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "small"]
 
 
@@ -73,22 +74,24 @@ def plain_loop(model: Any, processor: Any, data: Path, out: Path, size: int) -> 
     with out.open("w", encoding="utf-8") as file:
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            tokens = [{k: v[0] for k, v in i.items() if k in ("input_ids", "attention_mask")} for _, i in batch]
+            tokens = [{key: inputs[key][0] for key in TOKENS} for _, inputs in batch]
+            media = [key for key in batch[0][1] if key not in TOKENS]
             inputs = processor.tokenizer.pad(tokens, padding_side="left", return_tensors="pt")
-            pixels = torch.cat([i["pixel_values"] for _, i in batch])
-            settings = {
-                "max_new_tokens": NEW_TOKENS,
-                "do_sample": False,
-                "pad_token_id": processor.tokenizer.pad_token_id,
-            }
-            output = model.generate(**inputs, pixel_values=pixels, **settings)[:, inputs["input_ids"].shape[1] :]
+            inputs |= {key: torch.cat([inputs[key] for _, inputs in batch]) for key in media}
+            output = model.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+            )[:, inputs["input_ids"].shape[1] :]
             texts = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
             for (question_id, _), text in zip(batch, texts, strict=True):
                 file.write(json.dumps({"id": question_id, "response": text.strip()}) + "\n")
 
 
 def load() -> tuple[Any, Any]:
-    return AutoModelForImageTextToText.from_pretrained(MODEL).eval(), AutoProcessor.from_pretrained(MODEL)
+    import mmdora  # noqa: F401  (transformers learns of the model's vision encoder)
+
+    return AutoModelForImageTextToText.from_pretrained(
+        MODEL, dtype=torch.float32
+    ).eval(), AutoProcessor.from_pretrained(MODEL)
 
 
 def answers(out: Path) -> dict[str, str]:
