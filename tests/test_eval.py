@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from eval.digests import weights_digest
 from eval.generation import answer_all, generate
 from eval.metrics import cluster_bootstrap, majority_share, wilson
 from eval.responses import Responses, question_keys
+from eval.run import evaluate
 from eval.scoring import make_report, score_all
 from mmdora.config import EvaluationConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.errors import RunError, UserError
 from tests.media import write_image
+from tests.test_runs import command, small
 
 
 @given(st.text())
@@ -156,3 +159,52 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
     assert key(VideoConfig(num_frames=2), video) != first
     shard = Path("shard.tar/a.mp4")
     assert key(VideoConfig(), Video(shard, b"one")) != key(VideoConfig(), Video(shard, b"two"))
+
+
+def test_without_an_answer_to_each_question_there_is_no_report(tiny, questions, tmp_path):
+    """Nor an old one of other answers; mended, there is one, and what it took is not asked again."""
+    config = EvaluationConfig(name="mine", benchmark="vqa", data="mine.json", max_new_tokens=2, batch_size=4)
+    folder, encoder = tmp_path / "result", Encoder(tiny[1])
+
+    def run(overwrite: bool = False) -> dict:
+        return evaluate(tiny[0], encoder, config, questions, folder, overwrite=overwrite)
+
+    first = run()
+    assert run() == first  # told again
+    file = next(questions[2].sample.media()).path
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="other questions; --overwrite"):
+        run()
+    with pytest.raises(RunError, match=r"1 of 6 questions could not be answered, such as 'q2'"):
+        run(overwrite=True)
+    assert not (folder / "report.json").exists()
+    assert [json.loads(line)["id"] for line in (folder / "failed.jsonl").open()] == ["q2"]
+    file.write_bytes(whole)
+    assert run() == first
+    assert not (folder / "failed.jsonl").exists()
+
+
+class Unscored(BENCHMARKS["vqa"]):
+    """A test split, whose answers are not public."""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        return [replace(q, references=()) for q in super().questions(config)]
+
+
+@pytest.fixture
+def unscored(monkeypatch) -> str:
+    monkeypatch.setitem(BENCHMARKS._entries, "unscored", Unscored)
+    return "unscored"
+
+
+def test_a_split_without_public_answers_is_answered_and_not_followed(unscored, world, tmp_path, capsys):
+    data = f"data: {world}/counting_held_out.json, format: shapes"
+    asked = ["--benchmark", unscored, "--format", "shapes", "--data", f"{world}/counting_held_out.json", "--limit", "2"]
+    assert command("eval", "assets/tiny-llava", *asked, "--out", str(tmp_path)) == 0
+    report = json.loads((tmp_path / unscored / "report.json").read_text())
+    assert (report["n"], report["scores"]) == (2, {"official": None, "strict": None})
+    entry = f"evaluation=[{{name: blind, benchmark: {unscored}, {data}, limit: 2, during: true}}]"
+    settings = [*small(world, tmp_path / "run"), entry, "training.evaluate_every=2", "model.path=nobody/nothing"]
+    assert command("train", *settings) == 2
+    assert "evaluation.0.during: the answers of unscored's questions" in capsys.readouterr().err
