@@ -143,7 +143,7 @@ class Answerer:
         with gathered(outside_of_modules(self.model)):
             output = self.model.generate(**inputs, **self.settings)
         said = [self._until_stop(row) for row in output[: len(batch), length:].tolist()]  # fillers come last
-        return [text.strip() for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
 
     def _until_stop(self, row: list[int]) -> list[int]:
         """Without the padding of a row that stopped before others."""
