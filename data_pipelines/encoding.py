@@ -122,7 +122,8 @@ class Encoder:
     def encode_prompt(self, sample: Sample) -> Encoded:
         """A conversation up to the assistant's next turn, for generation. Raises SampleError."""
         text = self.render(sample, add_generation_prompt=True)
-        encoded = self._run(sample, text, self._plain(text), self._load(sample))
+        media = self._load(sample)
+        encoded = self._run(sample, text, None if media else self._plain(text), media)
         encoded.pop("labels", None)
         return encoded
 
@@ -209,7 +210,7 @@ class Encoder:
             return self._blank_clip()
         return load_video(part.path, self.video.model_copy(update=part.bounds), part.data)
 
-    def _run(self, sample: Sample, text: str, plain: Plain, media: list[Media]) -> Encoded:
+    def _run(self, sample: Sample, text: str, plain: Plain | None, media: list[Media]) -> Encoded:
         shown = media[: len(list(sample.media()))]
         images = [medium for medium in shown if isinstance(medium, PILImage.Image)]
         clips = [medium for medium in shown if isinstance(medium, VideoClip)]
@@ -223,6 +224,7 @@ class Encoder:
             arguments["do_sample_frames"] = False
         if arguments or self._text_keys is None:
             return self._ask(sample, text, arguments)
+        assert plain is not None, "only of a sample with media are the plain tokens not asked for"
         ids = torch.tensor([plain.ids])
         encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return encoded | {key: torch.zeros_like(ids) for key in self._text_keys}

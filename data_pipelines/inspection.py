@@ -1,19 +1,17 @@
-"""A look at data before it trains: what samples become, what is lost, and what training and held-out data share."""
+"""A look at data before it trains: what samples become and what is lost."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.ledger import Entry, from_change, from_error
-from data_pipelines.samples import Image, Part, Sample, SampleError, Text, Video
+from data_pipelines.samples import Part, Sample, SampleError, Text, Video
+from mmdora.errors import UserError
 
-MISSING = -1  # the size of a file that is not there
 FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
 
 
@@ -77,6 +75,15 @@ def spelled(encoder: Encoder, encoded: Encoded) -> list[tuple[str, bool]]:
     return pieces
 
 
+def readable(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Those that can be read; the others are told elsewhere."""
+    for place in range(len(samples)):
+        try:
+            yield samples[place]
+        except UserError:
+            continue
+
+
 def repeated(samples: Iterable[Sample]) -> int:
     """How many samples say what an earlier one says, about the same files."""
     seen: set[bytes] = set()
@@ -93,36 +100,6 @@ def _named(part: Part) -> object:
     if isinstance(part, Text) or part.data is None:
         return part
     return type(part).__name__, _digest(part.data)
-
-
-def shared_media(train: Iterable[Image | Video], held_out: Iterable[Image | Video]) -> list[tuple[Path, Path]]:
-    """Held-out media whose very bytes are training media too, with the training file's path. Only files of one size
-    are read and compared; those that are missing are none. No content is held."""
-    by_size: defaultdict[int, dict[Path, bytes | None]] = defaultdict(dict)  # digests; None: of a file not read yet
-    for part in held_out:
-        by_size[_size(part)][part.path] = None if part.data is None else _digest(part.data)
-    by_size.pop(MISSING, None)
-    digests: dict[int, dict[bytes, list[Path]]] = {}  # of held-out files, once a training file has their size
-    shared: dict[Path, Path] = {}
-    seen: set[Path] = set()
-    for part in train:
-        size = _size(part)
-        if size not in by_size or part.path in seen:
-            continue
-        seen.add(part.path)
-        if size not in digests:
-            digests[size] = defaultdict(list)
-            for path, digest in by_size[size].items():
-                digests[size][digest or _digest(path.read_bytes())].append(path)
-        content = part.path.read_bytes() if part.data is None else part.data
-        shared |= dict.fromkeys(digests[size].get(_digest(content), []), part.path)
-    return sorted(shared.items())
-
-
-def _size(part: Image | Video) -> int:
-    if part.data is not None:
-        return len(part.data)
-    return part.path.stat().st_size if part.path.is_file() else MISSING
 
 
 def _digest(content: bytes) -> bytes:

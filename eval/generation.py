@@ -1,32 +1,36 @@
-"""Stage one: a model's answers, as `responses.jsonl`, one fsynced line a question.
-
-A line is keyed by everything that the answer depends on: prompt, media bytes, frames, reader, decoding and weights.
-Killed and restarted, a run asks only what is not answered; anything changed is asked again.
-"""
+"""Stage one: a model's answers. Batched, sorted by length, padded on the left, greedy; eval/responses.py keeps them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoded, Encoder, MediaKind
-from data_pipelines.samples import Image, Video
-from data_pipelines.video import resolve_reader
+from data_pipelines.samples import Image, SampleError, Video
 from eval.benchmarks import Question
+from eval.responses import Responses, process_count, process_rank
+from mmdora.errors import RunError
 from mmdora.ranks import any_process
 from mmdora.zero import device_of, gathered, is_partitioned
 
 log = logging.getLogger(__name__)
+
+Failed = Callable[[Question, str], None]  # hears of a question that cannot be answered, and why
+Row = tuple[Question, Encoded]
+T = TypeVar("T")
+
+WINDOW = 16  # batches at most that are encoded and sorted together
+WINDOW_BYTES = 2**30  # and about as much memory as they may take
+NO_MEMORY = "out of the device's memory"
+# What a model raises for inputs that it cannot take, memory that it does not get among them.
+REFUSALS = (RuntimeError, ValueError, IndexError, ArithmeticError, MemoryError)
 
 
 def answer_all(
@@ -41,73 +45,110 @@ def answer_all(
 ) -> dict[str, str]:
     """Every question's answer by id; those already in `folder` under the same key are not asked again.
 
-    `keys` holds each question's `question_key`; `advance` hears how many more questions are answered. Several
-    processes share the questions out and all return all answers.
+    `keys` are the `question_keys`; `advance` hears how many more questions are answered. Several processes share the
+    questions out and all return all answers. Raises RunError that names the questions that could not be answered.
     """
-    ids = [q.id for q in questions]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_responses(folder, keys)
-    advance(len(known))
-    mine = [q for i, q in enumerate(questions) if i % world == rank and q.id not in known]
-    with (folder / f"responses.{rank}.jsonl").open("a", encoding="utf-8") as file:
-        kinds = media_of(questions) if world > 1 and is_partitioned(next(model.parameters())) else None
-        for question, text in generate(model, encoder, mine, batch_size, max_new_tokens, kinds):
-            line = {"id": question.id, "response": text, "key": keys[question.id]}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            advance(1)
-    _barrier()
-    answered = read_responses(folder, keys)
-    missing = [i for i in ids if i not in answered]
-    assert not missing, f"{len(missing)} questions have no answer, such as {missing[0]!r}"
-    _barrier()
-    if rank == 0:
-        _merge(folder, [answered[i] for i in ids])
-    _barrier()
-    return {i: answered[i]["response"] for i in ids}
+    responses = Responses(folder, keys)
+    advance(len(responses.known))
+    left = sorted((q for q in questions if q.id not in responses.known), key=_size, reverse=True)
+    partitioned = process_count() > 1 and is_partitioned(next(model.parameters()))
+    kinds = media_of(questions) if partitioned else None
+
+    def failed(question: Question, reason: str) -> None:
+        responses.fail(question.id, reason)
+        advance(1)
+
+    mine = left[process_rank() :: process_count()]
+    for answers in answer_batches(model, encoder, mine, batch_size, max_new_tokens, kinds, failed):
+        responses.add((question.id, text) for question, text in answers)
+        advance(len(answers))
+    return responses.finish([q.id for q in questions])
+
+
+def generate(
+    model: Any, encoder: Encoder, questions: list[Question], batch_size: int, max_new_tokens: int
+) -> Iterator[tuple[Question, str]]:
+    """Greedy answers, the longest questions first. Raises RunError for a question that cannot be answered."""
+
+    def failed(question: Question, reason: str) -> None:
+        raise RunError(f"question {question.id!r} cannot be answered: {reason}")
+
+    ordered = sorted(questions, key=_size, reverse=True)
+    for answers in answer_batches(model, encoder, ordered, batch_size, max_new_tokens, None, failed):
+        yield from answers
 
 
 @torch.no_grad()  # and not inference_mode: what it makes (gathered weights, kept norms) could not be trained with
-def generate(
+def answer_batches(
     model: Any,
     encoder: Encoder,
     questions: list[Question],
     batch_size: int,
     max_new_tokens: int,
-    kinds: Collection[MediaKind] | None = None,
-) -> Iterator[tuple[Question, str]]:
-    """Greedy answers, batched by length and padded on the left.
+    kinds: Collection[MediaKind] | None,
+    failed: Failed,
+) -> Iterator[list[tuple[Question, str]]]:
+    """Greedy answers, batch by batch.
+
+    A batch that the model refuses, for want of memory or otherwise, is halved until it goes through; a question that
+    it refuses alone has failed, as has one that cannot be encoded.
 
     `kinds` is for a model in ZeRO-3 partitions, of which every process must run each module equally often: the media
-    that any process's questions have. Every process then has as many batches as the one with
-    most, each with a blank row for the kinds that it lacks, and generates as long as any. None: each by itself.
+    that any process's questions have. Every process then has as many batches as the one with most, each with a blank
+    row for the kinds that it lacks, and generates as long as any; a refusal ends them all. None: each by itself.
     """
-    tokenizer = encoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    fillers = encoder.fillers(kinds or ())
-    collate = Collator(pad, side="left", fillers=fillers)
-    was_training, device = model.training, device_of(model)
+    answer = Answerer(model, encoder, max_new_tokens, kinds)
+    was_training = model.training
     model.eval()
-    batches = _batches(encoder, questions, batch_size)
-    for batch in batches if kinds is None else _as_many(batches):
-        rows = [row for _, row in batch] or ([] if fillers else [encoder.blank()])
-        inputs = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}  # a filler's
+    try:
+        batches = _batches(encoder, questions, batch_size, failed, apart=answer.device.type != "cpu")
+        if kinds is None:
+            yield from _in_pieces(batches, answer, batch_size, failed)
+        else:
+            for batch in _as_many(batches):
+                yield _paired(batch, answer(batch))
+    finally:
+        model.train(was_training)
+
+
+class Answerer:
+    """A batch of encoded questions in, the model's greedy answers out."""
+
+    def __init__(self, model: Any, encoder: Encoder, max_new_tokens: int, kinds: Collection[MediaKind] | None):
+        self.model, self.tokenizer, self.device = model, encoder.processor.tokenizer, device_of(model)
+        fillers = encoder.fillers(kinds or ())
+        self.blank = [encoder.blank()] if kinds is not None and not fillers else []
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.pad = end if pad is None else pad
+        stop = model.generation_config.eos_token_id
+        self.stop = stop if isinstance(stop, list) else [end if stop is None else stop]
+        self.collate = Collator(self.pad, side="left", fillers=fillers)
+        self.settings = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            # A penalty would count padding too, so that an answer would depend on the questions beside it.
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "pad_token_id": self.pad,
+            "eos_token_id": self.stop,
+            # Said in so many words: left alone, transformers keeps processes in step wherever a ZeRO-3 config exists,
+            # also for whole models, and waits for ever for one that has no batch left.
+            "synced_gpus": kinds is not None,
+        }
+
+    def __call__(self, batch: list[Row]) -> list[str]:
+        rows = [row for _, row in batch] or self.blank
+        inputs = {k: v.to(self.device) for k, v in self.collate(rows).items() if k != "labels"}  # a filler's
         length = inputs["input_ids"].shape[1]
-        # Said in so many words: left alone, transformers keeps processes in step wherever a ZeRO-3 config exists, also
-        # for whole models, and waits for ever for one that has no batch left.
-        with gathered(outside_of_modules(model)):
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                synced_gpus=kinds is not None,
-            )
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)[: len(batch)]  # fillers come last
-        yield from zip([q for q, _ in batch], (t.strip() for t in texts), strict=True)
-    model.train(was_training)
+        with gathered(outside_of_modules(self.model)):
+            output = self.model.generate(**inputs, **self.settings)
+        said = [self._until_stop(row) for row in output[: len(batch), length:].tolist()]  # fillers come last
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        """Without the padding of a row that stopped before others."""
+        return row[: next((place for place, token in enumerate(row) if token in self.stop), len(row))]
 
 
 def outside_of_modules(model: Any) -> list[nn.Parameter]:
@@ -116,7 +157,45 @@ def outside_of_modules(model: Any) -> list[nn.Parameter]:
     return [p for module in (model, model.base_model) for p in module.parameters(recurse=False)]
 
 
-def _as_many(batches: Iterator[list[tuple[Question, Encoded]]]) -> Iterator[list[tuple[Question, Encoded]]]:
+def _in_pieces(
+    batches: Iterator[list[Row]], answer: Callable[[list[Row]], list[str]], most: int, failed: Failed
+) -> Iterator[list[tuple[Question, str]]]:
+    for whole in batches:
+        waiting = [whole]
+        while waiting:
+            batch = waiting.pop()
+            texts, reason = None, ""
+            if len(batch) <= most:
+                texts, reason = _tried(answer, batch)
+            if texts is not None:
+                yield _paired(batch, texts)
+            elif len(batch) == 1:
+                failed(batch[0][0], reason)
+            else:
+                if reason == NO_MEMORY:
+                    most = len(batch) // 2
+                    log.warning("no memory for %d questions at once: from here on at most %d", len(batch), most)
+                middle = len(batch) // 2
+                waiting += [batch[middle:], batch[:middle]]
+
+
+def _tried(answer: Callable[[list[Row]], list[str]], batch: list[Row]) -> tuple[list[str] | None, str]:
+    """The answers; or None and why there are none. What the attempt held is let go of when this returns."""
+    try:
+        return answer(batch), ""
+    except torch.OutOfMemoryError:
+        return None, NO_MEMORY
+    except torch.AcceleratorError:  # the device takes nothing more after it
+        raise
+    except REFUSALS as error:
+        return None, f"the model refuses it ({str(error) or type(error).__name__})"
+
+
+def _paired(batch: list[Row], texts: list[str]) -> list[tuple[Question, str]]:
+    return list(zip([question for question, _ in batch], texts, strict=True))
+
+
+def _as_many(batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """This process's batches, and then empty ones as long as another has some left."""
     while any_process(bool(batch := next(batches, []))):
         yield batch
@@ -128,93 +207,59 @@ def media_of(questions: list[Question]) -> list[MediaKind]:
     return [kind for kind in (Image, Video) if kind in found]
 
 
-def _batches(encoder: Encoder, questions: list[Question], size: int) -> Iterator[list[tuple[Question, Encoded]]]:
-    """Batches of about equal length: sorted inside a window, so that memory holds a few batches and not the
-    benchmark."""
-    window = 16 * size
-    for start in range(0, len(questions), window):
-        rows = [(q, encoder.encode_prompt(q.sample)) for q in questions[start : start + window]]
+def _size(question: Question) -> tuple[int, int, int]:
+    """What is known of a question's length before it is encoded: videos, pictures, characters."""
+    media = list(question.sample.media())
+    videos = sum(isinstance(part, Video) for part in media)
+    return videos, len(media) - videos, sum(len(message.text) for message in question.sample.messages)
+
+
+def _batches(
+    encoder: Encoder, questions: list[Question], size: int, failed: Failed, apart: bool
+) -> Iterator[list[Row]]:
+    """Batches of about equal length, the longest first, so that memory that does not suffice is told at once.
+
+    `questions` are sorted by what is known of their lengths; a window of them is sorted by their tokens. With `apart`
+    the next window is encoded in a thread while the model is at this one's batches.
+    """
+    windows = _windows(encoder, questions, size)
+    for window in _ahead(windows) if apart else windows:
+        rows = []
+        for question, row in window:
+            if isinstance(row, SampleError):
+                failed(question, row.reason)
+            else:
+                rows.append((question, row))
         # Kinds of media are kept apart: a batch then has one shape of pixels.
-        rows.sort(key=lambda row: (sorted(row[1]), row[1]["input_ids"].shape[1]))
+        rows.sort(key=lambda row: (sorted(row[1]), row[1]["input_ids"].shape[1]), reverse=True)
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def question_key(question: Question, encoder: Encoder, max_new_tokens: int, weights: str) -> str:
-    """A digest of everything that the answer depends on."""
-    media = list(question.sample.media())
-    parts = [encoder.render(question.sample, add_generation_prompt=True), str(max_new_tokens), weights]
-    parts += [processor_digest(encoder.processor)]
-    parts += [media_digest(part) for part in media]
-    parts += [json.dumps(part.bounds) for part in media if isinstance(part, Video)]
-    if any(isinstance(part, Video) for part in media):
-        parts += [encoder.video.model_dump_json(exclude={"reader", "timeout"}), resolve_reader(encoder.video.reader)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _windows(
+    encoder: Encoder, questions: list[Question], size: int
+) -> Iterator[list[tuple[Question, Encoded | SampleError]]]:
+    """The first holds one batch, for a quick first answer, and each later one twice as many, up to what memory is
+    for."""
+    window: list[tuple[Question, Encoded | SampleError]] = []
+    held, most = 0, size
+    for question in questions:
+        try:
+            row: Encoded | SampleError = encoder.encode_prompt(question.sample)
+        except SampleError as error:
+            row = error
+        window.append((question, row))
+        held += 0 if isinstance(row, SampleError) else sum(tensor.nbytes for tensor in row.values())
+        if len(window) >= most or (held >= WINDOW_BYTES and len(window) % size == 0):
+            yield window
+            window, held, most = [], 0, min(2 * most, WINDOW * size)
+    yield window
 
 
-def media_digest(part: Image | Video) -> str:
-    return file_digest(part.path) if part.data is None else hashlib.sha256(part.data).hexdigest()
-
-
-@cache
-def file_digest(path: Path) -> str:
-    """Of a file, or of the files of a directory, as of a video that is one of pictures."""
-    if path.is_dir():
-        inside = sorted(file for file in path.iterdir() if file.is_file())
-        named = [f"{file.name} {file_digest(file)}" for file in inside]
-        return hashlib.sha256("\n".join(named).encode()).hexdigest()
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def processor_digest(processor: Any) -> str:
-    return hashlib.sha256(json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of every weight that the model computes with, adapters included."""
-    return tensors_digest(model.state_dict())
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:32]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
-
-
-def read_responses(folder: Path, keys: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Answers by question id, from the merged file and from every process's own, where they were given to the question
-    that `keys` stands for; a torn last line is dropped."""
-    answers = {}
-    for path in sorted(folder.glob("responses*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            if not line:
-                continue
-            try:
-                row = json.loads(line)
-                if row["key"] == keys.get(row["id"]):
-                    answers[row["id"]] = row
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s: dropped a line that was cut off", path)
-    return answers
-
-
-def _merge(folder: Path, rows: list[dict[str, str]]) -> None:
-    aside = folder / ".responses.jsonl"
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(folder / "responses.jsonl")
-    for path in folder.glob("responses.*.jsonl"):
-        path.unlink()
-
-
-def _barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: Any = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item

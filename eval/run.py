@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,8 +16,10 @@ import transformers
 from data_pipelines.encoding import Encoder
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import BENCHMARKS, Question
-from eval.generation import answer_all, question_key, weights_digest
+from eval.digests import weights_digest
+from eval.generation import answer_all
 from eval.judge import describe_judge, judge_all
+from eval.responses import process_rank, question_keys
 from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
@@ -74,16 +75,19 @@ def evaluate(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     weights: str | None = None,
+    contamination: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Generate, score and report into `folder`; returns the report. `origin` says in the receipt where the model is
-    from; `weights` is a digest of them, for a model whose weights no process has as a whole.
+    from; `weights` is a digest of them, for a model whose weights no process has as a whole, or that is known already;
+    `contamination` tells, once all questions are answered, what was trained on, by the entry's name for the receipt.
 
     A finished result of the very same questions and weights is returned as it is. Raises UserError where `folder`
-    holds the result of another evaluation, unless `overwrite` says that it may go. Rank 0 alone asks a judge.
+    holds the result of another evaluation, unless `overwrite` says that it may go; RunError where questions could not
+    be answered: then there is no report. Rank 0 alone asks a judge.
     """
     benchmark, weights = BENCHMARKS[config.benchmark](), weights or weights_digest(model)
     limits = (config.batch_size, length_of_answers(config))
-    keys = {q.id: question_key(q, encoder, length_of_answers(config), weights) for q in questions}
+    keys = question_keys(questions, encoder, length_of_answers(config), weights)
     receipt = {**(origin or {}), **_receipt(model, encoder, config, questions), "weights": weights}
     if benchmark.is_judged:
         receipt["judge"] = config.judge and describe_judge(benchmark, config.judge)
@@ -99,15 +103,18 @@ def evaluate(
             f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; "
             "--overwrite replaces it, --out puts the new one elsewhere"
         )
+    if process_rank() == 0:
+        (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
     responses = {question_id: benchmark.prediction(said) for question_id, said in responses.items()}
+    if contamination is not None and process_rank() == 0:
+        receipt["contamination"] = contamination()[config.name]
     scores = score_all(config.benchmark, responses, questions)
-    is_main = int(os.environ.get("RANK", "0")) == 0
     judged = None
-    if config.judge is not None and is_main and all(q.references for q in questions):
+    if config.judge is not None and process_rank() == 0 and all(q.references for q in questions):
         judged = judge_all(benchmark, config.judge, responses, questions, folder)
     report = make_report(config, responses, questions, scores, receipt, judged)
-    if is_main:
+    if process_rank() == 0:
         write_results(folder, responses, questions, scores, report, judged)
     return report
 

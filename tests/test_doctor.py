@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import Encoder
-from data_pipelines.inspection import repeated, shared_media, spelled
+from data_pipelines.inspection import repeated, spelled
 from data_pipelines.ledger import read_ledger
 from data_pipelines.samples import Image, Message, Sample, Text
 from mmdora.config import SourceConfig
@@ -161,33 +160,9 @@ def test_learnt_words_are_told_from_the_others(tiny, tmp_path):
     assert any(text.startswith("[<image> × ") for text, _ in pieces)
 
 
-def test_shared_media_goes_by_content(tmp_path):
-    names = ("a.png", "b.png", "c.png")
-    for name, content in zip(names, (b"one", b"two", b"one"), strict=True):
-        (tmp_path / name).write_bytes(content)
-    a, b, c = (Image(tmp_path / name) for name in names)
-    inside = Image(Path("shard.tar/0.png"), b"two")
-    assert shared_media([b, a], [c]) == [(c.path, a.path)]
-    assert shared_media([a], [b, Image(tmp_path / "gone.png")]) == []
-    assert shared_media([inside], [b]) == [(b.path, inside.path)]
-
-
 def test_repeats_are_of_words_and_files(messy):
     source = read_source(SourceConfig(path=str(messy / "data.json")))
     assert repeated(source) == 1
-
-
-def test_embedded_pictures_are_not_held_while_they_are_compared():
-    def pictures(name: str):
-        for i in range(40):
-            yield Image(Path(f"{name}/{i}.png"), bytes([i]) * 1_000_000)
-
-    tracemalloc.start()
-    shared = shared_media(pictures("train.parquet"), pictures("held_out.parquet"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(shared) == 40
-    assert peak < 5_000_000
 
 
 def test_repeats_of_embedded_pictures_are_found_by_content():

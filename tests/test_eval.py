@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,16 @@ from hypothesis import strategies as st
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.benchmarks import BENCHMARKS, Question
-from eval.generation import answer_all, file_digest, generate, question_key, read_responses, weights_digest
+from eval.digests import weights_digest
+from eval.generation import answer_all, generate
 from eval.metrics import cluster_bootstrap, majority_share, wilson
+from eval.responses import Responses, question_keys
+from eval.run import evaluate
 from eval.scoring import make_report, score_all
 from mmdora.config import EvaluationConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.errors import RunError, UserError
 from tests.media import write_image
+from tests.test_runs import command, small
 
 
 @given(st.text())
@@ -110,7 +115,7 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
     asked: list[int] = []
 
     def keys(max_new_tokens: int = 8) -> dict[str, str]:
-        return {q.id: question_key(q, encoder, max_new_tokens, weights_digest(model)) for q in questions}
+        return question_keys(questions, encoder, max_new_tokens, weights_digest(model))
 
     def answers(max_new_tokens: int = 8) -> dict[str, str]:
         return answer_all(model, encoder, questions, keys(max_new_tokens), folder, 2, max_new_tokens, asked.append)
@@ -121,17 +126,16 @@ def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
         """How many questions were generated anew."""
         asked.clear()
         assert set(answers(max_new_tokens)) == set(first)
-        return len(asked) - 1  # the first call reports what was known
+        return sum(asked[1:])  # what was known is told first
 
     assert ask_again() == 0
     lines = (folder / "responses.jsonl").read_text().splitlines()
     torn = "\n".join([*lines[:4], lines[4][:20]])
     (folder / "responses.jsonl").write_text(torn)
     assert ask_again() == 2
-    assert {k: v["response"] for k, v in read_responses(folder, keys()).items()} == first
+    assert Responses(folder, keys()).known == first
     assert ask_again(max_new_tokens=7) == len(questions)  # another decoding is another answer
     Path(next(iter(questions[0].sample.media())).path).write_bytes(write_image(tmp_path / "x.png", 99).read_bytes())
-    file_digest.cache_clear()
     assert ask_again(max_new_tokens=7) == 1  # another picture, too
     model.lm_head.weight.data[0] += 1
     assert ask_again(max_new_tokens=7) == len(questions)  # and other weights
@@ -144,7 +148,7 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
 
     def key(config: VideoConfig, video: Video) -> str:
         sample = Sample("q", (Message("user", (video, Text("What?"))),), "test")
-        return question_key(Question("q", sample, ("yes",), "q"), Encoder(tiny[1], config), 8, "weights")
+        return question_keys([Question("q", sample, ("yes",), "q")], Encoder(tiny[1], config), 8, "weights")["q"]
 
     video = Video(tmp_path)
     first = key(VideoConfig(num_frames=2), video)
@@ -152,7 +156,55 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
     assert key(VideoConfig(num_frames=2, start=1.0), video) != first
     assert key(VideoConfig(num_frames=2, sampling="keyframe"), video) != first
     write_image(tmp_path / "3.png", seed=9)
-    file_digest.cache_clear()
     assert key(VideoConfig(num_frames=2), video) != first
     shard = Path("shard.tar/a.mp4")
     assert key(VideoConfig(), Video(shard, b"one")) != key(VideoConfig(), Video(shard, b"two"))
+
+
+def test_without_an_answer_to_each_question_there_is_no_report(tiny, questions, tmp_path):
+    """Nor an old one of other answers; mended, there is one, and what it took is not asked again."""
+    config = EvaluationConfig(name="mine", benchmark="vqa", data="mine.json", max_new_tokens=2, batch_size=4)
+    folder, encoder = tmp_path / "result", Encoder(tiny[1])
+
+    def run(overwrite: bool = False) -> dict:
+        return evaluate(tiny[0], encoder, config, questions, folder, overwrite=overwrite)
+
+    first = run()
+    assert run() == first  # told again
+    file = next(questions[2].sample.media()).path
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="other questions; --overwrite"):
+        run()
+    with pytest.raises(RunError, match=r"1 of 6 questions could not be answered, such as 'q2'"):
+        run(overwrite=True)
+    assert not (folder / "report.json").exists()
+    assert [json.loads(line)["id"] for line in (folder / "failed.jsonl").open()] == ["q2"]
+    file.write_bytes(whole)
+    assert run() == first
+    assert not (folder / "failed.jsonl").exists()
+
+
+class Unscored(BENCHMARKS["vqa"]):
+    """A test split, whose answers are not public."""
+
+    def questions(self, config: EvaluationConfig) -> list[Question]:
+        return [replace(q, references=()) for q in super().questions(config)]
+
+
+@pytest.fixture
+def unscored(monkeypatch) -> str:
+    monkeypatch.setitem(BENCHMARKS._entries, "unscored", Unscored)
+    return "unscored"
+
+
+def test_a_split_without_public_answers_is_answered_and_not_followed(unscored, world, tmp_path, capsys):
+    data = f"data: {world}/counting_held_out.json, format: shapes"
+    asked = ["--benchmark", unscored, "--format", "shapes", "--data", f"{world}/counting_held_out.json", "--limit", "2"]
+    assert command("eval", "assets/tiny-llava", *asked, "--out", str(tmp_path)) == 0
+    report = json.loads((tmp_path / unscored / "report.json").read_text())
+    assert (report["n"], report["scores"]) == (2, {"official": None, "strict": None})
+    entry = f"evaluation=[{{name: blind, benchmark: {unscored}, {data}, limit: 2, during: true}}]"
+    settings = [*small(world, tmp_path / "run"), entry, "training.evaluate_every=2", "model.path=nobody/nothing"]
+    assert command("train", *settings) == 2
+    assert "evaluation.0.during: the answers of unscored's questions" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from data_pipelines.video.sampling import clip_span
 from eval import wordnet
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.nextqa import lemmas, tokens, wups
-from eval.generation import question_key
+from eval.responses import question_keys
 from eval.run import read_questions
 from eval.videos import VideoFiles, read_srt, spoken
 from mmdora.errors import UserError
@@ -181,7 +181,7 @@ def test_a_clip_is_part_of_the_sample(small, tmp_path):
     ]
     assert [(c.indices, c.fps) for c in clips] == [((0, 4, 8), 1.0), ((0, 4, 8), 3.0), ((3, 4, 5), 3.0)]
     bounds = [{}, {"start": 1.0}, {"start": 1.0, "end": 2.0}, {"start": 1.0, "end": 2.0, "frames_fps": 3.0}]
-    keys = {question_key(Question("q", sample(**b), (), "c"), encoder, 2, "weights") for b in bounds}
+    keys = {question_keys([Question("q", sample(**b), (), "c")], encoder, 2, "weights")["q"] for b in bounds}
     assert len(keys) == len(bounds)
     assert clip_span([0, 1, 2, 3], 1.2, 1.4) == range(1, 2)  # between two frames: the one on show
     with pytest.raises(ValueError, match=r"no frame from 3\.5 s"):

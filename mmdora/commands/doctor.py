@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,10 +13,9 @@ from transformers import AutoConfig, GenerationConfig
 
 from data_pipelines.dataset import Source, TrainDataset, read_source
 from data_pipelines.encoding import IGNORED, Encoder
-from data_pipelines.inspection import Look, look, repeated, shared_media, spelled
+from data_pipelines.inspection import Look, look, readable, repeated, spelled
 from data_pipelines.ledger import Ledger, by_reason, from_rejected
-from data_pipelines.samples import Image, Sample, Video
-from eval.benchmarks import Question
+from eval.contamination import Asked, Overlap, find_overlaps
 from eval.run import read_questions
 from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
 from mmdora.commands.train import check_names
@@ -29,6 +27,7 @@ from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches
 from mmdora.training.packing import check_packing
 
+MOST_FILES = 1000  # on each side, compared by their looks
 FEW_LEARNT = 0.02  # a smaller share of supervised tokens than this is worth a look
 GRAVITY = {"error": "red", "warning": "yellow", "note": "cyan"}
 
@@ -63,7 +62,7 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
         show_example(console, encoder, source, found)
     show_tables(console, sources, looks)
     problems += losses(config, sources, looks) + lengths(config, sources, looks)
-    problems += overlaps(sources, questions)
+    problems += contamination(console, config, sources, questions)
     show_problems(console, problems)
     if html is not None:
         console.save_html(str(html))
@@ -165,7 +164,7 @@ def lengths(config: RunConfig, sources: list[Source], looks: list[Look]) -> list
             share = sum(found.supervised) / sum(found.lengths)
             text = f"{source.path.name}: only {share:.1%} of the tokens are learnt; most of each step is reading"
             problems.append(Problem("note", text, f"data.train.{i}"))
-        if again := repeated(samples_of(source)):
+        if again := repeated(readable(source)):
             text = f"{source.path.name}: {again} of {len(source)} samples repeat an earlier one word for word"
             problems.append(Problem("warning", text, f"data.train.{i}"))
     longest = max((max(found.lengths) for found in looks if found.lengths), default=0)
@@ -175,28 +174,37 @@ def lengths(config: RunConfig, sources: list[Source], looks: list[Look]) -> list
     return problems
 
 
-def overlaps(sources: list[Source], questions: dict[str, list[Question]]) -> list[Problem]:
-    """Held-out pictures and clips that are training data too, by their bytes."""
-    problems = []
-    for i, (name, asked) in enumerate(questions.items()):
-        trained = (part for source in sources for sample in samples_of(source) for part in sample.media())
-        held_out: list[Image | Video] = [part for question in asked for part in question.sample.media()]
-        shared = shared_media(trained, held_out)
-        if shared:
-            ours, theirs = shared[0]
-            files = len({part.path for part in held_out})
-            text = f"{name}: {len(shared)} of its {files} files are training data too, such as {ours} ({theirs})"
-            problems.append(Problem("warning", text, f"evaluation.{i}"))
-    return problems
+def contamination(console: Console, config: RunConfig, sources: list[Source], asked: Asked) -> list[Problem]:
+    """Held-out files and questions that are training data too, and a table of what was compared."""
+    if not asked:
+        return []
+    with progress_bar(console, "comparing with held-out data", sum(len(source) for source in sources)) as advance:
+        found = find_overlaps(sources, config.evaluation, asked, MOST_FILES, advance)
+    columns = ("benchmark", "files", "the same", "look alike", "questions", "words alone")
+    table = make_table("what is in the training data too", *columns)
+    for name, overlap in found.items():
+        counts = (overlap.files, len(overlap.exact), len(overlap.near), len(overlap.questions), overlap.words_alone)
+        table.add_row(name, *(f"{count:,}" for count in counts))
+    console.print(table)
+    some = next(iter(found.values()))
+    compared = f"{some.training_files_compared:,} of {some.training_files:,} training files"
+    console.print(f"Looks were compared with {compared}, bytes with all.", style="dim")
+    return [problem for i, name in enumerate(asked) for problem in leaks(i, name, found[name])]
 
 
-def samples_of(source: Sequence[Sample]) -> Iterator[Sample]:
-    """Those that can be read; the others are told elsewhere."""
-    for i in range(len(source)):
-        try:
-            yield source[i]
-        except UserError:
-            continue
+def leaks(number: int, name: str, overlap: Overlap) -> list[Problem]:
+    """What of a benchmark is trained on."""
+    told = []
+    for pairs, what in ((overlap.exact, "are training data too"), (overlap.near, "look like training data")):
+        if pairs:
+            ours, theirs = min(pairs.items())
+            told.append(f"{len(pairs)} of its {overlap.files} files {what}, such as {ours} ({theirs})")
+    if overlap.questions:
+        count = len(overlap.questions)
+        told.append(
+            f"{count} of its questions are asked in training too, about the same, such as {overlap.questions[0]!r}"
+        )
+    return [Problem("warning", f"{name}: {text}", f"evaluation.{number}") for text in told]
 
 
 def show_problems(console: Console, problems: list[Problem]) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from data_pipelines.encoding import Encoder
 from eval.benchmarks import BENCHMARKS
+from eval.contamination import comparison
+from eval.digests import weights_digest
 from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
@@ -20,6 +27,7 @@ from mmdora.registry import nearest
 from mmdora.rundir import RunDir, load_target
 
 log = logging.getLogger(__name__)
+PATIENCE = timedelta(days=30)  # of a process that has answered its share, for the others
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,30 @@ def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
         return
     questions = {entry.name: read_questions(entry) for entry in entries}
 
-    loaded = load_target(request.target, trust_remote_code)
-    encoder = Encoder(loaded.processor, loaded.video)
-    reports = []
-    for entry in entries:
-        asked, origin = questions[entry.name], {"target": request.target}
-        with progress_bar(console, entry.name, len(asked)) as advance:
-            folder = out / entry.name
-            reports.append(
-                evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, overwrite=request.overwrite)
-            )
+    with processes():
+        # A run says in which dtype it computes. Any other is quickest in fp32 on a CPU.
+        loaded = load_target(request.target, trust_remote_code, None if torch.cuda.is_available() else "float32")
+        encoder, weights = Encoder(loaded.processor, loaded.video), weights_digest(loaded.model)
+        contamination = None
+        if config is not None:
+            contamination = comparison(config.data.train, config.training.seed, entries, questions)
+        reports = []
+        for entry in entries:
+            asked, origin = questions[entry.name], {"target": request.target}
+            with progress_bar(console, entry.name, len(asked)) as advance:
+                report = evaluate(
+                    loaded.model,
+                    encoder,
+                    entry,
+                    asked,
+                    out / entry.name,
+                    advance,
+                    origin,
+                    overwrite=request.overwrite,
+                    weights=weights,
+                    contamination=contamination,
+                )
+                reports.append(report)
     console.print(results_table([(report, None) for report in reports]))
     console.print(f"Results are in {out}", soft_wrap=True)
 
@@ -80,6 +102,21 @@ def run_by_features(entry: EvaluationConfig, request: Request, trust_remote_code
         report = evaluate_by_features(encoder, entry, asked, folder, advance, origin, request.overwrite)
     console.print(results_table([(report, None)]))
     console.print(f"Results are in {out}", soft_wrap=True)
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Under torchrun, make this process one of those that share the questions out, with a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)  # they only wait for each other; files say the rest
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def choose(request: Request, config: RunConfig | None) -> list[EvaluationConfig]:

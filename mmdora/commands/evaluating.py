@@ -13,13 +13,14 @@ from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutCollator, HeldOutDataset
 from eval.benchmarks import Question
-from eval.generation import tensors_digest
+from eval.digests import tensors_digest
 from eval.report import shown, thumbnails
 from eval.results import read_scores
 from eval.run import evaluate
 from mmdora.checkpoint import adapter_contents
 from mmdora.commands.console import is_main
 from mmdora.config import RunConfig, VideoConfig
+from mmdora.errors import UserError
 from mmdora.rundir import RunDir
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import Prediction
@@ -79,6 +80,16 @@ class Evaluator:
                 rows = sample_predictions(folder, self.config.data.video)
                 self.log.reports.predictions(step, entry.name, rows)
         return found
+
+
+def check_scored(config: RunConfig, questions: Questions) -> None:
+    """Raise UserError for an entry that is to be scored during training and whose answers are not public."""
+    for i, entry in enumerate(config.evaluation):
+        if entry.during and not all(question.references for question in questions[entry.name]):
+            raise UserError(
+                f"evaluation.{i}.during: the answers of {entry.benchmark}'s questions in {entry.data} are not public, "
+                "so there is no score to follow; leave it out, or take another split"
+            )
 
 
 def held_out_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:

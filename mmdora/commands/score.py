@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
-from eval.generation import file_digest
+from eval.digests import file_digest
 from eval.judge import describe_judge, judge_all
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results

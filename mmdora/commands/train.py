@@ -22,6 +22,8 @@ from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Ledger, from_rejected, mend
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
+from eval.contamination import comparison
+from eval.digests import weights_digest
 from eval.report import write_report
 from eval.results import read_report
 from eval.run import evaluate, read_questions
@@ -38,7 +40,7 @@ from mmdora.commands.console import (
     show_best,
     show_groups,
 )
-from mmdora.commands.evaluating import Evaluator, Questions, sample_predictions
+from mmdora.commands.evaluating import Evaluator, Questions, check_scored, sample_predictions
 from mmdora.commands.logs import RunLogs, logged
 from mmdora.config import RunConfig
 from mmdora.config_files import find_path, load_config
@@ -79,6 +81,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
         # Read now: what evaluation will want is missed before training, not after.
         held_out = [read_source(source, config.training.seed) for source in config.data.validation]
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
+        check_scored(config, questions)
     checkpoint = find_checkpoint(run_dir) if resume else None
     ledger = open_ledger(config, sources, held_out, run_dir)
 
@@ -246,11 +249,13 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
     origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
+    contamination = comparison(config.data.train, config.training.seed, config.evaluation, questions)
+    weights = weights_digest(loaded.model) if config.evaluation else None
     for entry in config.evaluation:
         asked = questions[entry.name]
         with progress_bar(console, f"{entry.name}, after", len(asked)) as advance:
             folder = run_dir.result(entry.name)  # a run that was resumed may hold results of fewer steps
-            evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, overwrite=True)
+            evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, True, weights, contamination)
         before = run_dir.result(entry.name, before=True)
         results.append((run_dir.result(entry.name), before if (before / "report.json").exists() else None))
     if not is_main():

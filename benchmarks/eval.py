@@ -1,0 +1,205 @@
+"""Answers a CPU second, against a plain loop over transformers; and the time from the command to the first answer.
+
+    python benchmarks/eval.py --out benchmarks/results/eval.json
+
+The other side is what one writes oneself: the same pictures and prompts through the model's own processor, sorted by
+length, in batches padded on the left, `generate`, a line a question. It keeps no digests, is not gone on with after a
+kill, and knows no scores. Both compute in fp32 and must give the same answers.
+- `answers`: both loops in one process, over the same model, in turns; CPU seconds of all threads.
+- `commands`: `mmdora eval` with its scores and report, and the plain loop as a script; both from start to end, CPU
+  seconds of the processes. `first_answer_seconds` is wall clock until responses.jsonl has a line.
+Figures are medians over the rounds, and ratios of one run: above 1, ours is the quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import about_machine
+from PIL import Image as PILImage
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ROOT = Path(__file__).parent.parent
+sys.path.remove(str(Path(__file__).parent))  # or this file would hide the package of its name
+
+MODEL = ROOT / "assets" / "tiny-llava"
+NEW_TOKENS = 16
+TOKENS = ("input_ids", "attention_mask")
+WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "small"]
+
+
+def write_questions(folder: Path, count: int) -> Path:
+    """Four questions of 3 to 30 words about each picture, a JPEG of 320 × 240, in LLaVA's layout."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(count):
+        if i % 4 == 0:
+            coarse = PILImage.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((320, 240), PILImage.Resampling.BICUBIC).save(folder / f"{i // 4}.jpg", quality=90)
+        question = " ".join(rng.choice(WORDS, rng.integers(3, 31)))
+        turns = [{"from": "human", "value": f"<image>\n{question}?"}, {"from": "gpt", "value": "red"}]
+        rows.append({"id": f"q{i}", "image": f"{i // 4}.jpg", "conversations": turns})
+    (folder / "questions.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "questions.json"
+
+
+@torch.no_grad()
+def plain_loop(model: Any, processor: Any, data: Path, out: Path, size: int) -> None:
+    rows = []
+    for row in json.loads(data.read_text(encoding="utf-8")):
+        content = [
+            {"type": "image"},
+            {"type": "text", "text": row["conversations"][0]["value"].removeprefix("<image>\n")},
+        ]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with PILImage.open(data.parent / row["image"]) as picture:
+            inputs = processor(
+                text=[text], images=[picture.convert("RGB")], return_tensors="pt", add_special_tokens=False
+            )
+        rows.append((row["id"], inputs))
+    rows.sort(key=lambda row: row[1]["input_ids"].shape[1], reverse=True)
+    with out.open("w", encoding="utf-8") as file:
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            tokens = [{key: inputs[key][0] for key in TOKENS} for _, inputs in batch]
+            media = [key for key in batch[0][1] if key not in TOKENS]
+            inputs = processor.tokenizer.pad(tokens, padding_side="left", return_tensors="pt")
+            inputs |= {key: torch.cat([inputs[key] for _, inputs in batch]) for key in media}
+            output = model.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+            )[:, inputs["input_ids"].shape[1] :]
+            texts = processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+            for (question_id, _), text in zip(batch, texts, strict=True):
+                file.write(json.dumps({"id": question_id, "response": text.strip()}) + "\n")
+
+
+def load() -> tuple[Any, Any]:
+    import mmdora  # noqa: F401  (transformers learns of the model's vision encoder)
+
+    return AutoModelForImageTextToText.from_pretrained(
+        MODEL, dtype=torch.float32
+    ).eval(), AutoProcessor.from_pretrained(MODEL)
+
+
+def answers(out: Path) -> dict[str, str]:
+    lines = out.read_text(encoding="utf-8").split("\n")
+    return {row["id"]: row["response"] for row in map(json.loads, filter(None, lines))}
+
+
+def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each round."""
+    from data_pipelines.encoding import Encoder
+    from eval.digests import weights_digest
+    from eval.generation import answer_all
+    from eval.responses import question_keys
+    from eval.run import read_questions
+    from mmdora.config import EvaluationConfig
+
+    model, processor = load()
+    config = EvaluationConfig(name="vqa", benchmark="vqa", data=str(data))
+
+    def ours(folder: Path) -> Path:
+        questions, encoder = read_questions(config), Encoder(processor)
+        keys = question_keys(questions, encoder, NEW_TOKENS, weights_digest(model))
+        answer_all(model, encoder, questions, keys, folder, size, NEW_TOKENS)
+        return folder / "responses.jsonl"
+
+    def plain(folder: Path) -> Path:
+        plain_loop(model, processor, data, folder / "answers.jsonl", size)
+        return folder / "answers.jsonl"
+
+    return in_turns({"mmdora": ours, "plain loop": plain}, rounds, time.process_time)
+
+
+def commands(data: Path, size: int, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """CPU seconds of each round, and the seconds to the first answer."""
+    first: list[float] = []
+
+    def ours(folder: Path) -> Path:
+        asked = ["--benchmark", "vqa", "--data", str(data), "--batch-size", str(size), "--out", str(folder)]
+        command = [sys.executable, "-m", "mmdora.commands", "eval", str(MODEL), *asked]
+        start, answered = time.perf_counter(), folder / "vqa" / "responses.jsonl"
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (answered.exists() and answered.stat().st_size):
+            time.sleep(0.01)
+        first.append(time.perf_counter() - start)
+        if process.wait():
+            raise RuntimeError(f"mmdora eval ended with {process.returncode}")
+        return folder / "vqa" / "responses.jsonl"
+
+    def plain(folder: Path) -> Path:
+        out = folder / "answers.jsonl"
+        command = [sys.executable, __file__, "--batch", str(size), "--plain", str(data), str(out)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return out
+
+    def children() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    return in_turns({"mmdora": ours, "plain loop": plain}, rounds, children), first
+
+
+def in_turns(
+    candidates: dict[str, Callable[[Path], Path]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """The clock's seconds of each round, after one to warm up. Raises RuntimeError where answers differ."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        found = []
+        for name in random.sample(list(candidates), len(candidates)):
+            with tempfile.TemporaryDirectory() as folder:
+                start = clock()
+                out = candidates[name](Path(folder))
+                seconds[name] += [clock() - start] if number else []
+                found.append(answers(out))
+        if found[0] != found[1]:
+            raise RuntimeError("the two sides answer differently")
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--plain", nargs=2, type=Path, metavar=("DATA", "OUT"), help="the plain loop alone")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    args = parser.parse_args()
+    if args.plain:
+        plain_loop(*load(), *args.plain, args.batch)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MMDORA_CACHE"] = folder
+        data = write_questions(Path(folder), args.questions)
+        in_process = loops(data, args.batch, args.rounds)
+        whole, first = commands(data, args.batch, args.rounds)
+    figures: dict[str, Any] = {}
+    for what, seconds in (("answers", in_process), ("commands", whole)):
+        rates = {name: args.questions / statistics.median(values) for name, values in seconds.items()}
+        figures[what] = {f"{name}, questions a CPU second": round(rate, 2) for name, rate in rates.items()}
+        figures[what]["over the plain loop"] = round(rates["mmdora"] / rates["plain loop"], 3)
+    figures["commands"]["first_answer_seconds"] = round(statistics.median(first[1:]), 2)
+    print(json.dumps(figures, indent=2))
+    if args.out is not None:
+        shape = {"questions": args.questions, "batch": args.batch, "rounds": args.rounds}
+        args.out.write_text(
+            json.dumps(about_machine() | shape | {"figures": figures}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
