@@ -14,6 +14,7 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 from browser import Browser, Page
 from machine import about_machine
 from PIL import Image as PILImage
+
+sys.path.remove(str(Path(__file__).parent))  # or the file eval.py in it would hide the package
 
 from data_pipelines.samples import Image, Message, Sample, Text
 from eval.benchmarks import Question

@@ -41,8 +41,6 @@ def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[
     if config.judge is not None:
         describe_judge(benchmark, config.judge)
     questions = ask_nothing_twice(benchmark.questions(config), config)[: config.limit]
-    if config.during and not (benchmark.has_official and all(q.references for q in questions)):
-        raise UserError(f"{config.name}: 'during' wants an official score, which {config.data} gives no answers for")
     media = {part.path for q in questions for part in q.sample.media() if part.data is None}
     if absent := sorted(path for path in media if not path.exists()):
         expected = f"; expected layout:\n{benchmark.layout}" if benchmark.layout else ""

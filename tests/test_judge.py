@@ -17,9 +17,11 @@ from eval.judge import judge_all
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
 from mmdora.commands.eval import Request, as_requested
+from mmdora.commands.evaluating import check_scored
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
 from mmdora.config import EvaluationConfig, JudgeConfig
+from mmdora.config_files import load_config
 from mmdora.errors import RunError, UserError
 from tests.vqa_miniatures import images, write
 
@@ -222,8 +224,10 @@ def test_a_model_is_asked_and_judged(tiny, mmvet, server):
     assert report["scores"]["judged"]["value"] == pytest.approx(30)
     assert run(with_judge) == run(entry) == report  # a finished result, with or without a judge to ask
     assert report["receipt"]["prompt_template"] == "{question}"
-    with pytest.raises(UserError, match="'during' wants an official score"):
-        read_questions(entry.model_copy(update={"during": True}))
+    followed = entry.model_copy(update={"during": True})
+    config = load_config("quickstart").model_copy(update={"evaluation": [followed]})
+    with pytest.raises(UserError, match=r"evaluation\.0\.during: mmvet is scored by a judge alone"):
+        check_scored(config, {followed.name: read_questions(followed)})
 
 
 def test_a_runs_own_judge_is_asked_only_if_it_is_given_again(caplog):

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutCollator, HeldOutDataset
-from eval.benchmarks import Question
+from eval.benchmarks import BENCHMARKS, Question
 from eval.digests import tensors_digest
 from eval.report import shown, thumbnails
 from eval.results import read_scores
@@ -83,9 +83,14 @@ class Evaluator:
 
 
 def check_scored(config: RunConfig, questions: Questions) -> None:
-    """Raise UserError for an entry that is to be scored during training and whose answers are not public."""
+    """Raise UserError for an entry that is to be scored during training and has no score: its answers are not public,
+    or are worth only what a judge says."""
     for i, entry in enumerate(config.evaluation):
-        if entry.during and not all(question.references for question in questions[entry.name]):
+        if not entry.during:
+            continue
+        if not BENCHMARKS[entry.benchmark].has_official:
+            raise UserError(f"evaluation.{i}.during: {entry.benchmark} is scored by a judge alone; leave it out")
+        if not all(question.references for question in questions[entry.name]):
             raise UserError(
                 f"evaluation.{i}.during: the answers of {entry.benchmark}'s questions in {entry.data} are not public, "
                 "so there is no score to follow; leave it out, or take another split"
