@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
+from eval.files import json_text, write_whole
 from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
 from mmdora.config import EvaluationConfig
 
@@ -155,13 +156,8 @@ def write_results(
         }
         for q in questions
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    # Half of a surrogate pair, as JSON may hold, is no UTF-8: it is written as JSON's escape.
-    (folder / "scores.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
-    aside = folder / ".report.json"
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    aside.replace(folder / "report.json")
+    write_whole(folder / "scores.jsonl", "".join(map(json_text, lines)))
+    write_whole(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

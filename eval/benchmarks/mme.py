@@ -9,7 +9,6 @@ stand among the categories. Papers that give one figure mostly give Perception.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.samples import Image
+from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.files import write_whole
 from eval.layout import read_jsonl, read_lines, typed_fields, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
@@ -160,11 +159,7 @@ class MME(Benchmark):
             files[details["task"]].append("\t".join([details["image"], details["question"], details["answer"], said]))
         if absent := [task for task, lines in files.items() if not lines]:
             raise UserError(f"{result.folder}: no answers to {', '.join(absent)}; calculation.py wants all 14 tasks")
-        archived = io.BytesIO()
-        with zipfile.ZipFile(archived, "w") as archive:
-            for task, lines in files.items():
-                archive.writestr(f"{task}.txt", "".join(f"{line}\n" for line in lines))
-        write_whole(out, archived.getvalue())
+        write_zip(out, {f"{task}.txt": "".join(f"{line}\n" for line in lines) for task, lines in files.items()})
 
 
 def _official(folder: Path) -> Iterator[tuple[list[Row], Path]]:
