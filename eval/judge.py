@@ -65,7 +65,7 @@ def judge_all(
     Raises RunError or UserError where the judge cannot be reached, or a verdict cannot be read.
     """
     judge = describe_judge(benchmark, config)
-    prompts = {q.id: _prompt(benchmark, responses[q.id], q) for q in questions}
+    prompts = {q.id: benchmark.judge_prompt(responses[q.id], q) for q in questions}
     keys = {question_id: _digest([prompt, judge]) for question_id, prompt in prompts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "verdicts.jsonl"
@@ -172,12 +172,6 @@ def _words(reply: bytes, address: str, config: JudgeConfig) -> tuple[str, str]:
         return ("" if words is None else str(words)), str(model)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise RunError(f"judge at {address}: not a chat completion: {reply[:200].decode(errors='replace')}") from None
-
-
-def _prompt(benchmark: Benchmark, response: str, question: Question) -> str:
-    prompt = benchmark.judge_prompt(response, question)
-    assert prompt is not None, f"{question.id}: nothing to ask the judge"
-    return prompt
 
 
 def _worth(benchmark: Benchmark, verdict: str) -> float:

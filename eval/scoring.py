@@ -63,8 +63,8 @@ def make_report(
     if benchmark.has_strict:
         strict = figure(benchmark, questions, scores, "strict")
         unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
-        mean = type(benchmark).headline is Benchmark.headline  # other headlines are not of a share's unit
-        if mean and all(len(q.references) == 1 for q in questions):
+        # Other headlines than means are not of a share's unit.
+        if benchmark.headline_is_mean and all(len(q.references) == 1 for q in questions):
             majority = 100 * majority_share([q.references[0] for q in questions])
     report["scores"] |= {"official": figure(benchmark, questions, scores, "official"), "strict": strict}
     return report | {
@@ -106,7 +106,7 @@ def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[
     """The benchmark's headline over some questions, with its interval."""
     clusters = [q.cluster for q in questions]
     chosen = [scores[q.id] for q in questions]
-    if type(benchmark).headline is Benchmark.headline:
+    if benchmark.headline_is_mean:
         return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters, benchmark.bounds))
     table = score_table([asdict(s) for s in chosen], clusters)
     found = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)

@@ -21,7 +21,7 @@ import numpy as np
 from data_pipelines.samples import Image
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.own_data import conversation_questions
+from eval.benchmarks.own_data import OwnData
 from eval.captions import bleu, cider, rouge_l
 from eval.captions_java import Meteor, check_installed, meteor_process, tokenize
 from eval.files import json_text
@@ -102,14 +102,11 @@ def image_question(question_id: str, text: str, path: Path, references: Sequence
 
 
 @BENCHMARKS.register("caption")
-class Caption(CaptionBenchmark):
+class Caption(OwnData, CaptionBenchmark):
     """Captions over any dataset format, by CIDEr (tylin/coco-caption, pycocoevalcap/eval.py)."""
 
-    verified = True
-    prompt = "{question}"  # the dataset's own
-
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        return scorable(conversation_questions(config))
+        return scorable(super().questions(config))
 
 
 @BENCHMARKS.register("coco_caption")

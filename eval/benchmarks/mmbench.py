@@ -108,6 +108,7 @@ class MMBench(Benchmark):
 
     layout = "<folder>/mmbench_<split>….tsv or MMBench_<SPLIT>….tsv, with the pictures inside (base64)"
     splits = ("dev", "test")
+    settings = ()
     prompt = LETTER_PROMPT
 
     def questions(self, config: EvaluationConfig) -> list[Question]:

@@ -69,7 +69,8 @@ class MME(Benchmark):
         "MME_Benchmark_release_version/<task>/<image>.txt beside <image>.jpg or .png, or <task>/questions_answers_YN/"
         "<image>.txt and <task>/images/<image>.jpg; a line is a question, a tab, and Yes or No"
     )
-    bounds = (0.0, 2800.0)  # of the headline
+    bounds = (0.0, 2800.0)
+    settings = ()
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         """Also from eval_tool/Your_Results, the <task>.txt that predictions are written into: without pictures."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
+from eval.benchmarks.base import BENCHMARKS, Question, Score
 from eval.benchmarks.choice import chosen_option, score_choice
-from eval.benchmarks.own_data import conversation_questions
+from eval.benchmarks.own_data import OwnData
 from eval.options import LETTERS
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -32,13 +32,11 @@ def read_options(text: str) -> list[str]:
 
 
 @BENCHMARKS.register("multiple_choice")
-class MultipleChoice(Benchmark):
+class MultipleChoice(OwnData):
     """One of several options over any dataset format, by what was clearly said (no official scorer: own data)."""
 
-    verified = True
-
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        return [with_options(question, config.data) for question in conversation_questions(config)]
+        return [with_options(question, config.data) for question in super().questions(config)]
 
     def score(self, response: str, question: Question) -> Score:
         return score_choice(response, question)

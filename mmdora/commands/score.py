@@ -39,6 +39,7 @@ def run(
     if judge is not None and out is None:
         raise UserError("a judge wants --out, the folder that its verdicts are kept in")
     config = EvaluationConfig(name=benchmark, benchmark=benchmark, data=annotations, split=split)
+    scorer.check_settings(config)
     questions = ask_nothing_twice(scorer.questions(config), config)
     responses = answers_to(questions, scorer, predictions)
     if not all(q.references for q in questions):
