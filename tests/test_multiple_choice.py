@@ -17,8 +17,8 @@ from eval.benchmarks.choice import chosen_option
 from eval.benchmarks.multiple_choice import read_options
 from eval.options import LETTERS
 from mmdora.errors import UserError
+from tests.benchmark_walk import questions_of, write, write_lines
 from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope_files, science_files, seed_files
-from tests.choice_walk import questions_of, write_json, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_no_text_breaks_the_parser(text):
 def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
     rows = [{"question": "Which?\nA. x\nB. y", "answer": "z"}]
     with pytest.raises(UserError, match="has the options A, B, and its answer is 'z'"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", rows))
+        questions_of("multiple_choice", write(tmp_path / "own.json", rows))
     with pytest.raises(UserError, match="has no options"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
+        questions_of("multiple_choice", write(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_official_files_of_other_types_are_the_users_faults(tmp_path, name, make
     path = make(tmp_path) / file
     lines = path.read_text().split("\n")
     value = json.loads(lines[0]) if len(lines) < 3 else [json.loads(line) for line in lines if line]
-    write = write_json if len(lines) < 3 else write_jsonl
-    write(path, value)
+    save = write if len(lines) < 3 else write_lines
+    save(path, value)
     assert is_read(lambda: questions_of(name, tmp_path))
-    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if write(path, other)]
+    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if save(path, other)]
     assert sum(refused) > len(refused) / 4
 
 
@@ -197,7 +197,7 @@ def test_predictions_of_other_types_are_the_users_faults(tmp_path, name, make, r
         benchmark.score_all({q.id: said.get(q.id, "") for q in questions}, questions)
 
     rows = [row(q) for q in questions]
-    write_jsonl(path, rows)
+    write_lines(path, rows)
     assert {i for i, _ in benchmark.read_predictions(path, questions)} == {q.id for q in questions}
-    refused = [not is_read(score) for other in spoilt(rows) if write_jsonl(path, other)]
+    refused = [not is_read(score) for other in spoilt(rows) if write_lines(path, other)]
     assert any(refused)
