@@ -26,7 +26,7 @@ def write_leaderboard(path: Path, board: Board, advance: Callable[[int], None] =
     from jinja2 import Environment, FileSystemLoader
 
     style, script = ((TEMPLATES / f"leaderboard.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    share = MOST_PICTURES // max(1, len(board.columns))
+    share = pictures_of_each(board)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = script_json
     page = environment.get_template("leaderboard.html.jinja").render(
@@ -39,6 +39,11 @@ def write_leaderboard(path: Path, board: Board, advance: Callable[[int], None] =
         script_hash=_source(script),
     )
     write_whole(path, page)
+
+
+def pictures_of_each(board: Board) -> int:
+    """How many files each benchmark may show."""
+    return MOST_PICTURES // max(1, len(board.columns))
 
 
 def script_json(value: Any) -> Any:
