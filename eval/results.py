@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,19 @@ class Result:
     @property
     def receipt(self) -> dict[str, Any]:
         return dict(self.report["receipt"])
+
+
+@contextmanager
+def many_rows() -> Iterator[None]:
+    """Inside, nobody looks for garbage in circles, of which rows have none: with VQAv2's 214,354 questions, the looking
+    takes two thirds of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def find_results(folder: Path) -> list[Path]:

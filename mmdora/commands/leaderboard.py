@@ -6,11 +6,12 @@ from pathlib import Path
 
 from eval.leaderboard import arrange
 from eval.leaderboard_page import pictures_of_each, write_leaderboard
-from eval.results import Result, find_results, read_result
+from eval.results import Result, find_results, many_rows, read_result
 from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
 from mmdora.errors import UserError
 
 
+@many_rows()
 def run(results: list[str], html: Path, plugins: list[str]) -> None:
     import_plugins(plugins)
     if html.is_dir():

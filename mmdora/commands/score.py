@@ -12,6 +12,7 @@ from typing import Any
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.generation import file_digest
 from eval.judge import describe_judge, judge_all
+from eval.results import many_rows
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
@@ -21,6 +22,7 @@ from mmdora.errors import UserError
 log = logging.getLogger(__name__)
 
 
+@many_rows()
 def run(
     benchmark: str,
     predictions: Path,
