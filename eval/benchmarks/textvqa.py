@@ -50,9 +50,11 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
         for number, row in enumerate(rows):
             where = f"question {number}"
             question_id, (image_id, words) = typed(row, path, where, "question_id", int), row_key(row, path, where)
-            answers = tuple(typed(row, path, where, "answers", list[str])) if "answers" in row else ()
-            if answers and len(answers) != ANNOTATORS:
-                raise UserError(f"{path}, {where}: {len(answers)} answers; the official scorer wants {ANNOTATORS}")
+            answers = tuple(typed(row, path, where, "answers", list)) if "answers" in row else ()
+            if answers and (len(answers) != ANNOTATORS or not all(isinstance(answer, str) for answer in answers)):
+                raise UserError(
+                    f"{path}, {where}: {len(answers)} answers; the official scorer wants {ANNOTATORS} strings"
+                )
             text = self.ask(config, question=words.capitalize(), ocr=", ".join(tokens.get(image_id, ())))
             sample = conversation(str(question_id), text, [Image(images / f"{image_id}.jpg")])
             details = {"image_id": image_id, "question": words}
