@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eval.files import utf8, write_whole
+from mmdora.errors import UserError
 
 
 def write_zip(out: Path, files: Mapping[str, str]) -> None:
-    """Texts by the name of their file in the zip. The same texts make the same bytes."""
+    """Texts by the name of their file in the zip. The same texts make the same bytes. Raises UserError for a file that
+    is not to be called a zip file."""
+    if out.suffix != ".zip":
+        raise UserError(f"{out}: the leaderboard takes a zip file, as {out.with_suffix('.zip')}")
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for name, text in files.items():

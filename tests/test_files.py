@@ -9,6 +9,7 @@ import pytest
 
 from eval.archives import write_zip
 from eval.files import json_text, write_whole
+from mmdora.errors import UserError
 
 SAID = "half of a pair: \ud800, and \u2028"
 
@@ -25,6 +26,11 @@ def test_the_same_zip_twice_is_the_same_bytes(tmp_path):
     for name in ("a.zip", "b.zip"):
         write_zip(tmp_path / name, {"one.txt": "1", "two.txt": "2"})
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_a_zip_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=r"a zip file, as .*a\.zip"):
+        write_zip(tmp_path / "a.json", {"one.txt": "1"})
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
