@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from eval.benchmarks import BENCHMARKS, Benchmark
-from eval.metrics import PERCENT, Table, Totals, holm, mcnemar, paired_difference
+from eval.metrics import PERCENT, Table, holm, mcnemar, paired_difference
 from eval.results import Result
 from eval.scoring import score_table
 from mmdora.errors import UserError
@@ -76,8 +74,9 @@ def compare_kind(a: Result, b: Result, kind: str) -> Comparison | None:
     pairs = [(row, of_b[row["id"]]) for row in a.rows]
     clusters = [row["cluster"] for row in a.rows]  # B may name the same files elsewhere
     table_a, table_b = (_table(rows, clusters, kind) for rows in zip(*pairs, strict=True))
-    is_mean = kind == "judged" or type(benchmark).headline is Benchmark.headline
-    statistic = partial(_mean if is_mean else benchmark.headline, kind=kind)
+    is_mean = kind == "judged" or benchmark.headline_is_mean
+    headline = partial(Benchmark.headline, benchmark) if is_mean else benchmark.headline
+    statistic = partial(headline, kind=kind)
     found = paired_difference(table_a, table_b, statistic, PERCENT if kind == "judged" else benchmark.bounds)
     if found is None:
         return None
@@ -165,10 +164,6 @@ def _table(rows: Sequence[Row], clusters: Sequence[str], kind: str) -> Table:
     if kind == "judged":
         return Table({kind: [row[kind] for row in rows], "n": [1.0] * len(rows)}, clusters)
     return score_table(rows, clusters)
-
-
-def _mean(totals: Totals, kind: str) -> np.ndarray:
-    return 100 * totals[kind] / totals["n"]
 
 
 def count(pairs: Sequence[tuple[float, float]]) -> dict[str, int]:

@@ -7,8 +7,8 @@ arXiv 2104.08860; ArrowLuo/CLIP4Clip, modules/modeling.py, _loose_similarity).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +26,7 @@ from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.retrieval import ranked
 from eval.digests import media_digest
 from eval.dual_encoders import DualEncoder
+from eval.files import write_whole
 from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig, VideoConfig
@@ -115,12 +116,9 @@ class Features:
         return np.load(self._file(key), allow_pickle=False)
 
     def __setitem__(self, key: str, feature: Tensor) -> None:
-        aside = self.folder / f".{key}.{os.getpid()}.npy"
-        with aside.open("wb") as file:
-            np.save(file, feature.float().cpu().numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self._file(key))
+        data = io.BytesIO()
+        np.save(data, feature.float().cpu().numpy())
+        write_whole(self._file(key), data.getvalue())
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.npy"

@@ -15,13 +15,14 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import Benchmark, Question
+from eval.files import json_text, write_whole
 from eval.layout import fields, read_jsonl
 from mmdora.config import JudgeConfig
 from mmdora.config_files import find_path
@@ -64,7 +65,7 @@ def judge_all(
     Raises RunError or UserError where the judge cannot be reached, or a verdict cannot be read.
     """
     judge = describe_judge(benchmark, config)
-    prompts = {q.id: _prompt(benchmark, responses[q.id], q) for q in questions}
+    prompts = {q.id: benchmark.judge_prompt(responses[q.id], q) for q in questions}
     keys = {question_id: _digest([prompt, judge]) for question_id, prompt in prompts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "verdicts.jsonl"
@@ -72,7 +73,7 @@ def judge_all(
     wanted = {question_id: prompt for question_id, prompt in prompts.items() if question_id not in kept}
     given = recorded(find_path(config.verdicts), wanted) if config.verdicts is not None else ask_all(config, wanted)
     unreadable: dict[str, str] = {}
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for question_id, verdict, model in given:
             if benchmark.judge_score(verdict) is None:
                 unreadable[question_id] = verdict
@@ -80,14 +81,15 @@ def judge_all(
             prompt = _digest(prompts[question_id])
             row = {"id": question_id, "verdict": verdict, "model": model, "prompt": prompt, "key": keys[question_id]}
             kept[question_id] = row
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row))
             file.flush()
             os.fsync(file.fileno())
     if unreadable:
         question_id, verdict = min(unreadable.items())
         what = f"{len(unreadable)} verdicts cannot be read, such as that on {question_id}: {verdict!r:.80}"
         raise (RunError if config.verdicts is None else UserError)(f"judge: {what}")
-    _rewrite(path, [kept[question_id] for question_id in prompts])
+    # The file as a whole, in the order of the questions, without what was kept of other answers.
+    write_whole(path, "".join(json_text(kept[question_id]) for question_id in prompts))
     return {question_id: _worth(benchmark, kept[question_id]["verdict"]) for question_id in prompts}
 
 
@@ -172,23 +174,10 @@ def _words(reply: bytes, address: str, config: JudgeConfig) -> tuple[str, str]:
         raise RunError(f"judge at {address}: not a chat completion: {reply[:200].decode(errors='replace')}") from None
 
 
-def _prompt(benchmark: Benchmark, response: str, question: Question) -> str:
-    prompt = benchmark.judge_prompt(response, question)
-    assert prompt is not None, f"{question.id}: nothing to ask the judge"
-    return prompt
-
-
 def _worth(benchmark: Benchmark, verdict: str) -> float:
     worth = benchmark.judge_score(verdict)
     assert worth is not None, "only verdicts that can be read are kept"
     return worth
-
-
-def _rewrite(path: Path, rows: Iterable[Row]) -> None:
-    """The file as a whole, in the order of the questions, without what was kept of other answers."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(path)
 
 
 def _digest(value: Any) -> str:

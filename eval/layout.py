@@ -15,7 +15,15 @@ from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-TYPES = {str: "text", int: "a whole number", dict: "an object", list: "a list of strings", int | str: "an id"}
+TYPES: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+    int | str: "an id",
+    dict: "an object",
+    list: "a list",
+    list[str]: "a list of strings",
+}
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
@@ -111,19 +119,16 @@ def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
 
 
 def typed(row: Any, path: Path, where: str, name: str, kind: type[T]) -> T:
-    """A row's field, which is of `kind`. Raises UserError that names the file, the row and the field."""
-    value = next(fields(row, path, where, name))
-    if not isinstance(value, kind):
-        raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not of the type {kind.__name__}")
+    """A row's field, which is of `kind`, one of TYPES. Raises UserError that names the file, the row and the field."""
+    (value,) = typed_fields(row, path, where, **{name: kind})
     return value
 
 
 def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
-    """As `fields`, of these types by name; a list is one of strings. Raises UserError for a value of another type."""
+    """As `fields`, of these types by name, which are among TYPES. Raises UserError for a value of another type."""
     for (name, kind), value in zip(kinds.items(), fields(row, path, where, *kinds), strict=True):
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not fits or (kind is list and not all(isinstance(item, str) for item in value)):
-            raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not {TYPES.get(kind, kind)}")
+        if not _is(value, kind):
+            raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not {TYPES[kind]}")
         yield value
 
 
@@ -151,6 +156,13 @@ def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[s
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
     return read_answers(path, *chosen), chosen
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """As `isinstance`, but that JSON's true is no number; `list[str]` has nothing but strings inside."""
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _text(path: Path) -> str:

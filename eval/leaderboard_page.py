@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval.files import write_whole
 from eval.leaderboard import CLEAR, Board, Column, categories, cells, models_differ, question_rows, worth
 from eval.report import jpeg_address, thumbnails
 from mmdora.config import VideoConfig
@@ -26,7 +26,7 @@ def write_leaderboard(path: Path, board: Board, advance: Callable[[int], None] =
     from jinja2 import Environment, FileSystemLoader
 
     style, script = ((TEMPLATES / f"leaderboard.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    share = MOST_PICTURES // max(1, len(board.columns))
+    share = pictures_of_each(board)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = script_json
     page = environment.get_template("leaderboard.html.jinja").render(
@@ -38,10 +38,12 @@ def write_leaderboard(path: Path, board: Board, advance: Callable[[int], None] =
         style_hash=_source(style),
         script_hash=_source(script),
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    # Half of a surrogate pair, as a model's answer may hold, is no UTF-8.
-    aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    aside.replace(path)
+    write_whole(path, page)
+
+
+def pictures_of_each(board: Board) -> int:
+    """How many files each benchmark may show."""
+    return MOST_PICTURES // max(1, len(board.columns))
 
 
 def script_json(value: Any) -> Any:

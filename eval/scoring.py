@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
+from eval.files import json_text, write_whole
 from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
 from mmdora.config import EvaluationConfig
 
@@ -62,8 +63,8 @@ def make_report(
     if benchmark.has_strict:
         strict = figure(benchmark, questions, scores, "strict")
         unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
-        mean = type(benchmark).headline is Benchmark.headline  # other headlines are not of a share's unit
-        if mean and all(len(q.references) == 1 for q in questions):
+        # Other headlines than means are not of a share's unit.
+        if benchmark.headline_is_mean and all(len(q.references) == 1 for q in questions):
             majority = 100 * majority_share([q.references[0] for q in questions])
     report["scores"] |= {"official": figure(benchmark, questions, scores, "official"), "strict": strict}
     return report | {
@@ -105,7 +106,7 @@ def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[
     """The benchmark's headline over some questions, with its interval."""
     clusters = [q.cluster for q in questions]
     chosen = [scores[q.id] for q in questions]
-    if type(benchmark).headline is Benchmark.headline:
+    if benchmark.headline_is_mean:
         return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters, benchmark.bounds))
     table = score_table([asdict(s) for s in chosen], clusters)
     found = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
@@ -155,13 +156,8 @@ def write_results(
         }
         for q in questions
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    # Half of a surrogate pair, as JSON may hold, is no UTF-8: it is written as JSON's escape.
-    (folder / "scores.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
-    aside = folder / ".report.json"
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    aside.replace(folder / "report.json")
+    write_whole(folder / "scores.jsonl", "".join(map(json_text, lines)))
+    write_whole(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from data_pipelines.encoding import Encoder
+from eval.benchmarks import BENCHMARKS, Question
+from eval.results import read_result
 from eval.run import evaluate, read_questions
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
@@ -31,6 +33,11 @@ def config(benchmark: str, data: Path, **keys: Any) -> EvaluationConfig:
     return EvaluationConfig(name="b", benchmark=benchmark, data=str(data), max_new_tokens=2, **keys)
 
 
+def questions_of(benchmark: str, data: Path, **keys: Any) -> list[Question]:
+    """What `mmdora score` reads: questions whose media need not be there."""
+    return BENCHMARKS[benchmark]().questions(config(benchmark, data, **keys))
+
+
 def walk(small: Any, benchmark: str, data: Path, out: Path, **keys: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask the tiny model all questions; the report, and the rows of scores.jsonl."""
     entry = config(benchmark, data, **keys)
@@ -42,15 +49,23 @@ def walk(small: Any, benchmark: str, data: Path, out: Path, **keys: Any) -> tupl
     return report, rows
 
 
-def scored(benchmark: str, predictions: Path, annotations: Path, split: str | None = None) -> dict[str, Any]:
-    """What `mmdora score --json` says."""
+def scored(
+    benchmark: str, predictions: Path, annotations: Path, split: str | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """What `mmdora score --json` says; the result is in `out`, if that is given."""
     said = io.StringIO()
     with redirect_stdout(said):
-        score(benchmark, predictions, str(annotations), split, True, None, False, [])
+        score(benchmark, predictions, str(annotations), split, True, out, False, [])
     return json.loads(said.getvalue())
 
 
+def responses(folder: Path) -> dict[str, str]:
+    """A result's answers by question id."""
+    return {row["id"]: row["response"] for row in read_result(folder).rows}
+
+
 def submitted(folders: list[Path], out: Path) -> bytes:
+    """What `mmdora submit` writes."""
     submit(folders, out, [])
     return out.read_bytes()
 
@@ -64,3 +79,7 @@ def write(path: Path, value: Any) -> Path:
 
 def lines(rows: list[Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    return write(path, lines(rows))

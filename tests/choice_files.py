@@ -9,7 +9,7 @@ import pandas as pd
 
 from eval.benchmarks.commonsense import TASKS
 from eval.benchmarks.mme import GROUP
-from tests.choice_walk import write_json, write_jsonl
+from tests.benchmark_walk import write, write_lines
 from tests.media import write_image
 
 ASK = "Please answer yes or no."
@@ -25,8 +25,8 @@ def science_files(root: Path) -> Path:
     names = ("split", "question", "choices", "answer", "image", "hint", "grade")
     about = {"subject": "natural science", "topic": "physics"}
     problems = {i: {**dict(zip(names, row, strict=True)), **about} for i, row in SCIENCE.items()}
-    write_json(root / "problems.json", problems)
-    write_json(root / "pid_splits.json", {"test": ["1", "2", "3"], "val": ["4"], "train": []})
+    write(root / "problems.json", problems)
+    write(root / "pid_splits.json", {"test": ["1", "2", "3"], "val": ["4"], "train": []})
     for i in ("1", "3"):
         (root / "images/test" / i).mkdir(parents=True)
         write_image(root / "images/test" / i / "image.png", int(i), (32, 32))
@@ -62,7 +62,7 @@ def seed_files(root: Path) -> Path:
         for kind, dimension, i, data in kinds
     ]
     types = {"Instances Counting": 5, "Scene Understanding": 1, "Action Prediction": 11}
-    write_json(root / "SEED-Bench.json", {"questions": questions, "question_type": types})
+    write(root / "SEED-Bench.json", {"questions": questions, "question_type": types})
     for name in ("SEED-Bench-image", "SEED-Bench-video-image"):
         (root / name).mkdir()
     write_image(root / "SEED-Bench-image/made.png", 0, (32, 32)).rename(root / "SEED-Bench-image/1454_25")
@@ -74,7 +74,7 @@ def commonsense_files(root: Path) -> Path:
     labels = ["true", "solution2", "answer3", "ending4", "option1", "answer2", "answer5", "answer1"]
     for task, label in zip(TASKS.values(), labels, strict=True):
         row = {"instruction": f"Answer format: {label}/other", "input": "", "output": f"it is {label}", "answer": label}
-        write_json(root / task.folder / "test.json", [row])
+        write(root / task.folder / "test.json", [row])
     return root
 
 
@@ -100,5 +100,5 @@ def pope_files(root: Path) -> Path:
             {"question_id": i, "image": "COCO_1.jpg", "text": f"Is there a {thing} in the image?", "label": label}
             for i, (thing, label) in enumerate((("cat", "yes"), (f"{category} dog", "no")), 1)
         ]
-        write_jsonl(root / "coco" / f"coco_pope_{category}.json", rows)
+        write_lines(root / "coco" / f"coco_pope_{category}.json", rows)
     return root

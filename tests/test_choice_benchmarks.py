@@ -3,6 +3,7 @@ official files to the file that is handed in."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pandas as pd
@@ -10,23 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.commonsense import TASKS
 from eval.results import read_result
-from mmdora.config import ModelConfig
 from mmdora.errors import UserError
-from mmdora.loading import load_model
+from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write, write_lines
 from tests.choice_files import commonsense_files, mmbench_files, mmbench_rows, science_files, seed_files
-from tests.choice_walk import answered, handed_in, questions_of, responses, scored, write_json, write_jsonl
 from tests.media import write_image
 
-
-@pytest.fixture(scope="module")
-def tiny():
-    model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
-    return model, Encoder(processor)
+__all__ = ["small"]
 
 
 def own_files(root: Path) -> Path:
@@ -37,7 +31,7 @@ def own_files(root: Path) -> Path:
     ]
     for i in range(2):
         write_image(root / f"{i}.png", i, (32, 32))
-    write_json(root / "own.json", rows)
+    write(root / "own.json", rows)
     return root / "own.json"
 
 
@@ -46,7 +40,7 @@ def right(q: Question) -> str:
 
 
 def llava(path: Path, questions: list[Question]) -> Path:
-    return write_jsonl(
+    return write_lines(
         path / "answers.jsonl", [{"question_id": q.id, "prompt": "", "text": right(q)} for q in questions]
     )
 
@@ -60,12 +54,12 @@ def workbook(path: Path, questions: list[Question]) -> Path:
 def adapters(path: Path, questions: list[Question]) -> Path:
     for q in questions:
         row = {"instruction": q.details["instruction"], "output_pred": f"the correct answer is {right(q)}"}
-        write_json(path / f"LLaMA-7B-DoRA-{TASKS[q.details['task']].folder}.json", [row])
+        write(path / f"LLaMA-7B-DoRA-{TASKS[q.details['task']].folder}.json", [row])
     return path
 
 
 def ours(path: Path, questions: list[Question]) -> Path:
-    return write_jsonl(path / "responses.jsonl", [{"id": q.id, "response": f"({right(q)})"} for q in questions])
+    return write_lines(path / "responses.jsonl", [{"id": q.id, "response": f"({right(q)})"} for q in questions])
 
 
 @pytest.mark.parametrize(
@@ -78,21 +72,22 @@ def ours(path: Path, questions: list[Question]) -> Path:
         ("commonsense", commonsense_files, adapters, 8, None),
     ],
 )
-def test_from_files_to_what_is_handed_in(tiny, tmp_path, name, make, official, n, file):
+def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, n, file):
     (tmp_path / "data").mkdir()
     (tmp_path / "said").mkdir()
     data = make(tmp_path / "data")
-    report = answered(*tiny, name, data, tmp_path / "result")
+    report = walk(small, name, data, tmp_path / "result")[0]
     assert report["n"] == n
     assert 0 <= report["scores"]["official"]["low"] <= report["scores"]["official"]["high"] <= 100
-    perfect = scored(name, official(tmp_path / "said", questions_of(name, data)), data, tmp_path / "perfect")
+    perfect = scored(name, official(tmp_path / "said", questions_of(name, data)), data, out=tmp_path / "perfect")
     assert perfect["scores"]["official"]["value"] == perfect["scores"]["strict"]["value"] == pytest.approx(100)
     assert perfect["unparsed_rate"] == 0
     if file is None:
         with pytest.raises(UserError, match="no leaderboard"):
-            handed_in(tmp_path / "result", tmp_path / "out")
+            submitted([tmp_path / "result"], tmp_path / "out")
         return
-    written = handed_in(tmp_path / "result", tmp_path / "out" / file)
+    written = tmp_path / "out" / file
+    submitted([tmp_path / "result"], written)
     read_back = dict(BENCHMARKS[name]().read_predictions(written, questions_of(name, data)))
     assert read_back == responses(tmp_path / "result")
     assert [path.name for path in written.parent.iterdir()] == [file]
@@ -117,14 +112,14 @@ def test_scienceqa_asks_as_llava_and_counts_as_both_scripts(tmp_path):
     assert asked["1"] == "Context: Look at it.\nWhich is warmer?\nA. ice\nB. fire\nC. snow" + end
     assert asked["2"] == "Which is a verb?\nA. run\nB. tree" + end
     said = [{"question_id": "1", "text": "The answer is B."}, {"question_id": "2", "text": "(A)"}]
-    report = scored("scienceqa", write_jsonl(tmp_path / "said.jsonl", said), data, tmp_path / "out")
+    report = scored("scienceqa", write_lines(tmp_path / "said.jsonl", said), data, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == pytest.approx(100 / 3)  # "(A)" is unparsed, 3 was not answered
     assert report["metrics"]["img_accuracy"] == 100  # 3 is not among those with a picture, since it was not answered
     assert report["metrics"]["acc_has_image"] == 50
     assert (report["metrics"]["acc_grade_1_6"], report["metrics"]["acc_verbs"]) == (100, None)
     assert report["categories"]["context: image"]["value"] == 50
-    results = write_json(tmp_path / "results.json", {"results": {"1": 1, "2": 0, "3": -1}})
-    assert scored("scienceqa", results, data / "problems.json", tmp_path / "2")["scores"]["official"]["value"] > 66
+    results = write(tmp_path / "results.json", {"results": {"1": 1, "2": 0, "3": -1}})
+    assert scored("scienceqa", results, data / "problems.json", out=tmp_path / "2")["scores"]["official"]["value"] > 66
     (data / "pid_splits.json").unlink()
     assert [q.id for q in questions_of("scienceqa", data, split="val")] == ["4"]
     with pytest.raises(UserError, match=r"has no problems of the split 'minival'"):
@@ -141,11 +136,11 @@ def test_mmbench_wants_every_pass(tmp_path):
     said = {q.id: right(q) for q in questions} | {"1000007": "I think =green", "1000009": "A"}
     scores = BENCHMARKS["mmbench"]().score_all(said, questions)
     assert [scores[q.id].official for q in questions] == [1, 1, 1, 0, 0]
-    rows = write_jsonl(tmp_path / "said.jsonl", [{"question_id": i, "text": text} for i, text in said.items()])
-    report = scored("mmbench", rows, tmp_path, tmp_path / "out")
+    rows = write_lines(tmp_path / "said.jsonl", [{"question_id": i, "text": text} for i, text in said.items()])
+    report = scored("mmbench", rows, tmp_path, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 50
     assert report["metrics"]["accuracy of dev"] == {"CP": 0.5, "Overall": 0.5, "color": 0.0, "ocr": 1.0}
-    sheet = pd.read_excel(handed_in(tmp_path / "out", tmp_path / "out.xlsx"), keep_default_na=False)
+    sheet = pd.read_excel(io.BytesIO(submitted([tmp_path / "out"], tmp_path / "out.xlsx")), keep_default_na=False)
     names = "index question A B C D prediction answer category l2-category split"
     assert list(sheet.columns) == names.split()
     assert list(sheet.iloc[1])[:7] == [1000007, 'What "colour"?', "=green", "blue", "red", "", "I think =green"]
@@ -157,7 +152,7 @@ def test_mmbench_wants_every_pass(tmp_path):
         BENCHMARKS["mmbench"]().write_submission([result], tmp_path / "x.xlsx")
 
 
-def test_mmbench_reads_passes_that_the_file_holds(tiny, tmp_path):
+def test_mmbench_reads_passes_that_the_file_holds(small, tmp_path):
     """As downloaded: pass 2 of 9 is a row whose picture is that of row 9. The test split has no answers to score by."""
     first = mmbench_rows(tmp_path)[1] | {"split": "test"}
     moved = first | {"index": 1000009, "A": "no", "B": "yes", "image": "9"}
@@ -167,12 +162,13 @@ def test_mmbench_reads_passes_that_the_file_holds(tiny, tmp_path):
     questions = questions_of("mmbench", tmp_path, split="test")
     assert [(q.id, q.references) for q in questions] == [("9", ()), ("1000009", ())]
     assert questions[0].cluster == questions[1].cluster
-    report = answered(*tiny, "mmbench", tmp_path, tmp_path / "result")
+    report = walk(small, "mmbench", tmp_path, tmp_path / "result")[0]
     assert report["scores"] == {"official": None, "strict": None}
-    written = handed_in(tmp_path / "result", tmp_path / "results.xlsx")
+    written = tmp_path / "results.xlsx"
+    submitted([tmp_path / "result"], written)
     assert list(pd.read_excel(written, keep_default_na=False)["answer"]) == ["", ""]
     with pytest.raises(UserError, match="not public"):
-        scored("mmbench", written, table, tmp_path / "scored")
+        scored("mmbench", written, table, out=tmp_path / "scored")
     (tmp_path / "MMBench_TEST_CN.tsv").write_bytes(table.read_bytes())
     with pytest.raises(UserError, match=r"holds MMBench_TEST_CN.tsv, MMBench_TEST_EN.tsv; name the one"):
         questions_of("mmbench", tmp_path, split="test")
@@ -183,9 +179,9 @@ def test_commonsense_tasks_alone_and_together(tmp_path):
     (q,) = questions_of("siqa", data / "social_i_qa" / "test.json")
     assert q.sample.messages[0].text.startswith("Below is an instruction that describes a task. Write a response")
     assert q.sample.messages[0].text.endswith("\n\n                ### Response:\n                ")
-    said = write_jsonl(tmp_path / "said.jsonl", [{"id": q.id, "response": "answer3 ### Response: answer1"}])
-    assert scored("siqa", said, data, tmp_path / "siqa")["scores"]["official"]["value"] == 100
+    said = write_lines(tmp_path / "said.jsonl", [{"id": q.id, "response": "answer3 ### Response: answer1"}])
+    assert scored("siqa", said, data, out=tmp_path / "siqa")["scores"]["official"]["value"] == 100
     rows = [{"id": q.id, "response": right(q) if "arc" in q.id else "?"} for q in questions_of("commonsense", data)]
-    report = scored("commonsense", write_jsonl(tmp_path / "all.jsonl", rows), data, tmp_path / "all")
+    report = scored("commonsense", write_lines(tmp_path / "all.jsonl", rows), data, out=tmp_path / "all")
     assert report["scores"]["official"]["value"] == 25
     assert (report["unparsed_rate"], report["metrics"]["tasks"]) == (0.75, "8 of 8")

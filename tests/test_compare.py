@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 
 from eval.compare import BOOTSTRAP, EXACT
 from eval.metrics import mcnemar
+from mmdora.commands.compare import run
+from mmdora.errors import UserError
 from tests.scored import command, edit, judge, right, scored, write_questions
 
 
@@ -170,3 +173,9 @@ def test_an_answer_cannot_command_the_terminal(rows, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "�[2J[bold]� no" in said
+
+
+def test_garbage_is_collected_again_after_a_comparison(tmp_path):
+    with pytest.raises(UserError):
+        run(tmp_path / "none", tmp_path / "none", False, [])
+    assert gc.isenabled()

@@ -171,7 +171,7 @@ def test_in_a_browser(page, browser):
     assert seen.run("document.querySelectorAll('table.sortable th')[2].getAttribute('aria-sort')") == "descending"
 
     assert seen.run(COUNT) == "1–50 of 120 questions"
-    assert "in the order of best, <b>bold</b>, worst" in seen.run("document.getElementById('order').textContent")
+    assert "in the order of best · <b>bold</b> · worst" in seen.run("document.getElementById('order').textContent")
     seen.run("document.getElementById('next').click()")
     assert seen.run(SHOWN)[0] == "q50"
     choose(seen, "document.getElementById('show')", "differ")
@@ -210,6 +210,17 @@ def test_in_a_browser(page, browser):
     for shown in (seen, again, single, missing, other):
         assert "owned" not in shown.run("document.title")
     assert {address.partition(":")[0] for address in browser.asked} <= {"file", "data"}
+
+
+@needs_chromium
+def test_links_go_down_the_page_and_to_a_question(page, browser):
+    seen = browser.open(f"{page.as_uri()}#benchmark=0&search=q7")
+    found = seen.run(SHOWN)
+    seen.run("document.querySelector('nav a:last-child').click()")
+    seen.run("new Promise(done => setTimeout(done, 50))")
+    assert seen.run("scrollY") > 0
+    assert seen.run(SHOWN) == found  # what was searched for is still shown
+    assert browser.open(f"{page.as_uri()}#id=q1").run("scrollY") > 0
 
 
 @needs_chromium
@@ -254,7 +265,7 @@ def test_answers_that_are_not_public(folder, browser):
 def test_by_keyboard_alone(page, browser):
     seen = browser.open(page.as_uri())
     reached = []
-    for _ in range(16):
+    for _ in range(20):
         seen.press("Tab", 9)
         reached.append(seen.run("document.activeElement.id || document.activeElement.tagName"))
     assert {"benchmark", "show", "category", "search", "SUMMARY"} <= set(reached)

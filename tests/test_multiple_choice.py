@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.benchmarks import BENCHMARKS
-from eval.benchmarks.multiple_choice import chosen, read_options
+from eval.benchmarks.choice import chosen_option
+from eval.benchmarks.multiple_choice import read_options
 from eval.options import LETTERS
 from mmdora.errors import UserError
+from tests.benchmark_walk import questions_of, write, write_lines
 from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope_files, science_files, seed_files
-from tests.choice_walk import questions_of, write_json, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -38,28 +39,45 @@ from tests.choice_walk import questions_of, write_json, write_jsonl
     ],
 )
 def test_only_what_is_clear_is_an_answer(said, letter):
-    assert chosen(said, {"A": "cat", "B": "a dog", "C": "bird"}) == letter
+    index = chosen_option(said, ["cat", "a dog", "bird"])
+    assert (None if index is None else LETTERS[index]) == letter
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "index"),
+    [
+        ("U.S. Army", ["the navy", "U.S. Army"], 1),  # no option U
+        ("A.D. 300", ["300 B.C.", "A.D. 300"], 1),
+        ("A.D. 400", ["300 B.C.", "A.D. 300"], None),
+        ("E", ["D", "E"], 1),  # a text, where there is no fifth option
+        ("B", ["B", "A"], 1),  # a letter, where there is a second option
+        ("", ["", "x"], None),
+        ("x", ["x", "X."], None),
+    ],
+)
+def test_options_that_look_like_letters(said, options, index):
+    assert chosen_option(said, options) == index
 
 
 def test_options_are_read_from_lines():
-    assert read_options("Which?\nA. a cat\n(B) a dog \n C) it\nAnswer.") == {"A": "a cat", "B": "a dog", "C": "it"}
-    assert read_options("I. Roman\nA. x\nA. one\nB. two\nD. four") == {"A": "one", "B": "two"}
-    assert read_options("A. only one") == read_options("No options") == {}
+    assert read_options("Which?\nA. a cat\n(B) a dog \n C) it\nAnswer.") == ["a cat", "a dog", "it"]
+    assert read_options("I. Roman\nA. x\nA. one\nB. two\nD. four") == ["one", "two"]
+    assert read_options("A. only one") == read_options("No options") == []
     assert len(read_options("\n".join(f"{letter}. x" for letter in [*LETTERS, "B"]))) == 26
 
 
 @given(st.text(alphabet="ABab.():* \nis") | st.text())
 def test_no_text_breaks_the_parser(text):
-    assert chosen(text, {"A": text, "B": "b"}) in ("A", "B", None)
-    assert list(read_options(text)) == list(LETTERS[: len(read_options(text))])
+    assert chosen_option(text, [text, "b"]) in (0, 1, None)
+    assert len(read_options(text)) <= len(LETTERS)
 
 
 def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
     rows = [{"question": "Which?\nA. x\nB. y", "answer": "z"}]
     with pytest.raises(UserError, match="has the options A, B, and its answer is 'z'"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", rows))
+        questions_of("multiple_choice", write(tmp_path / "own.json", rows))
     with pytest.raises(UserError, match="has no options"):
-        questions_of("multiple_choice", write_json(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
+        questions_of("multiple_choice", write(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +166,10 @@ def test_official_files_of_other_types_are_the_users_faults(tmp_path, name, make
     path = make(tmp_path) / file
     lines = path.read_text().split("\n")
     value = json.loads(lines[0]) if len(lines) < 3 else [json.loads(line) for line in lines if line]
-    write = write_json if len(lines) < 3 else write_jsonl
-    write(path, value)
+    save = write if len(lines) < 3 else write_lines
+    save(path, value)
     assert is_read(lambda: questions_of(name, tmp_path))
-    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if write(path, other)]
+    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if save(path, other)]
     assert sum(refused) > len(refused) / 4
 
 
@@ -179,7 +197,7 @@ def test_predictions_of_other_types_are_the_users_faults(tmp_path, name, make, r
         benchmark.score_all({q.id: said.get(q.id, "") for q in questions}, questions)
 
     rows = [row(q) for q in questions]
-    write_jsonl(path, rows)
+    write_lines(path, rows)
     assert {i for i, _ in benchmark.read_predictions(path, questions)} == {q.id for q in questions}
-    refused = [not is_read(score) for other in spoilt(rows) if write_jsonl(path, other)]
+    refused = [not is_read(score) for other in spoilt(rows) if write_lines(path, other)]
     assert any(refused)

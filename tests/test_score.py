@@ -205,7 +205,7 @@ TAMPERED = [
     (change_line(2, lambda line: line[:20]), "scores.jsonl, line 3: not JSON"),
     (change_line(2, lambda _: "[]"), "scores.jsonl, row 3: expected an object, found list"),
     (with_row(id="q0"), "1 ids are there twice, such as 'q0'"),
-    (with_row(response=5), "row 3: 'response' is 5, not a string"),
+    (with_row(response=5), "row 3: 'response' is 5, not text"),
     (with_row(references="yes"), "row 3: 'references' is 'yes', not a list of strings"),
     (with_row(media=[1]), "row 3: 'media' is [1], not a list of strings"),
     (with_row(official="1"), "row 3: 'official' is '1', not a number"),

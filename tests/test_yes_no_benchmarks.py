@@ -9,21 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.pope import clearly
-from mmdora.config import ModelConfig
 from mmdora.errors import UserError
-from mmdora.loading import load_model
+from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write_lines
 from tests.choice_files import ASK, mme_files, pope_files
-from tests.choice_walk import answered, handed_in, questions_of, responses, scored, write_jsonl
 
-
-@pytest.fixture(scope="module")
-def tiny():
-    model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
-    return model, Encoder(processor)
+__all__ = ["small"]
 
 
 def mme_results(folder: Path, questions: list[Question]) -> Path:
@@ -38,7 +31,7 @@ def pope_answers(folder: Path, questions: list[Question]) -> Path:
     for category in {q.details["category"] for q in questions}:
         chosen = [q for q in questions if q.details["category"] == category]
         rows = [{"question": q.details["question"].lower(), "answer": q.references[0].title()} for q in chosen]
-        write_jsonl(folder / f"coco_pope_{category}.json", rows)
+        write_lines(folder / f"coco_pope_{category}.json", rows)
     return folder
 
 
@@ -49,18 +42,19 @@ def pope_answers(folder: Path, questions: list[Question]) -> Path:
         ("pope", pope_files, pope_answers, 6, 100, "answers.jsonl"),
     ],
 )
-def test_from_files_to_what_is_handed_in(tiny, tmp_path, name, make, official, n, best, file):
+def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, n, best, file):
     (tmp_path / "data").mkdir()
     (tmp_path / "said").mkdir()
     data = make(tmp_path / "data")
-    report = answered(*tiny, name, data, tmp_path / "result")
+    report = walk(small, name, data, tmp_path / "result")[0]
     assert report["n"] == n
     assert report["majority_baseline"] is None  # always saying yes is no share of these points
     questions = questions_of(name, data)
-    perfect = scored(name, official(tmp_path / "said", questions), data, tmp_path / "perfect")
+    perfect = scored(name, official(tmp_path / "said", questions), data, out=tmp_path / "perfect")
     assert perfect["scores"]["official"]["value"] == perfect["scores"]["strict"]["value"] == pytest.approx(best)
     assert perfect["unparsed_rate"] == 0
-    written = handed_in(tmp_path / "result", tmp_path / "out" / file)
+    written = tmp_path / "out" / file
+    submitted([tmp_path / "result"], written)
     read_back = dict(BENCHMARKS[name]().read_predictions(written, questions))
     said = responses(tmp_path / "result")
     assert {i: " ".join(text.split()) for i, text in said.items()} == read_back
@@ -86,7 +80,7 @@ def test_mme_asks_as_llava_and_counts_pairs(tmp_path, caplog):
         {"question_id": f"{q.details['task']}/0001.png", "prompt": q.sample.messages[0].text, "text": "nope"}
         for q in questions
     ]
-    report = scored("mme", write_jsonl(tmp_path / "said.jsonl", llava), data, tmp_path / "out")
+    report = scored("mme", write_lines(tmp_path / "said.jsonl", llava), data, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 100  # half of both tasks' questions, no pair
     assert {name: c["value"] for name, c in report["categories"].items()} == {
         "Cognition": 50,
@@ -96,9 +90,9 @@ def test_mme_asks_as_llava_and_counts_pairs(tmp_path, caplog):
     }
     assert report["metrics"]["tasks"] == "2 of 14"
     with pytest.raises(UserError, match=r"no answers to count, position, .*wants all 14"):
-        handed_in(tmp_path / "out", tmp_path / "x.zip")
+        submitted([tmp_path / "out"], tmp_path / "x.zip")
     with pytest.raises(UserError, match=r"--out names a \.zip"):
-        handed_in(tmp_path / "out", tmp_path / "x.txt")
+        submitted([tmp_path / "out"], tmp_path / "x.txt")
 
 
 def test_mme_scores_the_official_results_without_pictures(tmp_path):
@@ -109,11 +103,11 @@ def test_mme_scores_the_official_results_without_pictures(tmp_path):
     with zipfile.ZipFile(tmp_path / "said.zip", "w") as archive:
         archive.writestr("model/OCR.txt", f"{lines[0]}\t yes\n{lines[1]}\tNo, it is not\n")
         archive.writestr("model/readme.txt", "nothing")
-    report = scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", tmp_path / "out")
+    report = scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 200  # " yes" has the word in its first four characters
     (tmp_path / "said.zip").write_bytes(b"no zip")
     with pytest.raises(UserError, match="neither a folder nor a zip"):
-        scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", tmp_path / "2")
+        scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", out=tmp_path / "2")
     (tmp_path / "Your_Results/OCR.txt").write_text(f"{lines[0]}\n2.jpg\tB?\tNo")
     with pytest.raises(UserError, match=r"OCR.txt, line 1: 2 questions to 1.jpg, not 2"):
         questions_of("mme", tmp_path / "Your_Results")
@@ -137,13 +131,13 @@ def test_pope_strict_wants_it_clearly_said(tmp_path):
     data = pope_files(tmp_path)
     only = data / "coco/coco_pope_random.json"
     said = [{"question_id": 1, "text": "Maybe"}, {"question_id": 2, "text": "No"}]
-    report = scored("pope", write_jsonl(tmp_path / "said.jsonl", said), only, tmp_path / "out")
+    report = scored("pope", write_lines(tmp_path / "said.jsonl", said), only, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 100
     assert report["scores"]["strict"] is None  # no "yes" at all was clearly said: F1 is 0 / 0
     assert report["unparsed_rate"] == 0.5
     assert report["metrics"]["random"] == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5}
     llava = [{"question_id": i, "prompt": "", "text": "no"} for i in range(6)]
-    report = scored("pope", write_jsonl(tmp_path / "llava.jsonl", llava), data, tmp_path / "no")
+    report = scored("pope", write_lines(tmp_path / "llava.jsonl", llava), data, out=tmp_path / "no")
     assert report["scores"]["official"] is None  # where the official script divides by zero
     assert report["metrics"]["popular"]["precision"] is None
     assert report["metrics"]["categories"] == "3 of 3"
@@ -151,15 +145,15 @@ def test_pope_strict_wants_it_clearly_said(tmp_path):
 
 def test_pope_faults_are_named(tmp_path):
     data = pope_files(tmp_path)
-    said = write_jsonl(tmp_path / "said.jsonl", [{"question": "Is there a horse?", "answer": "no"}] * 6)
+    said = write_lines(tmp_path / "said.jsonl", [{"question": "Is there a horse?", "answer": "no"}] * 6)
     with pytest.raises(UserError, match=r"row 1: answers 'Is there a horse\?'"):
-        scored("pope", said, data, tmp_path / "out")
-    said = write_jsonl(tmp_path / "said.jsonl", [{"answer": "no"}] * 5)
+        scored("pope", said, data, out=tmp_path / "out")
+    said = write_lines(tmp_path / "said.jsonl", [{"answer": "no"}] * 5)
     with pytest.raises(UserError, match="5 answers to 6 questions"):
-        scored("pope", said, data, tmp_path / "out")
+        scored("pope", said, data, out=tmp_path / "out")
     with pytest.raises(UserError, match="the name does not say which category"):
-        questions_of("pope", write_jsonl(tmp_path / "coco.json", []))
-    write_jsonl(data / "coco/coco_pope_random.json", [{"question_id": 1, "image": "x", "text": "?", "label": "maybe"}])
+        questions_of("pope", write_lines(tmp_path / "coco.json", []))
+    write_lines(data / "coco/coco_pope_random.json", [{"question_id": 1, "image": "x", "text": "?", "label": "maybe"}])
     with pytest.raises(UserError, match=r"coco_pope_random.json, line 1: the label is 'maybe'"):
         questions_of("pope", data)
     with pytest.raises(UserError, match=r"holds no .*expected layout"):

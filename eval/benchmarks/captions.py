@@ -21,11 +21,11 @@ import numpy as np
 from data_pipelines.samples import Image
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.own_data import conversation_questions
+from eval.benchmarks.own_data import OwnData
 from eval.captions import bleu, cider, rouge_l
 from eval.captions_java import Meteor, check_installed, meteor_process, tokenize
-from eval.layout import fields, find_file, find_folder, read_answers, read_json, read_jsonl, read_lines
-from eval.metrics import Totals
+from eval.files import json_text
+from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_lines
 from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -53,9 +53,6 @@ class CaptionBenchmark(Benchmark):
         values = cider(*self.tokenized(responses, questions))
         return {q.id: Score(value, value) for q, value in zip(questions, values, strict=True)}
 
-    def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        return 100 * totals[kind] / totals["n"]
-
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         with meteor_process() as meteor:
             found = corpus_metrics(self.tokenized(responses, questions), meteor)
@@ -67,10 +64,7 @@ class CaptionBenchmark(Benchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """COCO's results, [{"image_id", "caption"}], or ours."""
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and "caption" in rows[0]:
-            return read_answers(path, "image_id", "caption")
-        return super().read_predictions(path, questions)
+        return read_answers_as(path, ("image_id", "caption"), ("id", "response"))[0]
 
 
 @lru_cache(maxsize=1)  # a report's scores and its further metrics are of the same captions
@@ -108,14 +102,11 @@ def image_question(question_id: str, text: str, path: Path, references: Sequence
 
 
 @BENCHMARKS.register("caption")
-class Caption(CaptionBenchmark):
+class Caption(OwnData, CaptionBenchmark):
     """Captions over any dataset format, by CIDEr (tylin/coco-caption, pycocoevalcap/eval.py)."""
 
-    verified = True
-    prompt = "{question}"  # the dataset's own
-
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        return scorable(conversation_questions(config))
+        return scorable(super().questions(config))
 
 
 @BENCHMARKS.register("coco_caption")
@@ -158,7 +149,7 @@ class CocoCaption(CaptionBenchmark):
         files = {}
         for split, result in found.items():
             rows = [{"image_id": _coco_id(result, row), "caption": row["response"]} for row in result.rows]
-            files[f"captions_{split}_{out.stem}_results.json"] = rows
+            files[f"captions_{split}_{out.stem}_results.json"] = json_text(rows)
         write_zip(out, files)
 
 

@@ -81,6 +81,7 @@ class CommonsenseTasks(Benchmark):
 
     tasks: ClassVar[tuple[str, ...]]
     prompt = PROMPT
+    settings = ()
     max_new_tokens = 32
 
     def questions(self, config: EvaluationConfig) -> list[Question]:

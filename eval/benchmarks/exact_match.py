@@ -8,9 +8,8 @@ empty reference.
 
 from __future__ import annotations
 
-from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
-from eval.benchmarks.own_data import conversation_questions
-from mmdora.config import EvaluationConfig
+from eval.benchmarks.base import BENCHMARKS, Question, Score
+from eval.benchmarks.own_data import OwnData
 
 
 def normalize(text: str) -> str:
@@ -18,13 +17,8 @@ def normalize(text: str) -> str:
 
 
 @BENCHMARKS.register("exact_match")
-class ExactMatch(Benchmark):
+class ExactMatch(OwnData):
     """Short answers over any dataset format: right if equal to a reference, but for case, spaces and a full stop."""
-
-    verified = True
-
-    def questions(self, config: EvaluationConfig) -> list[Question]:
-        return conversation_questions(config)
 
     def score(self, response: str, question: Question) -> Score:
         right = float(normalize(response) in {normalize(reference) for reference in question.references})

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.multiple_choice import LETTER_PROMPT
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.files import write_whole
 from eval.layout import fields, find_file, read_answers_as, read_rows, read_table, typed_fields
 from eval.metrics import Totals
@@ -108,6 +108,7 @@ class MMBench(Benchmark):
 
     layout = "<folder>/mmbench_<split>….tsv or MMBench_<SPLIT>….tsv, with the pictures inside (base64)"
     splits = ("dev", "test")
+    settings = ()
     prompt = LETTER_PROMPT
 
     def questions(self, config: EvaluationConfig) -> list[Question]:

@@ -9,7 +9,6 @@ stand among the categories. Papers that give one figure mostly give Perception.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.samples import Image
+from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.files import write_whole
 from eval.layout import read_jsonl, read_lines, typed_fields, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
@@ -70,7 +69,8 @@ class MME(Benchmark):
         "MME_Benchmark_release_version/<task>/<image>.txt beside <image>.jpg or .png, or <task>/questions_answers_YN/"
         "<image>.txt and <task>/images/<image>.jpg; a line is a question, a tab, and Yes or No"
     )
-    bounds = (0.0, 2800.0)  # of the headline
+    bounds = (0.0, 2800.0)
+    settings = ()
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         """Also from eval_tool/Your_Results, the <task>.txt that predictions are written into: without pictures."""
@@ -160,11 +160,7 @@ class MME(Benchmark):
             files[details["task"]].append("\t".join([details["image"], details["question"], details["answer"], said]))
         if absent := [task for task, lines in files.items() if not lines]:
             raise UserError(f"{result.folder}: no answers to {', '.join(absent)}; calculation.py wants all 14 tasks")
-        archived = io.BytesIO()
-        with zipfile.ZipFile(archived, "w") as archive:
-            for task, lines in files.items():
-                archive.writestr(f"{task}.txt", "".join(f"{line}\n" for line in lines))
-        write_whole(out, archived.getvalue())
+        write_zip(out, {f"{task}.txt": "".join(f"{line}\n" for line in lines) for task, lines in files.items()})
 
 
 def _official(folder: Path) -> Iterator[tuple[list[Row], Path]]:

@@ -65,7 +65,6 @@ class MMVet(Benchmark):
     prompt = "{question}"
     max_new_tokens = 1024
     has_official = False
-    has_strict = False
     splits = ("test",)
     layout = """mm-vet.json
 images/v1_0.png"""
@@ -102,7 +101,7 @@ images/v1_0.png"""
         result = self.only_result(results)
         write_whole(out, json_text({row["id"]: row["response"] for row in result.rows}))
 
-    def judge_prompt(self, response: str, question: Question) -> str | None:
+    def judge_prompt(self, response: str, question: Question) -> str:
         reference = question.references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         return PROMPT.format(question=question.details["question"], reference=reference, answer=response)
 

@@ -34,6 +34,7 @@ class NLVR(Benchmark):
 
     verified = True
     prompt = PROMPT.format(sentence="{question}")
+    settings = ("media", "where")
     layout = """  <split>/<split>.json
   <split>/images/<directory>/<split>-<identifier>-<0…5>.png"""
 

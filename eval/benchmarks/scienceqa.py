@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.multiple_choice import LETTER_PROMPT
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.files import write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines
@@ -97,7 +97,7 @@ class ScienceQA(Benchmark):
 
     def _question(self, i: str, problem: Any, path: Path, images: Path, config: EvaluationConfig) -> Question:
         where = f"problem {i!r}"
-        asked, choices, answer = typed_fields(problem, path, where, question=str, choices=list, answer=int)
+        asked, choices, answer = typed_fields(problem, path, where, question=str, choices=list[str], answer=int)
         about = {name: problem.get(name) or "" for name in ("hint", "image", "grade", "subject", "topic", "split")}
         hint, image, grade, subject, _, split = typed_fields(about, path, where, **dict.fromkeys(about, str))
         if not 0 <= answer < len(choices) <= len(OPTIONS):
@@ -150,7 +150,7 @@ def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Be
     if not isinstance(problems, dict):
         raise UserError(f"{path}: expected an object of problems by id")
     if listed.is_file():
-        (ids,) = typed_fields(read_json(listed), listed, "the splits", **{split: list})
+        (ids,) = typed_fields(read_json(listed), listed, "the splits", **{split: list[str]})
         return list(ids)
     said = {i: problem.get("split") if isinstance(problem, dict) else None for i, problem in problems.items()}
     if split not in said.values():

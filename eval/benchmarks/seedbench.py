@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipelines.samples import Image, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.multiple_choice import LETTER_PROMPT
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines

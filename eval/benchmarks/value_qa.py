@@ -11,18 +11,17 @@ stamps is asked of the whole clip. TVQA's clips are folders of pictures, three a
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from data_pipelines.samples import Video
+from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import chosen_option, score_choice
-from eval.files import json_text, write_whole
+from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl
 from eval.options import LETTERS, option_lines
 from eval.results import Result
@@ -127,11 +126,8 @@ class ValueQA(Benchmark):
         if len(by_split) < len(results) or set(by_split) != set(self.splits):
             found = " and ".join(str(result.receipt.get("split") or self.splits[0]) for result in results)
             raise UserError(f"VALUE wants one result of each split, {' and '.join(self.splits)}; these are of {found}")
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-            for split in self.splits:
-                file.writestr(f"{self.task}/{self.handed_in[split]}", json_text(self._predictions(by_split[split])))
-        write_whole(out, archive.getvalue())
+        predictions = {split: json_text(self._predictions(by_split[split])) for split in self.splits}
+        write_zip(out, {f"{self.task}/{self.handed_in[split]}": text for split, text in predictions.items()})
 
     def _predictions(self, result: Result) -> dict[str, int]:
         chosen = {row["id"]: chosen_option(row["response"], row["details"]["options"]) for row in result.rows}

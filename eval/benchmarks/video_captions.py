@@ -17,6 +17,7 @@ from data_pipelines.samples import Video
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Question, conversation
 from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
+from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl
 from eval.results import Result
 from eval.videos import Line, VideoFiles, spoken
@@ -160,10 +161,10 @@ class ValueCaption(CaptionBenchmark):
         for result in results:
             if empty := [row["id"] for row in result.rows if not row["response"].strip()]:
                 raise UserError(f"{result.folder}: {len(empty)} clips have no caption, such as {empty[0]}")
-        files = {
-            f"{self.task}/{self.task}_{split}_predictions.jsonl": [self.submitted(row) for row in found[split].rows]
-            for split in ("val", "test")
-        }
+        files = {}
+        for split in ("val", "test"):
+            lines = [json_text(self.submitted(row)) for row in found[split].rows]
+            files[f"{self.task}/{self.task}_{split}_predictions.jsonl"] = "".join(lines)
         write_zip(out, files)
 
     def submitted(self, row: Mapping[str, Any]) -> dict[str, Any]:

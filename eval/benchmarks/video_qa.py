@@ -59,7 +59,7 @@ class OpenVideoQA(Benchmark):
         official = isinstance(rows, list) and rows and isinstance(rows[0], dict) and self.answer_keys[1] in rows[0]
         return read_answers(path, *self.answer_keys) if official else super().read_predictions(path, questions)
 
-    def judge_prompt(self, response: str, question: Question) -> str | None:
+    def judge_prompt(self, response: str, question: Question) -> str:
         asked, reference = question.details["question"], question.references[0]
         if options := question.details.get("options"):
             reference = f"{reference}. {options[LETTERS.index(reference)]}"

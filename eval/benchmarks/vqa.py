@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
-from eval.benchmarks.own_data import conversation_questions
-from mmdora.config import EvaluationConfig
+from eval.benchmarks.base import BENCHMARKS, Question, Score
+from eval.benchmarks.own_data import OwnData
 
 ARTICLES = {"a", "an", "the"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -91,13 +90,8 @@ def evalai_normalize(text: str) -> str:
 
 
 @BENCHMARKS.register("vqa")
-class VQA(Benchmark):
+class VQA(OwnData):
     """Open questions over any dataset format, by the VQA v2.0 metric (GT-Vision-Lab/VQA, vqaEval.py)."""
-
-    verified = True
-
-    def questions(self, config: EvaluationConfig) -> list[Question]:
-        return conversation_questions(config)
 
     def score(self, response: str, question: Question) -> Score:
         if len(question.references) == 1:

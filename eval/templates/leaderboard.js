@@ -159,9 +159,9 @@ function render() {
   state.page = String(page);
   const shown = found.slice(page * PAGE, (page + 1) * PAGE);
   at("list").replaceChildren(...shown.map((question) => item(question, data)));
-  const range = shown.length ? `${page * PAGE + 1}–${page * PAGE + shown.length} of ` : "";
-  at("count").textContent = `${range}${found.length.toLocaleString("en")} questions`;
-  at("order").textContent = `; right (✓) or wrong (✗) in the order of ${data.models.map((model) => models[model]).join(", ")}`;
+  const range = last ? `${page * PAGE + 1}–${page * PAGE + shown.length} of ` : "";
+  at("count").textContent = `${range}${found.length.toLocaleString("en")} ${found.length === 1 ? "question" : "questions"}`;
+  at("order").textContent = `; right (✓) or wrong (✗) in the order of ${data.models.map((model) => models[model]).join(" · ")}`;
   at("previous").disabled = page === 0;
   at("next").disabled = page === last;
   at("single").hidden = !state.id;
@@ -188,6 +188,7 @@ function fromAddress() {
   if (!at(`questions-${state.benchmark}`)) state.benchmark = START.benchmark;
   controls();
   render();
+  if (state.id) at("questions-title").scrollIntoView();
 }
 
 function sort(table, place, direction) {
@@ -225,5 +226,6 @@ at("search").addEventListener("input", () => change({ search: at("search").value
 at("all").addEventListener("click", () => change({}));
 at("previous").addEventListener("click", () => change({ page: String(Number(state.page) - 1) }));
 at("next").addEventListener("click", () => change({ page: String(Number(state.page) + 1) }));
-addEventListener("hashchange", fromAddress);
+// An address may also be a place on the page, which leaves what is shown as it is.
+addEventListener("hashchange", () => { if (!at(location.hash.slice(1))) fromAddress(); });
 fromAddress();

@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from eval.compare import EXACT, Comparison, adjusted, compare, flipped, matched, unlike
-from eval.results import Result, find_results, read_result
+from eval.results import Result, find_results, many_rows, read_result
 from mmdora.commands.console import import_plugins, make_console, make_table
 from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
+@many_rows()
 def run(a: Path, b: Path, as_json: bool, plugins: list[str]) -> None:
     import_plugins(plugins)
     sides = [[read_result(folder) for folder in find_results(path)] for path in (a, b)]

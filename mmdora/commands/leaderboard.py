@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.leaderboard import arrange
-from eval.leaderboard_page import MOST_PICTURES, write_leaderboard
-from eval.results import Result, find_results, read_result
+from eval.leaderboard_page import pictures_of_each, write_leaderboard
+from eval.results import Result, find_results, many_rows, read_result
 from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
 from mmdora.errors import UserError
 
 
+@many_rows()
 def run(results: list[str], html: Path, plugins: list[str]) -> None:
     import_plugins(plugins)
     if html.is_dir():
@@ -19,8 +20,9 @@ def run(results: list[str], html: Path, plugins: list[str]) -> None:
     board = arrange(named)
     make_folder(html.parent, "--html")
     console = make_console()
-    media = {path for _, result in named for row in result.rows for path in row["media"]}
-    with progress_bar(console, "pictures", min(MOST_PICTURES, len(media))) as advance:
+    files = [len({path for row in column.first.rows for path in row["media"]}) for column in board.columns]
+    shown = sum(min(pictures_of_each(board), count) for count in files)
+    with progress_bar(console, "pictures", shown) as advance:
         write_leaderboard(html, board, advance)
     size = html.stat().st_size / 2**20
     counts = f"{len(board.models)} models, {len(board.columns)} benchmarks"

@@ -12,6 +12,7 @@ from typing import Any
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.digests import file_digest
 from eval.judge import describe_judge, judge_all
+from eval.results import many_rows
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
@@ -21,6 +22,7 @@ from mmdora.errors import UserError
 log = logging.getLogger(__name__)
 
 
+@many_rows()
 def run(
     benchmark: str,
     predictions: Path,
@@ -39,6 +41,7 @@ def run(
     if judge is not None and out is None:
         raise UserError("a judge wants --out, the folder that its verdicts are kept in")
     config = EvaluationConfig(name=benchmark, benchmark=benchmark, data=annotations, split=split)
+    scorer.check_settings(config)
     questions = ask_nothing_twice(scorer.questions(config), config)
     responses = answers_to(questions, scorer, predictions)
     if not all(q.references for q in questions):

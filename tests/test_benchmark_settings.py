@@ -1,0 +1,84 @@
+"""Settings of a benchmark: each takes effect, or is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_pipelines.samples import Image, Text
+from eval.benchmarks import BENCHMARKS
+from mmdora.config import EvaluationConfig
+from mmdora.errors import UserError
+
+OWN = ("vqa", "exact_match", "multiple_choice", "caption")
+ROW = {
+    "id": "a",
+    "image": ["0.png", "1.png"],
+    "conversations": [
+        {"from": "human", "value": "<image> and <image>\nWhich?\nA. cat\nB. dog"},
+        {"from": "gpt", "value": "A"},
+        {"from": "human", "value": "Surely?\nA. yes\nB. no"},
+        {"from": "gpt", "value": "B"},
+    ],
+}
+
+
+def config(benchmark: str, data="x", **keys) -> EvaluationConfig:
+    return EvaluationConfig(name="b", benchmark=benchmark, data=str(data), **keys)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_prompt_stands_around_the_words_of_ones_own_questions(name, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ROW]))
+    plain, asked = (
+        BENCHMARKS[name]().questions(config(name, path, **keys)) for keys in ({}, {"prompt": "Say: {question}!"})
+    )
+    assert [q.id for q in asked] == ["a/0", "a/1"]
+    words = "Which?\nA. cat\nB. dog"
+    kinds = [type(part) for part in plain[0].sample.messages[-1].parts]
+    assert kinds == [Image, Text, Image, Text]
+    assert plain[0].sample.messages[-1].parts[-1] == Text(words)
+    assert asked[0].sample.messages[-1].parts == (*plain[0].sample.messages[-1].parts[:-1], Text(f"Say: {words}!"))
+    assert asked[1].sample.messages[-1].text == "Say: Surely?\nA. yes\nB. no!"
+    assert asked[1].sample.messages[:-1] == plain[1].sample.messages[:-1]  # what was said before stays as it was
+    assert [q.references for q in asked] == [q.references for q in plain]
+
+
+def test_a_picture_alone_is_asked_about_by_the_prompt(tmp_path):
+    path = tmp_path / "rows.json"
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "cat"}]
+    path.write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": turns}]))
+    (q,) = BENCHMARKS["vqa"]().questions(config("vqa", path, prompt="{question}What is it?"))
+    assert q.sample.messages[-1].text == "What is it?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("What?", "has no {question}"),
+        ("{question} {options}", "not {options}"),
+        ("{question} {", "a brace that is meant"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused(prompt, message, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ROW]))
+    with pytest.raises(UserError, match=message):
+        BENCHMARKS["vqa"]().questions(config("vqa", path, prompt=prompt))
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_a_setting_without_effect_is_refused(name):
+    benchmark = BENCHMARKS[name]()
+    benchmark.check_settings(config(name))
+    given = {"split": "val", "format": "llava", "media": "images", "where": {"kind": ["a"]}}
+    heeded = {*benchmark.settings, *(["split"] if benchmark.splits else [])}
+    assert heeded == {"media", "format", "where"} if name in OWN else not heeded & {"format"}
+    for key, value in given.items():
+        if key in heeded:
+            benchmark.check_settings(config(name, **{key: value}))
+        else:
+            with pytest.raises(UserError, match=f"{key}: {name} has nothing to do with it"):
+                benchmark.check_settings(config(name, **{key: value}))
