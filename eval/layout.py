@@ -84,6 +84,17 @@ def read_rows(path: Path) -> list[Any]:
     return list(rows)
 
 
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file. Raises UserError that names a file which is none."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return list(parquet.ParquetFile(path).read().to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
     """A CSV or TSV file as one dict a row; `names` for a file without a header line.
 
@@ -127,12 +138,22 @@ def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any
         yield value
 
 
+def read_predicted(path: Path) -> Any:
+    """A file of predictions: a JSON value, or JSON lines, which evaluation scripts write into `.json` files too.
+
+    Raises UserError that names the file, and where it is not JSON.
+    """
+    first, _, rest = _text(path).strip().partition("\n")
+    is_lines = path.suffix == ".jsonl" or (first.startswith("{") and first.rstrip().endswith("}") and rest)
+    return read_jsonl(path) if is_lines else read_json(path)
+
+
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
     """(id, answer) of each row of a JSON list or a JSON-lines file; numbers are taken as they are written.
 
     Raises UserError that names the file and the row whose answer is neither text nor a number.
     """
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    rows = read_predicted(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects with {key!r} and {value!r}")
     pairs = []
@@ -147,7 +168,7 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
 def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
     """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has (in the
     last, if it has those of none), and which format that was."""
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    rows = read_predicted(path)
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
     return read_answers(path, *chosen), chosen

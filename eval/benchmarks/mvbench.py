@@ -62,6 +62,13 @@ TASKS = {
     "Episodic Reasoning": "tvqa/frames_fps3_hq",
     "Counterfactual Inference": "clevrer/video_validation",
 }
+# Where Hugging Face's revision `video` has the same: written anew as MP4, and cut from "start" to "end".
+REWRITTEN = {"nturgbd": ("nturgbd_convert",), "ssv2_video": ("ssv2_video_mp4",)}
+CUT = {
+    "star/Charades_v1_480": "star/Charades_segment",
+    "sta/sta_video": "sta/sta_video_segment",
+    "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment",
+}
 BOUNDED = ("Action Sequence", "Action Prediction", "Object Interaction", "Action Localization", "Episodic Reasoning")
 
 
@@ -71,7 +78,7 @@ class MVBench(Benchmark):
 
     prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
     layout = """  json/<task>.json for each of the twenty tasks, as action_sequence.json
-  video/ with star/Charades_v1_480/, ssv2_video/, … as in the dataset's archives
+  video/ with star/Charades_v1_480/, ssv2_video/, data0613/, … as in the dataset's archives
   video/tvqa/frames_fps3_hq/<clip>/00001.jpg, three a second"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
@@ -89,7 +96,6 @@ class MVBench(Benchmark):
         return [q for task, path in files.items() for q in self._task(config, task, path, media)]
 
     def _task(self, config: EvaluationConfig, task: str, path: Path, media: Path) -> list[Question]:
-        videos = VideoFiles([media / TASKS[task], media / f"{TASKS[task]}_convert"])
         rows, questions = read_json(path), []
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of objects")
@@ -99,12 +105,10 @@ class MVBench(Benchmark):
             options = list(map(str, candidates)) if isinstance(candidates, list) else []
             if not all(options) or str(answer) not in options or len(options) > len(LETTERS):
                 raise UserError(f"{path}, {where}: the answer {answer!r} is not among the candidates {candidates!r}")
-            start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
             lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
             text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
             key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
-            fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
-            clip = Video(videos.find(str(video)), start=start, end=end, frames_fps=fps)
+            clip = self._clip(row, task, media, path, where)
             asking = Message("user", (clip, Text(text.removesuffix(BEGINNING).rstrip("\n"))))
             answering = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
             details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
@@ -112,6 +116,18 @@ class MVBench(Benchmark):
             sample = Sample(key, (asking, *answering), str(path))
             questions.append(Question(key, sample, (reference,), str(video), (f"task: {task}",), details))
         return questions
+
+    def _clip(self, row: Any, task: str, media: Path, path: Path, where: str) -> Video:
+        """What a row shows: its video from start to end, or a file that was cut so already."""
+        home, name = TASKS[task], str(row["video"])
+        file = VideoFiles([media / folder for folder in (home, f"data0613/{home}", *REWRITTEN.get(home, ()))]).find(
+            name
+        )
+        if not file.exists() and home in CUT and (cut := VideoFiles([media / CUT[home]]).find(name)).exists():
+            return Video(cut)
+        start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
+        fps = FRAMES_FPS if home.startswith("tvqa/") and file.is_dir() else None
+        return Video(file, start=start, end=end, frames_fps=fps)
 
     def score(self, response: str, question: Question) -> Score:
         said = BRACKET + response if question.details["begun"] else response

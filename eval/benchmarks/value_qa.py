@@ -76,7 +76,7 @@ class ValueQA(Benchmark):
         lines = spoken(said.get(video, []), start, end)
         text = self.ask(config, question=asked, options=option_lines(options), subtitles=lines)
         file = videos.find(video)
-        clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if self.task == "tvqa" else None)
+        clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if file.is_dir() else None)
         show = row.get("show_name")
         categories = () if show is None else (f"show: {show}",)
         sample = conversation(key, text, [clip], str(path))
