@@ -6,7 +6,9 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,10 +56,12 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in _text(path).split("\n") if line.strip()]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
     try:
-        return json.loads(_text(path))
+        return json.loads(_text(path), object_pairs_hook=make_object)
+    except UserError:  # of `make_object`
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
@@ -141,11 +145,20 @@ def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any
 def read_predicted(path: Path) -> Any:
     """A file of predictions: a JSON value, or JSON lines, which evaluation scripts write into `.json` files too.
 
-    Raises UserError that names the file, and where it is not JSON.
+    Raises UserError that names the file, and where it is not JSON, or the id that an object holds twice: JSON's reader
+    would take the last.
     """
     first, _, rest = _text(path).strip().partition("\n")
     is_lines = path.suffix == ".jsonl" or (first.startswith("{") and first.rstrip().endswith("}") and rest)
-    return read_jsonl(path) if is_lines else read_json(path)
+    return read_jsonl(path) if is_lines else read_json(path, partial(_without_doubles, path))
+
+
+def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise UserError(f"{path}: {len(doubled)} ids or fields are there twice in an object, such as {doubled[0]!r}")
+    return found
 
 
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:

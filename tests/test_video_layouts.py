@@ -145,3 +145,45 @@ def test_where_mvbench_keeps_its_videos(clip, tmp_path):
         "Action Antonym": {},
         "Episodic Reasoning": bounds | {"frames_fps": 3.0},
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nextqa", '{"11_0": {"prediction": 1, "answer": 3}, "11_0": {"prediction": 3, "answer": 3}}'),
+        ("nextqa_oe", '{"11": {"0": "no", "0": "to play"}}'),
+        ("egoschema", '{"x": 1, "x": 3}'),
+        ("tvqa", '{"0": 1, "0": 3}'),
+        ("tvqa", '{"0": 1, "00": 3}'),
+    ],
+)
+def test_an_id_that_an_object_holds_twice(name, text, tmp_path):
+    """JSON's reader takes the last without a word."""
+    with pytest.raises(UserError, match=r"p\.json: .*(twice|the same number)"):
+        BENCHMARKS[name]().read_predictions(write(tmp_path / "p.json", text), [])
+
+
+@pytest.mark.parametrize("caption", [None, 5, ["a dog"], {}])
+@pytest.mark.parametrize("name", ["msrvtt_caption", "tvc", "yc2c"])
+def test_a_caption_that_is_no_text(name, caption, tmp_path):
+    if name == "msrvtt_caption":
+        file = write(tmp_path / "p.json", {"result": [{"video_id": "video1", "caption": caption}]})
+    else:
+        file = write(tmp_path / "p.jsonl", lines([{"clip_id": 1, "descs": [{"desc": caption}]}]))
+    with pytest.raises(UserError, match=r"row [01]: the caption is .*, not text"):
+        BENCHMARKS[name]().read_predictions(file, [])
+
+
+def test_answers_that_are_no_text(clip, tmp_path):
+    with pytest.raises(UserError, match="'result' is 5, not of the type list"):
+        BENCHMARKS["msrvtt_caption"]().read_predictions(write(tmp_path / "p.json", {"result": 5}), [])
+    row = {"question": "?", "candidates": ["3", "4"], "answer": "4", "video": "x"}
+    write(tmp_path / "json" / "action_count.json", [row])
+    asked = BENCHMARKS["mvbench"]().questions(config("mvbench", tmp_path))
+    saved = write(tmp_path / "p.json", {"acc_dict": {}, "res_list": [{"pred": None, "gt": "(B) 4"}]})
+    with pytest.raises(UserError, match="res_list 0: 'pred' is None"):
+        BENCHMARKS["mvbench"]().read_predictions(saved, asked)
+    question = {"question_id": "1-1", "task_type": "t", "response": None}
+    template = write(tmp_path / "t.json", [{"video_id": "1", "questions": [question]}])
+    with pytest.raises(UserError, match="1-1: 'response' is None"):
+        BENCHMARKS["videomme"]().read_predictions(template, [])

@@ -18,7 +18,7 @@ from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_table
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import VideoFiles
@@ -72,7 +72,7 @@ class EgoSchema(Benchmark):
         if path.suffix == ".csv":
             rows = read_table(path)
             pairs = [tuple(fields(row, path, f"row {i}", "q_uid", "answer")) for i, row in enumerate(rows, 1)]
-        elif path.suffix == ".json" and isinstance(saved := read_json(path), dict):
+        elif path.suffix == ".json" and isinstance(saved := read_predicted(path), dict):
             pairs = list(saved.items())
         else:
             return super().read_predictions(path, questions)

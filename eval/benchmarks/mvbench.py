@@ -28,7 +28,7 @@ from typing import Any
 from data_pipelines.samples import Message, Sample, Text, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_folder, read_json
+from eval.layout import fields, find_folder, read_json, read_predicted, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import VideoFiles
@@ -146,7 +146,7 @@ class MVBench(Benchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """The notebook's `{"acc_dict": …, "res_list": [{"pred", "gt"}]}`, in the order of the questions."""
-        saved = read_json(path) if path.suffix == ".json" else None
+        saved = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(saved, dict):
             return super().read_predictions(path, questions)
         rows = next(fields(saved, path, "the file", "res_list"))
@@ -154,10 +154,11 @@ class MVBench(Benchmark):
             raise UserError(f"{path}: res_list must hold the {len(questions)} answers in the official order")
         pairs = []
         for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
-            said, expected = fields(row, path, f"res_list {number}", "pred", "gt")
+            where = f"res_list {number}"
+            said, expected = typed(row, path, where, "pred", str), next(fields(row, path, where, "gt"))
             if expected != question.details["answer"]:
-                raise UserError(f"{path}, res_list {number}: gt {expected!r} is not {question.details['answer']!r}")
-            pairs.append((question.id, str(said)))
+                raise UserError(f"{path}, {where}: gt {expected!r} is not {question.details['answer']!r}")
+            pairs.append((question.id, said))
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:

@@ -21,7 +21,7 @@ from data_pipelines.samples import Video
 from eval import wordnet
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import score_choice
-from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_table
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
 from mmdora.config import EvaluationConfig
@@ -98,7 +98,7 @@ class NExTQA(NExT):
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<video>_<qid>": {"prediction": 0…4, "answer": 0…4}}`; the official script believes the answers that stand
         in it, so they must be the annotations'."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         references, pairs = {q.id: q.references[0] for q in questions}, []
@@ -152,7 +152,7 @@ class NExTOE(NExT):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<video>": {"<qid>": "answer"}}`."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         pairs = []

@@ -23,7 +23,7 @@ from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_file, read_json, read_jsonl
+from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import Line, VideoFiles, spoken
@@ -114,7 +114,7 @@ class ValueQA(Benchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<qid>": option's number}`."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         return [(key, LETTERS[n] if n in range(len(LETTERS)) else "") for key, n in _numbers(rows, path).items()]
@@ -199,6 +199,9 @@ def read_solution(path: Path) -> dict[str, int]:
 def _numbers(rows: dict[str, Any], path: Path) -> dict[str, int]:
     """Ids and numbers as the official code reads them, by `int`."""
     try:
-        return {str(int(key)): int(value) for key, value in rows.items()}
-    except (TypeError, ValueError) as error:
+        numbers = {str(int(key)): int(value) for key, value in rows.items()}
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: expected question ids and options' numbers ({error})") from None
+    if len(numbers) < len(rows):
+        raise UserError(f"{path}: two of the question ids are the same number")
+    return numbers

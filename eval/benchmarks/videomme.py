@@ -21,7 +21,7 @@ import numpy as np
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.files import write_whole
-from eval.layout import fields, find_file, find_folder, read_json, read_parquet
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, typed
 from eval.metrics import Totals
 from eval.results import Result
 from eval.videos import VideoFiles, read_srt, spoken
@@ -107,7 +107,7 @@ class VideoMME(Benchmark):
         pairs = []
         for row in read_rows(path):
             key = str(row["question_id"])
-            pairs.append((key, "" if row.get("missing") else str(next(fields(row, path, key, "response")))))
+            pairs.append((key, "" if row.get("missing") else typed(row, path, key, "response", str)))
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
