@@ -79,8 +79,11 @@ def test_a_question_without_its_answer(clip, tmp_path):
     write(folder / "test_a.json", [{"answer": "yes", "question_id": "v_x_1_2_0"}])
     with pytest.raises(UserError, match=r"v_x_1_2_1 has no answer in test_a\.json"):
         BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", folder))
-    with pytest.raises(UserError, match=r"(?s)expected layout.*MSVD_Zero_Shot_QA/ with test_q\.json"):
-        BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", tmp_path / "out"))
+    zero_shot(tmp_path, "msvd_qa", clip)
+    (folder / "videos" / "x_1_2.avi").unlink()
+    for data in (tmp_path / "none", tmp_path):  # no questions, and no video
+        with pytest.raises(UserError, match=r"(?s)expected layout.*MSVD_Zero_Shot_QA/ with test_q\.json"):
+            read_questions(config("msvd_qa", data))
 
 
 def test_nextqa_of_hugging_face(small, clip, tmp_path):

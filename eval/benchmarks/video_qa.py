@@ -65,8 +65,7 @@ class OpenVideoQA(Benchmark):
     def find_questions(self, config: EvaluationConfig, *official: str, split: str = "test") -> Path:
         """The official file, or one of those that Video-ChatGPT hands out. Raises UserError with the layout."""
         names = [f"{folder}{split}_{kind}.json" for kind in "qa" for folder in ("", f"{self.zero_shot}/")]
-        layout = f"{self.layout}\n  or {self.zero_shot}/ with test_q.json, test_a.json and {self.zero_shot_videos}/"
-        return find_file(config.data, [*official, *names], layout)
+        return find_file(config.data, [*official, *names], self.layout)
 
     def paired_questions(self, config: EvaluationConfig, path: Path, *folders: str) -> list[Question]:
         """Of a file of questions and one of answers beside it, of which `path` is either: `<split>_q.json`, rows of
@@ -157,7 +156,8 @@ class MSVDQA(XuVideoQA):
     folders = ("video", "YouTubeClips", ".")
     zero_shot, zero_shot_videos = "MSVD_Zero_Shot_QA", "videos"
     layout = """  train_qa.json, val_qa.json, test_qa.json
-  video/vid<number>.avi, or YouTubeClips/<name>.avi beside youtube_mapping.txt (lines of "<name> vid<number>")"""
+  video/vid<number>.avi, or YouTubeClips/<name>.avi beside youtube_mapping.txt (lines of "<name> vid<number>")
+  or MSVD_Zero_Shot_QA/ with test_q.json, test_a.json and videos/"""
 
     def names(self, folder: Path) -> Any:
         mapping = folder / "youtube_mapping.txt"
@@ -173,7 +173,8 @@ class MSRVTTQA(XuVideoQA):
     folders = ("video", "TestVideo", "TrainValVideo", "videos/all", ".")
     zero_shot, zero_shot_videos = "MSRVTT_Zero_Shot_QA", "videos/all"
     layout = """  train_qa.json, val_qa.json, test_qa.json
-  video/video<number>.mp4 (or TestVideo/ and TrainValVideo/, as MSR-VTT comes)"""
+  video/video<number>.mp4 (or TestVideo/ and TrainValVideo/, as MSR-VTT comes)
+  or MSRVTT_Zero_Shot_QA/ with test_q.json, test_a.json and videos/all/"""
 
     def names(self, folder: Path) -> Any:
         return lambda number: (f"video{number}",)
@@ -188,7 +189,8 @@ class ActivityNetQA(OpenVideoQA):
     zero_shot, zero_shot_videos, prefix = "Activitynet_Zero_Shot_QA", "all_test", "v_"
     missing_is_wrong = True  # eval.py counts the right predictions, and divides by the annotations
     layout = """  test_q.json and test_a.json (val_, train_ likewise), or dataset/ that holds them
-  videos/v_<video_name>.mp4 (or .mkv, .webm)"""
+  videos/v_<video_name>.mp4 (or .mkv, .webm)
+  or Activitynet_Zero_Shot_QA/ with test_q.json, test_a.json and all_test/"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
@@ -215,7 +217,8 @@ class TGIFQA(OpenVideoQA):
     prompt = "{question}\n{instruction}"
     zero_shot, zero_shot_videos = "TGIF_Zero_Shot_QA", "mp4"
     layout = """  Test_frameqa_question.csv, Test_action_question.csv, Test_transition_question.csv (with tabs)
-  gifs/<gif_name>.gif"""
+  gifs/<gif_name>.gif
+  or TGIF_Zero_Shot_QA/ with test_q.json, test_a.json and mp4/"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
