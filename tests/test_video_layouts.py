@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eval.archives import write_zip
 from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.mvbench import TASKS, file_name
 from eval.run import read_questions
@@ -190,3 +191,8 @@ def test_answers_that_are_no_text(clip, tmp_path):
     template = write(tmp_path / "t.json", [{"video_id": "1", "questions": [question]}])
     with pytest.raises(UserError, match="1-1: 'response' is None"):
         BENCHMARKS["videomme"]().read_predictions(template, [])
+
+
+def test_a_zip_file_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=r"takes a zip file, as .*tvc\.zip"):
+        write_zip(tmp_path / "tvc.json", {"tvc/tvc_val_predictions.jsonl": []})
