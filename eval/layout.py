@@ -6,7 +6,9 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,10 +64,12 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in _text(path).split("\n") if line.strip()]
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
     try:
-        return json.loads(_text(path))
+        return json.loads(_text(path), object_pairs_hook=make_object)
+    except UserError:  # of `make_object`
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
@@ -90,6 +94,17 @@ def read_rows(path: Path) -> list[Any]:
     """
     rows = read_json(path) if _text(path).lstrip().startswith("[") else read_jsonl(path)
     return list(rows)
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a Parquet file. Raises UserError that names a file which is none."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return list(parquet.ParquetFile(path).read().to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -132,12 +147,31 @@ def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any
         yield value
 
 
+def read_predicted(path: Path) -> Any:
+    """A file of predictions: a JSON value, or JSON lines, which evaluation scripts write into `.json` files too.
+
+    Raises UserError that names the file, and where it is not JSON, or the id that an object holds twice: JSON's reader
+    would take the last.
+    """
+    first, _, rest = _text(path).strip().partition("\n")
+    is_lines = path.suffix == ".jsonl" or (first.startswith("{") and first.rstrip().endswith("}") and rest)
+    return read_jsonl(path) if is_lines else read_json(path, partial(_without_doubles, path))
+
+
+def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise UserError(f"{path}: {len(doubled)} ids or fields are there twice in an object, such as {doubled[0]!r}")
+    return found
+
+
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
     """(id, answer) of each row of a JSON list or a JSON-lines file; numbers are taken as they are written.
 
     Raises UserError that names the file and the row whose answer is neither text nor a number.
     """
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    rows = read_predicted(path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects with {key!r} and {value!r}")
     pairs = []
@@ -152,7 +186,7 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
 def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
     """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has (in the
     last, if it has those of none), and which format that was."""
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    rows = read_predicted(path)
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
     return read_answers(path, *chosen), chosen

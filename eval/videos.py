@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mmdora.errors import UserError
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".gif", "")  # "": a directory of pictures
+SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".gif", "")  # "": a directory of pictures
 CUE = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d+)\s*-->\s*(\d+):(\d\d):(\d\d)[,.](\d+)")
 MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_file, find_folder, read_json, read_table
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import VideoFiles
@@ -24,6 +26,7 @@ from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
 OPTIONS = 5
+LABEL = re.compile(r"^[A-E]\. ")  # before the options on Hugging Face
 
 
 @BENCHMARKS.register("egoschema")
@@ -34,17 +37,18 @@ class EgoSchema(Benchmark):
     prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
     layout = """  questions.json (q_uid, question, "option 0" … "option 4")
   subset_answers.json ({"<q_uid>": 0…4}), for the split `subset`
-  videos/<q_uid>.mp4"""
+  videos/<q_uid>.mp4
+  or, as on Hugging Face (lmms-lab/egoschema), Subset/*.parquet and MC/*.parquet beside videos/"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         full = self.split(config) == "full"
-        path = find_file(config.data, ["questions.json" if full else "subset_answers.json"], self.layout)
-        file, answers = path.with_name("questions.json"), {} if full else read_json(path)
-        rows = read_json(file) if file.is_file() else []
-        if not isinstance(answers, dict) or not isinstance(rows, list):
-            raise UserError(f"{path}: expected an object of answers by q_uid, and a list in questions.json")
+        names = ["questions.json", "MC/*.parquet"] if full else ["subset_answers.json", "Subset/*.parquet"]
+        path = find_file(config.data, names, self.layout)
+        file, rows, answers = hugging_face(path, full) if path.suffix == ".parquet" else official(path, full)
         asked = {str(next(fields(row, file, f"row {number}", "q_uid"))): row for number, row in enumerate(rows)}
-        videos = VideoFiles([find_folder(config.data, ["videos", "good_clips_git", "."], config.media, self.layout)])
+        videos = VideoFiles(
+            [find_folder(config.data, ["videos", "videos/videos", "good_clips_git", "."], config.media, self.layout)]
+        )
         questions = []
         for key in answers or asked:
             if answers and not (isinstance(answers[key], int) and answers[key] in range(OPTIONS)):
@@ -68,7 +72,7 @@ class EgoSchema(Benchmark):
         if path.suffix == ".csv":
             rows = read_table(path)
             pairs = [tuple(fields(row, path, f"row {i}", "q_uid", "answer")) for i, row in enumerate(rows, 1)]
-        elif path.suffix == ".json" and isinstance(saved := read_json(path), dict):
+        elif path.suffix == ".json" and isinstance(saved := read_predicted(path), dict):
             pairs = list(saved.items())
         else:
             return super().read_predictions(path, questions)
@@ -87,6 +91,31 @@ class EgoSchema(Benchmark):
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("q_uid", "answer"), *indices.items()])
         write_whole(out, table.getvalue())
+
+
+def official(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
+    """The questions' file, its rows, and the answers by q_uid; none for all questions."""
+    file, answers = path.with_name("questions.json"), {} if full else read_json(path)
+    rows = read_json(file) if file.is_file() else []
+    if not isinstance(answers, dict) or not isinstance(rows, list):
+        raise UserError(f"{path}: expected an object of answers by q_uid, and a list in questions.json")
+    return file, rows, answers
+
+
+def hugging_face(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
+    """As `official`, of a Parquet file: there q_uid is video_idx, and an answer the text of its number."""
+    rows, answers = [], {}
+    for number, row in enumerate(read_parquet(path)):
+        where = f"row {number}"
+        key, asked, options = fields(row, path, where, "video_idx", "question", "option")
+        if not isinstance(options, list) or len(options) != OPTIONS:
+            raise UserError(f"{path}, {where}: expected {OPTIONS} options, found {options!r:.60}")
+        texts = {f"option {i}": LABEL.sub("", str(option)) for i, option in enumerate(options)}
+        rows.append({"q_uid": key, "question": asked} | texts)
+        if not full:
+            answer = str(next(fields(row, path, where, "answer")))
+            answers[str(key)] = int(answer) if answer.isdecimal() else answer
+    return path, rows, answers
 
 
 def letter(value: object, path: Path, key: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 from data_pipelines.samples import Message, Sample, Text, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_folder, read_json
+from eval.layout import fields, find_folder, read_json, read_predicted, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import VideoFiles
@@ -62,6 +62,13 @@ TASKS = {
     "Episodic Reasoning": "tvqa/frames_fps3_hq",
     "Counterfactual Inference": "clevrer/video_validation",
 }
+# Where Hugging Face's revision `video` has the same: written anew as MP4, and cut from "start" to "end".
+REWRITTEN = {"nturgbd": ("nturgbd_convert",), "ssv2_video": ("ssv2_video_mp4",)}
+CUT = {
+    "star/Charades_v1_480": "star/Charades_segment",
+    "sta/sta_video": "sta/sta_video_segment",
+    "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment",
+}
 BOUNDED = ("Action Sequence", "Action Prediction", "Object Interaction", "Action Localization", "Episodic Reasoning")
 
 
@@ -71,7 +78,7 @@ class MVBench(Benchmark):
 
     prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
     layout = """  json/<task>.json for each of the twenty tasks, as action_sequence.json
-  video/ with star/Charades_v1_480/, ssv2_video/, … as in the dataset's archives
+  video/ with star/Charades_v1_480/, ssv2_video/, data0613/, … as in the dataset's archives
   video/tvqa/frames_fps3_hq/<clip>/00001.jpg, three a second"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
@@ -89,7 +96,6 @@ class MVBench(Benchmark):
         return [q for task, path in files.items() for q in self._task(config, task, path, media)]
 
     def _task(self, config: EvaluationConfig, task: str, path: Path, media: Path) -> list[Question]:
-        videos = VideoFiles([media / TASKS[task], media / f"{TASKS[task]}_convert"])
         rows, questions = read_json(path), []
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of objects")
@@ -99,12 +105,10 @@ class MVBench(Benchmark):
             options = list(map(str, candidates)) if isinstance(candidates, list) else []
             if not all(options) or str(answer) not in options or len(options) > len(LETTERS):
                 raise UserError(f"{path}, {where}: the answer {answer!r} is not among the candidates {candidates!r}")
-            start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
             lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
             text = self.ask(config, question=asked, options=option_lines(options), choices="\n".join(lines))
             key, begun = f"{file_name(task)}-{number}", text.endswith(BEGINNING)
-            fps = FRAMES_FPS if TASKS[task].startswith("tvqa/") else None
-            clip = Video(videos.find(str(video)), start=start, end=end, frames_fps=fps)
+            clip = self._clip(row, task, media, path, where)
             asking = Message("user", (clip, Text(text.removesuffix(BEGINNING).rstrip("\n"))))
             answering = (Message("assistant", (Text(BEGINNING),)),) if begun else ()
             details = {"answer": lines[options.index(str(answer))], "options": len(options), "begun": begun}
@@ -112,6 +116,18 @@ class MVBench(Benchmark):
             sample = Sample(key, (asking, *answering), str(path))
             questions.append(Question(key, sample, (reference,), str(video), (f"task: {task}",), details))
         return questions
+
+    def _clip(self, row: Any, task: str, media: Path, path: Path, where: str) -> Video:
+        """What a row shows: its video from start to end, or a file that was cut so already."""
+        home, name = TASKS[task], str(row["video"])
+        file = VideoFiles([media / folder for folder in (home, f"data0613/{home}", *REWRITTEN.get(home, ()))]).find(
+            name
+        )
+        if not file.exists() and home in CUT and (cut := VideoFiles([media / CUT[home]]).find(name)).exists():
+            return Video(cut)
+        start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
+        fps = FRAMES_FPS if home.startswith("tvqa/") and file.is_dir() else None
+        return Video(file, start=start, end=end, frames_fps=fps)
 
     def score(self, response: str, question: Question) -> Score:
         said = BRACKET + response if question.details["begun"] else response
@@ -130,7 +146,7 @@ class MVBench(Benchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """The notebook's `{"acc_dict": …, "res_list": [{"pred", "gt"}]}`, in the order of the questions."""
-        saved = read_json(path) if path.suffix == ".json" else None
+        saved = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(saved, dict):
             return super().read_predictions(path, questions)
         rows = next(fields(saved, path, "the file", "res_list"))
@@ -138,10 +154,11 @@ class MVBench(Benchmark):
             raise UserError(f"{path}: res_list must hold the {len(questions)} answers in the official order")
         pairs = []
         for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
-            said, expected = fields(row, path, f"res_list {number}", "pred", "gt")
+            where = f"res_list {number}"
+            said, expected = typed(row, path, where, "pred", str), next(fields(row, path, where, "gt"))
             if expected != question.details["answer"]:
-                raise UserError(f"{path}, res_list {number}: gt {expected!r} is not {question.details['answer']!r}")
-            pairs.append((question.id, str(said)))
+                raise UserError(f"{path}, {where}: gt {expected!r} is not {question.details['answer']!r}")
+            pairs.append((question.id, said))
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:

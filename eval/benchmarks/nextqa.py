@@ -15,13 +15,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipelines.samples import Video
 from eval import wordnet
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import score_choice
-from eval.layout import fields, find_file, find_folder, read_json, read_table
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
 from mmdora.config import EvaluationConfig
@@ -43,21 +43,24 @@ mightn't mustn mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't w
 """
 STOPWORDS = frozenset(_STOPWORDS.split())  # NExT-OE's stopwords.txt
 LAYOUT = """  val.csv and test.csv (columns video, question, answer, qid, type{columns}), or dataset/nextqa/ with them
-  map_vid_vidorID.json, by which a video is NExTVideo/<folder>/<id>.mp4; without it NExTVideo/<video>.mp4"""
+  map_vid_vidorID.json, by which a video is NExTVideo/<folder>/<id>.mp4; without it NExTVideo/<video>.mp4
+  or, as on Hugging Face (lmms-lab/NExTQA): {folder}/<split>-00000-of-00001.parquet and NExTVideo/<video>.mp4"""
 
 
 class NExT(Benchmark):
     splits = ("val", "test", "train")
+    folder: ClassVar[str]  # of the Parquet files
 
     def rows(self, config: EvaluationConfig) -> tuple[Path, list[tuple[str, dict[str, str], Path]]]:
         """The split's file, and of each of its rows where it stands, the row and its video."""
-        name = f"{self.split(config)}.csv"
-        path = find_file(config.data, [name, f"nextqa/{name}", f"dataset/nextqa/{name}"], self.layout)
-        mapping = path.with_name("map_vid_vidorID.json")
-        places = read_object(mapping)
-        media = find_folder(config.data, ["NExTVideo", "videos", "."], config.media, self.layout)
-        videos, found = VideoFiles([media, path.parent / "NExTVideo"]), []
-        for number, row in enumerate(read_table(path), 1):
+        split = self.split(config)
+        tables = [f"{folder}{split}.csv" for folder in ("", "nextqa/", "dataset/nextqa/")]
+        parquet = f"{self.folder}/{'validation' if split == 'val' else split}-*.parquet"
+        path = find_file(config.data, [*tables, parquet], self.layout)
+        places = read_object(path.with_name("map_vid_vidorID.json"))
+        media = find_folder(config.data, ["NExTVideo", "videos/NExTVideo", "videos", "."], config.media, self.layout)
+        videos, found = VideoFiles([media, path.parent / "NExTVideo", path.parent.parent / "NExTVideo"]), []
+        for number, row in enumerate(read_rows(path), 1):
             kind, video, _ = fields(row, path, f"row {number}", "type", "video", "qid")
             if kind not in TYPES:
                 raise UserError(f"{path}, row {number}: type must be one of {', '.join(TYPES)}, found {kind!r}")
@@ -71,7 +74,8 @@ class NExTQA(NExT):
     """NExT-QA with five options, accuracy (doc-doc/NExT-QA, eval_mc.py)."""
 
     prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
-    layout = LAYOUT.format(columns=", a0 … a4; answer is a number from 0")
+    folder = "MC"
+    layout = LAYOUT.format(columns=", a0 … a4; answer is a number from 0", folder=folder)
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         path, rows = self.rows(config)
@@ -94,7 +98,7 @@ class NExTQA(NExT):
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<video>_<qid>": {"prediction": 0…4, "answer": 0…4}}`; the official script believes the answers that stand
         in it, so they must be the annotations'."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         references, pairs = {q.id: q.references[0] for q in questions}, []
@@ -112,7 +116,11 @@ class NExTQA(NExT):
 class NExTOE(NExT):
     """NExT-QA with open answers, WUPS (doc-doc/NExT-OE, eval_oe.py and metrics.py)."""
 
-    layout = LAYOUT.format(columns="") + "\n  add_reference_answer_test.json, the second answers of the test split"
+    folder = "OE"
+    layout = (
+        LAYOUT.format(columns="", folder=folder)
+        + "\n  add_reference_answer_test.json, the second answers of the test split"
+    )
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         path, rows = self.rows(config)
@@ -121,11 +129,13 @@ class NExTOE(NExT):
         questions = []
         for where, row, video in rows:
             asked, answer = fields(row, path, where, "question", "answer")
-            references = (answer,)
+            references: tuple[str, ...] = (answer,)
             if row["video"] in further:
                 references += tuple(
                     map(str, fields(further[row["video"]], second, f"video {row['video']}", row["qid"]))
                 )
+            elif extra := row.get("additional_ref_answer"):
+                references += (extra,)
             key, kind = f"{row['video']}_{row['qid']}", "TN" if row["type"] == "TP" else row["type"]
             sample = conversation(key, self.ask(config, question=asked), [Video(video)], str(path))
             categories = (f"type: {'TPN' if kind == 'TN' else kind}", f"group: WUPS_{kind[0]}")
@@ -142,7 +152,7 @@ class NExTOE(NExT):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<video>": {"<qid>": "answer"}}`."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         pairs = []
@@ -151,6 +161,13 @@ class NExTOE(NExT):
                 raise UserError(f"{path}, video {video}: expected an object of answers by qid")
             pairs += [(f"{video}_{qid}", answer) for qid, answer in answers.items()]
         return pairs
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of the official CSV, or of a Parquet file with the same columns, where numbers are no text."""
+    if path.suffix != ".parquet":
+        return read_table(path)
+    return [{name: "" if cell is None else str(cell) for name, cell in row.items()} for row in read_parquet(path)]
 
 
 def read_object(path: Path) -> dict[str, Any]:

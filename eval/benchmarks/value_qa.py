@@ -22,7 +22,7 @@ from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import chosen_option, score_choice
 from eval.files import json_text
-from eval.layout import fields, find_file, read_json, read_jsonl
+from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import Line, VideoFiles, spoken
@@ -75,7 +75,7 @@ class ValueQA(Benchmark):
         lines = spoken(said.get(video, []), start, end)
         text = self.ask(config, question=asked, options=option_lines(options), subtitles=lines)
         file = videos.find(video)
-        clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if self.task == "tvqa" else None)
+        clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if file.is_dir() else None)
         show = row.get("show_name")
         categories = () if show is None else (f"show: {show}",)
         sample = conversation(key, text, [clip], str(path))
@@ -113,7 +113,7 @@ class ValueQA(Benchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """`{"<qid>": option's number}`."""
-        rows = read_json(path) if path.suffix == ".json" else None
+        rows = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(rows, dict):
             return super().read_predictions(path, questions)
         return [(key, LETTERS[n] if n in range(len(LETTERS)) else "") for key, n in _numbers(rows, path).items()]
@@ -195,6 +195,9 @@ def read_solution(path: Path) -> dict[str, int]:
 def _numbers(rows: dict[str, Any], path: Path) -> dict[str, int]:
     """Ids and numbers as the official code reads them, by `int`."""
     try:
-        return {str(int(key)): int(value) for key, value in rows.items()}
-    except (TypeError, ValueError) as error:
+        numbers = {str(int(key)): int(value) for key, value in rows.items()}
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: expected question ids and options' numbers ({error})") from None
+    if len(numbers) < len(rows):
+        raise UserError(f"{path}: two of the question ids are the same number")
+    return numbers

@@ -18,7 +18,7 @@ from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Question, conversation
 from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
 from eval.files import json_text
-from eval.layout import fields, find_file, read_json, read_jsonl
+from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted, typed
 from eval.results import Result
 from eval.videos import Line, VideoFiles, spoken
 from mmdora.config import EvaluationConfig
@@ -80,12 +80,15 @@ class MSRVTTCaption(CaptionBenchmark):
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """The challenge's {"result": [{"video_id", "caption"}]}, or what COCO's results may be."""
-        data = read_json(path) if path.suffix == ".json" else None
+        data = read_predicted(path) if path.suffix == ".json" else None
         if not isinstance(data, dict):
             return super().read_predictions(path, questions)
-        (rows,) = fields(data, path, "the file", "result")
-        pairs = (fields(row, path, f"row {n}", "video_id", "caption") for n, row in enumerate(rows))
-        return [(str(video_id), str(caption)) for video_id, caption in pairs]
+        rows = typed(data, path, "the file", "result", list)
+        pairs = []
+        for number, row in enumerate(rows):
+            video_id, caption = fields(row, path, f"row {number}", "video_id", "caption")
+            pairs.append((str(video_id), checked_caption(caption, path, f"row {number}")))
+        return pairs
 
 
 class ValueCaption(CaptionBenchmark):
@@ -149,7 +152,8 @@ class ValueCaption(CaptionBenchmark):
             clip_id, said = fields(row, path, f"row {number}", "clip_id", "descs")
             if not isinstance(said, list) or not said:
                 raise UserError(f"{path}, row {number}: 'descs' holds no description")
-            pairs.append((str(clip_id), str(next(fields(said[0], path, f"row {number}", "desc")))))
+            caption = next(fields(said[0], path, f"row {number}", "desc"))
+            pairs.append((str(clip_id), checked_caption(caption, path, f"row {number}")))
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:

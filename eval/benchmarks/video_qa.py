@@ -5,6 +5,9 @@ Scorers: an answer is right if it is the reference, letter for letter: xudejing/
 Transition by the option's number). The references are lower case, so "Yes." is wrong; the report's metrics hold the
 accuracy without regard to case and final period beside it. What a judge finds, as in Video-ChatGPT
 (mbzuai-oryx/Video-ChatGPT, quantitative_evaluation), stands in a column of its own.
+
+Video-ChatGPT and Video-LLaVA hand all four out in another form, in a folder GPT_Zero_Shot_QA: test_q.json with the
+questions and test_a.json with the answers, as ActivityNet-QA comes. Both forms are read, and their predictions, too.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any, ClassVar
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.choice import score_choice
-from eval.layout import fields, find_file, read_answers, read_json, read_jsonl, read_table
+from eval.layout import fields, find_file, read_answers, read_json, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
 from mmdora.config import EvaluationConfig
@@ -37,6 +40,8 @@ FREE = ("yes/no", "color", "object", "location", "number", "other")  # ActivityN
 ACTIVITY_TYPES = (("type: motion",), ("type: spatial relationship",), ("type: temporal relationship",)) + tuple(
     ("type: free", f"answer: {kind}") for kind in FREE
 )
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
 FRAME_TYPES = ("object", "number", "color", "location")
 
 
@@ -44,6 +49,9 @@ class OpenVideoQA(Benchmark):
     """Exact match, and a judge's verdict beside it."""
 
     answer_keys: ClassVar[tuple[str, str]] = ("id", "answer")  # of the official predictions, a JSON list
+    zero_shot: ClassVar[str]  # its folder in GPT_Zero_Shot_QA
+    zero_shot_videos: ClassVar[str]  # and the videos' in there
+    prefix: ClassVar[str] = ""  # of the videos' files, which the annotations leave out
 
     def score(self, response: str, question: Question) -> Score:
         unparsed = not response.strip()
@@ -54,9 +62,51 @@ class OpenVideoQA(Benchmark):
         same = [_plain(responses[q.id]) == _plain(q.references[0]) for q in questions]
         return {"accuracy_any_case": 100 * sum(same) / len(same)}
 
+    def find_questions(self, config: EvaluationConfig, *official: str, split: str = "test") -> Path:
+        """The official file, or one of those that Video-ChatGPT hands out. Raises UserError with the layout."""
+        names = [f"{folder}{split}_{kind}.json" for kind in "qa" for folder in ("", f"{self.zero_shot}/")]
+        return find_file(config.data, [*official, *names], self.layout)
+
+    def paired_questions(self, config: EvaluationConfig, path: Path, *folders: str) -> list[Question]:
+        """Of a file of questions and one of answers beside it, of which `path` is either: `<split>_q.json`, rows of
+        video_name, question and question_id, and `<split>_a.json`, of answer and question_id. One will do, to ask or
+        to score."""
+        rows, stem = _by_id(path), path.stem.removesuffix("_q").removesuffix("_a")
+        if any("question" in row for row in rows.values()):
+            asked, answered = rows, _by_id(path.with_name(f"{stem}_a.json"))
+        else:
+            asked, answered = _by_id(path.with_name(f"{stem}_q.json")), rows
+        root = find_path(config.media) if config.media else path.parent
+        videos = VideoFiles([*(root / name for name in (*folders, self.zero_shot_videos, ".")), root.parent / "videos"])
+        questions = []
+        for key in asked or answered:
+            if answered and key not in answered:
+                raise UserError(f"{path}: question {key} has no answer in {stem}_a.json")
+            row = asked.get(key) or {"question": "", "video_name": key.rpartition("_")[0].removeprefix("v_") or key}
+            text, video = map(str, fields(row, path, f"question {key}", "question", "video_name"))
+            references = (str(next(fields(answered[key], path, f"question {key}", "answer"))),) if answered else ()
+            categories = self.categories(text, answered.get(key), f"{path}, question {key}")
+            file = videos.find(f"{self.prefix}{video}", video)
+            sample = conversation(key, self.words(config, text), [Video(file)], str(path))
+            questions.append(Question(key, sample, references, video, categories, {"question": text}))
+        return questions
+
+    def words(self, config: EvaluationConfig, asked: str) -> str:
+        """The user's words."""
+        return self.ask(config, question=asked)
+
+    def categories(self, asked: str, answer: dict[str, Any] | None, where: str) -> tuple[str, ...]:
+        """What a question counts in, by its words or by the row with its answer. Raises UserError for another type."""
+        word = asked.partition(" ")[0].lower()
+        return (f"type: {word}",) if word in QUESTION_WORDS else ()
+
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-        official = isinstance(rows, list) and rows and isinstance(rows[0], dict) and self.answer_keys[1] in rows[0]
+        """The official list; or what Video-ChatGPT's scripts write: id, question, answer (the reference) and pred."""
+        rows = read_predicted(path)
+        keys = rows[0].keys() if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ()
+        if "pred" in keys:
+            return read_answers(path, "id" if "id" in keys else "question_id", "pred")
+        official = self.answer_keys[1] in keys
         return read_answers(path, *self.answer_keys) if official else super().read_predictions(path, questions)
 
     def judge_prompt(self, response: str, question: Question) -> str:
@@ -78,7 +128,9 @@ class XuVideoQA(OpenVideoQA):
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
-        path = find_file(config.data, [f"{split}_qa.json", f"*/{split}_qa.json"], self.layout)
+        path = self.find_questions(config, f"{split}_qa.json", f"*/{split}_qa.json", split=split)
+        if path.stem.endswith(("_q", "_a")):
+            return self.paired_questions(config, path)
         root = path.parent if config.media is None else find_path(config.media)
         videos = VideoFiles([root / folder for folder in self.folders])
         names = self.names(path.parent)
@@ -87,11 +139,9 @@ class XuVideoQA(OpenVideoQA):
             asked, answer, key, video = fields(row, path, f"row {number}", "question", "answer", "id", "video_id")
             file = videos.find(*names(str(video)))
             sample = conversation(str(key), self.ask(config, question=str(asked)), [Video(file)], str(path))
-            word = str(asked).partition(" ")[0].lower()
-            categories = (f"type: {word}",) if word in QUESTION_WORDS else ()
-            questions.append(
-                Question(str(key), sample, (str(answer),), str(video), categories, {"question": str(asked)})
-            )
+            categories = self.categories(str(asked), None, f"{path}, row {number}")
+            details = {"question": str(asked)}
+            questions.append(Question(str(key), sample, (str(answer),), str(video), categories, details))
         return questions
 
     def names(self, folder: Path) -> Any:
@@ -104,8 +154,10 @@ class MSVDQA(XuVideoQA):
     """MSVD-QA, exact match (xudejing/video-question-answering, run_gra.py)."""
 
     folders = ("video", "YouTubeClips", ".")
+    zero_shot, zero_shot_videos = "MSVD_Zero_Shot_QA", "videos"
     layout = """  train_qa.json, val_qa.json, test_qa.json
-  video/vid<number>.avi, or YouTubeClips/<name>.avi beside youtube_mapping.txt (lines of "<name> vid<number>")"""
+  video/vid<number>.avi, or YouTubeClips/<name>.avi beside youtube_mapping.txt (lines of "<name> vid<number>")
+  or MSVD_Zero_Shot_QA/ with test_q.json, test_a.json and videos/"""
 
     def names(self, folder: Path) -> Any:
         mapping = folder / "youtube_mapping.txt"
@@ -119,8 +171,10 @@ class MSRVTTQA(XuVideoQA):
     """MSRVTT-QA, exact match (xudejing/video-question-answering, run_gra.py)."""
 
     folders = ("video", "TestVideo", "TrainValVideo", "videos/all", ".")
+    zero_shot, zero_shot_videos = "MSRVTT_Zero_Shot_QA", "videos/all"
     layout = """  train_qa.json, val_qa.json, test_qa.json
-  video/video<number>.mp4 (or TestVideo/ and TrainValVideo/, as MSR-VTT comes)"""
+  video/video<number>.mp4 (or TestVideo/ and TrainValVideo/, as MSR-VTT comes)
+  or MSRVTT_Zero_Shot_QA/ with test_q.json, test_a.json and videos/all/"""
 
     def names(self, folder: Path) -> Any:
         return lambda number: (f"video{number}",)
@@ -132,50 +186,24 @@ class ActivityNetQA(OpenVideoQA):
 
     splits = ("test", "val", "train")
     answer_keys = ("question_id", "answer")
+    zero_shot, zero_shot_videos, prefix = "Activitynet_Zero_Shot_QA", "all_test", "v_"
     missing_is_wrong = True  # eval.py counts the right predictions, and divides by the annotations
     layout = """  test_q.json and test_a.json (val_, train_ likewise), or dataset/ that holds them
-  videos/v_<video_name>.mp4 (or .mkv, .webm)"""
+  videos/v_<video_name>.mp4 (or .mkv, .webm)
+  or Activitynet_Zero_Shot_QA/ with test_q.json, test_a.json and all_test/"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
-        names = [f"{folder}{split}_{kind}.json" for kind in "qa" for folder in ("", "dataset/")]
-        path = find_file(config.data, names, self.layout)
-        rows, stem = self._table(path), path.stem.removesuffix("_q").removesuffix("_a")
-        if any("question" in row for row in rows.values()):
-            asked, answered = rows, self._table(path.with_name(f"{stem}_a.json"))
-        else:
-            asked, answered = self._table(path.with_name(f"{stem}_q.json")), rows
-        root = find_path(config.media) if config.media else path.parent
-        videos = VideoFiles([root / "videos", root / "Test_Videos", root / "all_test", root, root.parent / "videos"])
-        questions = []
-        for key in asked or answered:
-            row = asked.get(key) or {"question": "", "video_name": key.rpartition("_")[0].removeprefix("v_")}
-            text, video = fields(row, path, f"question {key}", "question", "video_name")
-            references, categories = self._answer(answered.get(key), path, key)
-            file = videos.find(f"v_{video}", str(video))
-            sample = conversation(key, self.ask(config, question=str(text)), [Video(file)], str(path))
-            questions.append(Question(key, sample, references, str(video), categories, {"question": str(text)}))
-        return questions
+        path = self.find_questions(config, *(f"dataset/{split}_{kind}.json" for kind in "qa"), split=split)
+        return self.paired_questions(config, path, "videos", "Test_Videos")
 
-    @staticmethod
-    def _table(path: Path) -> dict[str, Any]:
-        """Rows by question id; none where the file is not there."""
-        if not path.is_file():
-            return {}
-        rows = _rows(path)
-        ids = [str(next(fields(row, path, f"row {number}", "question_id"))) for number, row in enumerate(rows)]
-        if len(set(ids)) < len(ids):
-            raise UserError(f"{path}: the same question_id is there twice")
-        return dict(zip(ids, rows, strict=True))
-
-    @staticmethod
-    def _answer(row: Any, path: Path, key: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if row is None:
-            return (), ()
-        answer, kind = fields(row, path, f"question {key}", "answer", "type")
+    def categories(self, asked: str, answer: dict[str, Any] | None, where: str) -> tuple[str, ...]:
+        if answer is None:
+            return ()
+        kind = answer.get("type")
         if not isinstance(kind, int) or kind not in range(len(ACTIVITY_TYPES)):
-            raise UserError(f"{path}, question {key}: type must be 0 to 8, found {kind!r}")
-        return (str(answer),), ACTIVITY_TYPES[kind]
+            raise UserError(f"{where}: type must be 0 to 8, found {kind!r}")
+        return ACTIVITY_TYPES[kind]
 
 
 @BENCHMARKS.register("tgif_qa")
@@ -187,20 +215,28 @@ class TGIFQA(OpenVideoQA):
 
     splits = ("frameqa", "action", "transition")
     prompt = "{question}\n{instruction}"
+    zero_shot, zero_shot_videos = "TGIF_Zero_Shot_QA", "mp4"
     layout = """  Test_frameqa_question.csv, Test_action_question.csv, Test_transition_question.csv (with tabs)
-  gifs/<gif_name>.gif"""
+  gifs/<gif_name>.gif
+  or TGIF_Zero_Shot_QA/ with test_q.json, test_a.json and mp4/"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
         name = f"Test_{split}_question.csv"
-        path = find_file(config.data, [name, f"dataset/{name}", f"annotations/{name}"], self.layout)
+        places = [name, f"dataset/{name}", f"annotations/{name}"]
+        if split == "frameqa":
+            path = self.find_questions(config, *places)
+        else:
+            path = find_file(config.data, places, self.layout)
+        if path.suffix == ".json":
+            return self.paired_questions(config, path)
         root = find_path(config.media) if config.media else path.parent
         videos = VideoFiles([root / "gifs", root, root.parent / "gifs"])
         questions = []
         for number, row in enumerate(read_table(path, "\t"), 1):
             where = f"row {number}"
             gif, asked, answer, key = fields(row, path, where, "gif_name", "question", "answer", "vid_id")
-            text, instruction = asked, "Answer the question using a single word or phrase."
+            words = self.words(config, asked)
             details: dict[str, Any] = {"question": asked}
             categories: tuple[str, ...] = ()
             if split == "frameqa":
@@ -212,11 +248,16 @@ class TGIFQA(OpenVideoQA):
                     raise UserError(f"{path}, {where}: answer must be 0 to 4, found {answer!r}")
                 text, answer = f"{asked}\n{option_lines(options)}", LETTERS[int(answer)]
                 details["options"] = options
-                instruction = "Answer with the option's letter from the given choices directly."
-            words = self.ask(config, question=text, instruction=instruction)
+                words = self.ask(config, question=text, instruction=LETTER)
             sample = conversation(key, words, [Video(videos.find(gif))], str(path))
             questions.append(Question(key, sample, (answer,), gif, categories, details))
         return questions
+
+    def words(self, config: EvaluationConfig, asked: str) -> str:
+        return self.ask(config, question=asked, instruction=SHORT)
+
+    def categories(self, asked: str, answer: dict[str, Any] | None, where: str) -> tuple[str, ...]:
+        return ()  # FrameQA's kinds stand in its own table alone
 
     def score(self, response: str, question: Question) -> Score:
         return score_choice(response, question) if "options" in question.details else super().score(response, question)
@@ -230,6 +271,15 @@ def _rows(path: Path) -> list[Any]:
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects")
     return rows
+
+
+def _by_id(path: Path) -> dict[str, Any]:
+    """Rows by question id; none where the file is not there."""
+    rows = _rows(path) if path.is_file() else []
+    ids = [str(next(fields(row, path, f"row {number}", "question_id"))) for number, row in enumerate(rows)]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: the same question_id is there twice")
+    return dict(zip(ids, rows, strict=True))
 
 
 def _plain(text: str) -> str:

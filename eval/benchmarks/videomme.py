@@ -21,7 +21,7 @@ import numpy as np
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.files import write_whole
-from eval.layout import fields, find_file, find_folder, read_json
+from eval.layout import fields, find_file, find_folder, read_json, read_parquet, typed
 from eval.metrics import Totals
 from eval.results import Result
 from eval.videos import VideoFiles, read_srt, spoken
@@ -107,7 +107,7 @@ class VideoMME(Benchmark):
         pairs = []
         for row in read_rows(path):
             key = str(row["question_id"])
-            pairs.append((key, "" if row.get("missing") else str(next(fields(row, path, key, "response")))))
+            pairs.append((key, "" if row.get("missing") else typed(row, path, key, "response", str)))
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
@@ -137,7 +137,7 @@ def extract_letter(response: str) -> str:
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """One dict a question, what is said of its video included."""
     if path.suffix == ".parquet":
-        rows: Any = _read_parquet(path)
+        rows: Any = read_parquet(path)
     else:
         rows = read_json(path)
         if not isinstance(rows, list):
@@ -166,13 +166,3 @@ def _either(row: dict[str, Any], path: Path, names: Sequence[str]) -> Any:
     if (name := next((name for name in names if name in row), None)) is None:
         raise UserError(f"{path}, question {row['question_id']}: no field {' or '.join(names)}")
     return row[name]
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
