@@ -155,3 +155,13 @@ def test_an_answer_is_text_or_a_number(tmp_path, answer):
 def test_a_folder_is_no_file_of_answers(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)$"):
         read_answers(tmp_path)
+
+
+def test_a_picture_of_mme_without_its_questions_is_told(tmp_path, caplog):
+    task = tmp_path / "MME_Benchmark_release_version" / "OCR"
+    save(task / "0001.txt", "Is it?  Please answer yes or no.\tYes\nIs it not?  Please answer yes or no.\tNo")
+    for name in ("0001", "0002"):
+        picture(task / f"{name}.jpg")
+    with caplog.at_level("WARNING"):
+        assert prompts("mme", tmp_path) == [f"Is it?\n{SHORT}", f"Is it not?\n{SHORT}"]
+    assert "OCR: 1 pictures have no questions, such as 0002.jpg" in caplog.text
