@@ -43,12 +43,14 @@ def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
 
 def find_folder(data: str, candidates: Sequence[str], media: str | None, layout: str) -> Path:
     """Where the media lie: `media`, if the config names a folder, else the first of `candidates` in the folder `data`
-    (or beside the file `data`), else the first that should be: whether the media are there is asked of each file."""
+    (or beside the file `data`) or in the one above, else the first that should be: whether the media are there is asked
+    of each file."""
     if media is not None:
         return find_path(media)
     root = find_path(data)
     root = root.parent if root.is_file() else root
-    return next((root / name for name in candidates if (root / name).is_dir()), root / candidates[0])
+    places = [folder / name for folder in (root, root.parent) for name in candidates]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def warn_of_missing(data: str, missing: Sequence[str], layout: str) -> None:
@@ -66,8 +68,9 @@ def read_lines(path: Path) -> list[str]:
 
 def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
+    text = _text(path)
     try:
-        return json.loads(_text(path), object_pairs_hook=make_object)
+        return json.loads(text, object_pairs_hook=make_object)
     except UserError:  # of `make_object`
         raise
     except (ValueError, RecursionError) as error:
@@ -92,8 +95,12 @@ def read_rows(path: Path) -> list[Any]:
 
     Raises UserError that names the file, and the line that is not JSON.
     """
-    rows = read_json(path) if _text(path).lstrip().startswith("[") else read_jsonl(path)
-    return list(rows)
+    if not _text(path).lstrip().startswith(("[", "{\n")):
+        return read_jsonl(path)
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of objects, or an object a line; found one object")
+    return rows
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -167,28 +174,29 @@ def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]
 
 
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
-    """(id, answer) of each row of a JSON list or a JSON-lines file; numbers are taken as they are written.
+    """(id, answer) of each row of a JSON list or of JSON lines; numbers are taken as they are written.
 
     Raises UserError that names the file and the row whose answer is neither text nor a number.
     """
-    rows = read_predicted(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of objects with {key!r} and {value!r}")
     pairs = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_rows(path)):
         question_id, answer = fields(row, path, f"row {number}", key, value)
-        if not isinstance(answer, str | int | float) or (isinstance(answer, float) and not math.isfinite(answer)):
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+        if not is_number and not isinstance(answer, str):
             raise UserError(f"{path}, row {number}: {value!r} is {json.dumps(answer):.60}, not text")
         pairs.append((str(question_id), answer if isinstance(answer, str) else json.dumps(answer)))
     return pairs
 
 
 def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
-    """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has (in the
-    last, if it has those of none), and which format that was."""
-    rows = read_predicted(path)
-    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
-    chosen = next((names for names in formats if first.keys() >= set(names)), formats[-1])
+    """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has, and
+    which format that was. Raises UserError where it has those of none."""
+    rows = read_rows(path)
+    first = rows[0] if rows and isinstance(rows[0], dict) else dict.fromkeys(formats[0])
+    chosen = next((names for names in formats if first.keys() >= set(names)), None)
+    if chosen is None:
+        expected = ", or ".join(" and ".join(map(repr, names)) for names in formats)
+        raise UserError(f"{path}, row 0: expected {expected}; found {', '.join(map(repr, first)) or 'nothing'}")
     return read_answers(path, *chosen), chosen
 
 

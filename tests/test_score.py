@@ -92,9 +92,10 @@ def test_ids_that_do_not_fit_are_named(change, expected, rows, tmp_path, capsys)
     ("data", "expected"),
     [
         (b"", "the file is empty"),
-        (b'{"q0": "yes"}', "expected a list of objects with 'id' and 'response'"),
-        (b"12", "expected a list of objects"),
-        (b'"yes"', "expected a list of objects"),
+        (b'{"q0": "yes"}', "row 0: no field 'id'"),
+        (b'{\n  "q0": "yes"\n}', "expected a list of objects, or an object a line"),
+        (b"12", "row 0: expected an object, found int"),
+        (b'"yes"', "row 0: expected an object, found str"),
         (b"[1, 2]", "row 0: expected an object, found int"),
         (b'[{"id": "q0"}]', "row 0: no field 'response'"),
         (b'[{"id": "q0", "response": NaN}]', "row 0: 'response' is NaN, not text"),

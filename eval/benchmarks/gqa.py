@@ -45,15 +45,15 @@ class GQA(Benchmark):
         "train_balanced",
         SUBMISSION,
     )
-    layout = """questions1.2/testdev_balanced_questions.json   (or without the folder)
+    layout = """questions1.2/testdev_balanced_questions.json   (or without the folder; all of it in a folder, as data/)
 images/n161313.jpg
 testdev_balanced_choices.json   (for validity and plausibility, if you have it)"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
         name = f"{split}_questions.json"
-        path = find_file(config.data, [name, f"questions*/{name}", f"*/{name}"], self.layout)
-        images = find_folder(config.data, ["images", "../images", "allImages/images"], config.media, self.layout)
+        path = find_file(config.data, [name, f"questions*/{name}", f"*/{name}", f"*/questions*/{name}"], self.layout)
+        images = find_folder(str(path), ["images", "allImages/images"], config.media, self.layout)
         choices = choices_file(path, config.data)
         rows = read_json(path)
         if not isinstance(rows, dict):

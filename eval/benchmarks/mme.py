@@ -9,6 +9,7 @@ stand among the categories. Papers that give one figure mostly give Perception.
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
@@ -169,7 +172,10 @@ def _official(folder: Path) -> Iterator[tuple[list[Row], Path]]:
     if not texts.is_dir():
         texts = pictures = folder
     known = {path.stem: path for path in pictures.glob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
-    for text in sorted(texts.glob("*.txt")):
+    listed = sorted(texts.glob("*.txt"))
+    if unasked := sorted(known.keys() - {text.stem for text in listed}):
+        log.warning("%s: %d pictures have no questions, such as %s", folder, len(unasked), known[unasked[0]].name)
+    for text in listed:
         picture = known.get(text.stem, pictures / f"{text.stem}.jpg")
         cells = [_cells(line, text, n, 2) for n, line in enumerate(read_lines(text), 1)]
         yield _pair([Row(folder.name, picture.name, *cell) for cell in cells], str(text)), picture

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.files import json_text, write_whole
-from eval.layout import find_file, find_folder, read_json, typed
+from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -90,10 +90,12 @@ images/v1_0.png"""
         return Score(math.nan, math.nan)  # it is judged
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """The official format, an object of answers by question id, or ours."""
+        """The official format, an object of answers by question id, LLaVA's answers (`question_id`, the number that
+        ends the id, and `text`), or ours."""
         content = read_json(path) if path.suffix != ".jsonl" else []
         if not isinstance(content, dict):
-            return super().read_predictions(path, questions)
+            pairs, form = read_answers_as(path, ("id", "response"), ("question_id", "text"))
+            return [(f"v1_{i}" if form[0] == "question_id" and i.isdecimal() else i, said) for i, said in pairs]
         return [(question_id, typed(content, path, "the file", question_id, str)) for question_id in content]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:

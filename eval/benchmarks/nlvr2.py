@@ -37,8 +37,8 @@ class NLVR2(Benchmark):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
         path = find_file(config.data, [f"data/{split}.json", f"{split}.json", f"nlvr2/data/{split}.json"], self.layout)
-        root = find_path(config.media) if config.media else find_path(config.data)
-        root = root.parent if root.is_file() else root
+        beside = path.parent.parent if path.parent.name == "data" else path.parent
+        root = find_path(config.media) if config.media else beside
         questions = []
         for number, row in enumerate(read_jsonl(path)):
             asked, label, key = map(str, fields(row, path, f"row {number}", "sentence", "label", "identifier"))

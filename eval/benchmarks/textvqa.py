@@ -5,8 +5,9 @@ answers normalised as EvalAI has it, whether the annotators agree or not. The fi
 ANLS: the average normalised Levenshtein similarity) are here too.
 
 LLaVA-1.5's figure, 58.2, was measured with the words that Rosetta's OCR found in the prompt (haotian-liu/LLaVA,
-playground/data/eval/textvqa/llava_textvqa_val_v051_ocr.jsonl): so is the default here. A prompt without `{ocr}` leaves
-them out, and then needs no OCR file. As there, the question begins with a capital and is lower case else.
+playground/data/eval/textvqa/llava_textvqa_val_v051_ocr.jsonl, which is read too): so is the default here. A prompt
+without `{ocr}` leaves them out, and then needs no OCR file. As there, the question begins with a capital and is lower
+case else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data_pipelines.samples import Image
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.vqa import evalai_normalize, leave_one_out
 from eval.files import json_text, write_whole
-from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_jsonl, typed
+from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_jsonl, read_rows, typed
 from eval.results import Result
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
@@ -37,12 +38,12 @@ class TextVQA(Benchmark):
     max_new_tokens = 32
     prompt = "{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase."
     layout = """TextVQA_0.5.1_val.json
-TextVQA_Rosetta_OCR_v0.2_val.json   (unless the prompt has no {ocr})
+TextVQA_Rosetta_OCR_v0.2_val.json   (or LLaVA's llava_textvqa_val_v051_ocr.jsonl; unless the prompt has no {ocr})
 train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         path = self.annotations(config)
-        tokens = self.ocr_tokens(config, path)
+        tokens = self.ocr_tokens(config)
         rows = typed(read_json(path), path, "the file", "data", list)
         name = "test_images" if "test" in path.stem else "train_images"
         images = find_folder(config.data, [name, f"images/{name}"], config.media, self.layout)
@@ -55,7 +56,7 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
                 raise UserError(
                     f"{path}, {where}: {len(answers)} answers; the official scorer wants {ANNOTATORS} strings"
                 )
-            text = self.ask(config, question=words.capitalize(), ocr=", ".join(tokens.get(image_id, ())))
+            text = self.ask(config, question=words.capitalize(), ocr=tokens.get(image_id, ""))
             sample = conversation(str(question_id), text, [Image(images / f"{image_id}.jpg")])
             details = {"image_id": image_id, "question": words}
             found.append(Question(sample.id, sample, answers, image_id, details=details))
@@ -70,9 +71,11 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
         if "{ocr}" not in (config.prompt or self.prompt):
             return None
         split = self.annotations(config).stem.rpartition("_")[2]
-        name, root = f"TextVQA_Rosetta_OCR_v0.2_{split}.json", find_path(config.data)
+        names = (f"TextVQA_Rosetta_OCR_v0.2_{split}.json", f"llava_textvqa_{split}_v051_ocr.jsonl")
+        root = find_path(config.data)
         root = root.parent if root.is_file() else root
-        return next(iter(sorted(root.glob(f"*/{name}"))), root / name)
+        places = (place for name in names for place in (root / name, *sorted(root.glob(f"*/{name}"))))
+        return next((place for place in places if place.is_file()), root / names[0])
 
     def lacks(self, config: EvaluationConfig) -> str | None:
         path = self.ocr_file(config)
@@ -83,16 +86,17 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
             f"there, or set a prompt without {{ocr}}; expected layout:\n{self.layout}"
         )
 
-    def ocr_tokens(self, config: EvaluationConfig, annotations: Path) -> dict[str, list[str]]:
+    def ocr_tokens(self, config: EvaluationConfig) -> dict[str, str]:
         """By image; none where the file is missing, which is for `lacks` to say: scores need no prompt."""
         path = self.ocr_file(config)
         if path is None or not path.is_file():
             return {}
-        rows = typed(read_json(path), path, "the file", "data", list)
+        if path.suffix == ".jsonl":
+            return dict(ocr_of_llava(row, path, f"row {number}") for number, row in enumerate(read_jsonl(path)))
         tokens = {}
-        for number, row in enumerate(rows):
+        for number, row in enumerate(typed(read_json(path), path, "the file", "data", list)):
             words = typed(row, path, f"image {number}", "ocr_tokens", list)
-            tokens[typed(row, path, f"image {number}", "image_id", str)] = [str(word) for word in words]
+            tokens[typed(row, path, f"image {number}", "image_id", str)] = ", ".join(map(str, words))
         return tokens
 
     def score(self, response: str, question: Question) -> Score:
@@ -111,7 +115,7 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
         for q in questions:
             ids[q.details["image_id"], q.details["question"].lower()].append(q.id)
         pairs = []
-        for number, row in enumerate(read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)):
+        for number, row in enumerate(read_rows(path)):
             where = f"row {number}"
             image_id, prompt, said = (typed(row, path, where, key, str) for key in ("question_id", "prompt", "text"))
             asked = question_in_llava_prompt(prompt)
@@ -132,6 +136,15 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
 def row_key(row: object, path: Path, where: str) -> tuple[str, str]:
     image_id, words = fields(row, path, where, "image_id", "question")
     return str(image_id), str(words)
+
+
+def ocr_of_llava(row: object, path: Path, where: str) -> tuple[str, str]:
+    """The image, and the words in LLaVA's question about it."""
+    image_id, prompt = (typed(row, path, where, key, str) for key in ("question_id", "text"))
+    _, marker, rest = prompt.partition("\nReference OCR token: ")
+    if not marker:
+        raise UserError(f"{path}, {where}: no OCR tokens in the prompt {prompt!r:.80}")
+    return image_id, rest.rpartition("\n")[0]
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -8,11 +8,13 @@ confidence 1, the others with 0, and average precision and F1 are of that.
 The API's list of contractions has most of its apostrophes as `, so that a word which has an apostrophe already is never
 found in it: that is kept. What it makes of the others ("dont") is written with ' here, since annotators write it so.
 
-A model's words are normalised first as LLaVA does it in scripts/convert_vizwiz_for_submission.py.
+A model's words are normalised first as LLaVA does it in scripts/convert_vizwiz_for_submission.py. As in its questions
+(playground/data/eval/vizwiz/llava_test.jsonl), a question begins with a capital and is lower case else.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
 
 UNANSWERABLE = "unanswerable"
+NUMBER = re.compile(r"0*(\d+)\.\w+$")  # of VizWiz_test_00000012.jpg 12, by which LLaVA's answers name it
 CONTRACTIONS = {word: expanded for word, expanded in EXPANDED.items() if "'" not in word}
 
 
@@ -46,14 +49,14 @@ class VizWiz(Benchmark):
         "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
     )
-    layout = """Annotations/val.json   (or val.json)
-val/VizWiz_val_00000000.jpg   (or images/val/…)"""
+    layout = """Annotations/val.json   (or val.json; test.json for the split test)
+val/VizWiz_val_00000000.jpg   (or images/val/…; test/ for the split test)"""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
         path = find_file(config.data, [f"Annotations/{split}.json", f"{split}.json", f"*/{split}.json"], self.layout)
         split = path.stem if path.stem in self.splits else split
-        folder = find_folder(config.data, [split, f"images/{split}", f"../{split}"], config.media, self.layout)
+        folder = find_folder(config.data, [split, f"images/{split}"], config.media, self.layout)
         rows = read_json(path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of objects with 'image' and 'question'")
@@ -61,7 +64,7 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
         for number, row in enumerate(rows):
             where = f"row {number}"
             name, words = (typed(row, path, where, key, str) for key in ("image", "question"))
-            sample = conversation(name, self.ask(config, question=words), [Image(folder / name)])
+            sample = conversation(name, self.ask(config, question=words.capitalize()), [Image(folder / name)])
             if "answers" not in row:
                 found.append(Question(name, sample, (), name))
                 continue
@@ -87,10 +90,14 @@ val/VizWiz_val_00000000.jpg   (or images/val/…)"""
         return {"unanswerability": unanswerability(told, [not q.details["answerable"] for q in questions])}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """The official format, `[{"image", "answer"}]`, LLaVA's answers (`{"question_id", "text"}`), or ours."""
+        """The official format, `[{"image", "answer"}]`, LLaVA's answers (`{"question_id", "text"}`, the id being the
+        picture's number), or ours."""
         official = ("image", "answer")
         pairs, form = read_answers_as(path, official, ("question_id", "text"), ("id", "response"))
-        return pairs if form == official else [(i, self.prediction(said)) for i, said in pairs]
+        if form == official:
+            return pairs
+        names = {found[1]: q.id for q in questions if (found := NUMBER.search(q.id))}
+        return [(names.get(i, i), self.prediction(said)) for i, said in pairs]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
         """EvalAI's file, `[{"image", "answer"}]`."""

@@ -68,7 +68,7 @@ class CocoQuestions(Benchmark):
         asked = read_questions(content, path)
         if split.startswith("test"):
             return asked, {}, split
-        beside = self.find(root.parent if root.is_file() else root, split, self.answers_file)
+        beside = self.find(root, split, self.answers_file)
         answers = read_annotations(read_json(beside), beside)
         if missing := asked.keys() - answers.keys():
             raise UserError(f"{beside}: {len(missing)} questions have no annotation, such as {min(missing)}")
@@ -76,7 +76,8 @@ class CocoQuestions(Benchmark):
 
     def source(self, config: EvaluationConfig) -> Path:
         """The questions' file, or the annotations' where there is no other."""
-        return self.find(find_path(config.data), self.split(config), self.questions_file, self.answers_file)
+        root = find_path(config.data)
+        return root if root.is_file() else self.find(root, self.split(config), self.questions_file, self.answers_file)
 
     def lacks(self, config: EvaluationConfig) -> str | None:
         path = self.source(config)
@@ -84,8 +85,10 @@ class CocoQuestions(Benchmark):
             return None
         return f"{path}: it has the answers, but not the questions' words; expected layout:\n{self.layout}"
 
-    def find(self, folder: Path, split: str, *names: str) -> Path:
-        candidates = [f"{place}{name.format(split)}" for name in names for place in ("", "*/")]
+    def find(self, root: Path, split: str, *names: str) -> Path:
+        """In the folder `root` or one in it; of a file, beside it or in a folder beside its own."""
+        folder, places = (root.parent, ("", "*/", "../*/")) if root.is_file() else (root, ("", "*/"))
+        candidates = [f"{place}{name.format(split)}" for name in names for place in places]
         return find_file(str(folder), candidates, self.layout)
 
     def prediction(self, response: str) -> str:
@@ -122,8 +125,7 @@ val2014/COCO_val2014_000000262148.jpg   (or in images/; test2015/ for both test 
         if result.rows[0]["references"]:  # val2014, to try the file
             write_whole(out, json_text([{"question_id": int(i), "answer": said} for i, said in answers.items()]))
             return
-        root = find_path(result.receipt["data"])
-        path = self.find(root.parent if root.is_file() else root, "test2015", self.questions_file)
+        path = self.find(find_path(result.receipt["data"]), "test2015", self.questions_file)
         asked = read_questions(read_json(path), path)
         if foreign := answers.keys() - asked.keys():
             raise UserError(f"{result.folder}: {len(foreign)} answers are to no question of {path}: {min(foreign)}")
