@@ -24,6 +24,7 @@ from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
+from mmdora.ranks import from_main
 
 
 def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[Question]:
@@ -36,6 +37,7 @@ def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[
     if benchmark.compares_features and not by_features:
         how = f"mmdora eval MODEL --benchmark {config.benchmark}"
         raise UserError(f"{config.benchmark} is not answered in words; score a CLIP-like model with `{how}`")
+    benchmark.check_settings(config)
     if missing := benchmark.lacks(config):
         raise UserError(missing)
     if config.judge is not None:
@@ -81,7 +83,7 @@ def evaluate(
 
     A finished result of the very same questions and weights is returned as it is. Raises UserError where `folder`
     holds the result of another evaluation, unless `overwrite` says that it may go; RunError where questions could not
-    be answered: then there is no report. Rank 0 alone asks a judge.
+    be answered: then there is no report. Rank 0 alone scores, which may take a judge or Java.
     """
     benchmark, weights = BENCHMARKS[config.benchmark](), weights or weights_digest(model)
     limits = (config.batch_size, length_of_answers(config))
@@ -105,16 +107,16 @@ def evaluate(
         (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
     responses = {question_id: benchmark.prediction(said) for question_id, said in responses.items()}
-    if contamination is not None and process_rank() == 0:
-        receipt["contamination"] = contamination()[config.name]
-    scores = score_all(config.benchmark, responses, questions)
-    judged = None
-    if config.judge is not None and process_rank() == 0 and all(q.references for q in questions):
-        judged = judge_all(benchmark, config.judge, responses, questions, folder)
-    report = make_report(config, responses, questions, scores, receipt, judged)
+    report = None
     if process_rank() == 0:
+        if contamination is not None:
+            receipt["contamination"] = contamination()[config.name]
+        scores, judged = score_all(config.benchmark, responses, questions), None
+        if config.judge is not None and all(q.references for q in questions):
+            judged = judge_all(benchmark, config.judge, responses, questions, folder)
+        report = make_report(config, responses, questions, scores, receipt, judged)
         write_results(folder, responses, questions, scores, report, judged)
-    return report
+    return dict(from_main(report))
 
 
 def _receipt(model: Any, encoder: Encoder, config: EvaluationConfig, questions: list[Question]) -> dict[str, Any]:
