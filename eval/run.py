@@ -93,12 +93,12 @@ def evaluate(
         receipt["judge"] = config.judge and describe_judge(benchmark, config.judge)
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
     if (folder / "report.json").exists() and not overwrite:
-        report = read_report(folder)
-        same = (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"])
-        if same and (config.judge is None or report["receipt"].get("judge") == receipt["judge"]):
+        there = read_report(folder)
+        same = (there["benchmark"], there["receipt"]["questions"]) == (config.benchmark, receipt["questions"])
+        if same and (config.judge is None or there["receipt"].get("judge") == receipt["judge"]):
             advance(len(questions))
-            return report
-        changed = [k for k, v in receipt.items() if k != "questions" and report["receipt"].get(k, v) != v]
+            return there
+        changed = [k for k, v in receipt.items() if k != "questions" and there["receipt"].get(k, v) != v]
         raise UserError(
             f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; "
             "--overwrite replaces it, --out puts the new one elsewhere"
