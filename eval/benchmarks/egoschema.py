@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.choice import chosen_option, score_choice
+from eval.benchmarks.choice import LETTER_PROMPT, chosen_option, score_choice
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
@@ -34,7 +34,7 @@ class EgoSchema(Benchmark):
     """EgoSchema, accuracy (egoschema/EgoSchema, validate.py; Kaggle)."""
 
     splits = ("subset", "full")  # the 500 with public answers, and all
-    prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+    prompt = LETTER_PROMPT
     layout = """  questions.json (q_uid, question, "option 0" … "option 4")
   subset_answers.json ({"<q_uid>": 0…4}), for the split `subset`
   videos/<q_uid>.mp4

@@ -27,6 +27,7 @@ from typing import Any
 
 from data_pipelines.samples import Message, Sample, Text, Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_folder, read_json, read_predicted, typed
 from eval.options import LETTERS, option_lines
@@ -76,7 +77,7 @@ BOUNDED = ("Action Sequence", "Action Prediction", "Object Interaction", "Action
 class MVBench(Benchmark):
     """MVBench, accuracy over twenty tasks (OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb, check_ans)."""
 
-    prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+    prompt = LETTER_PROMPT
     layout = """  json/<task>.json for each of the twenty tasks, as action_sequence.json
   video/ with star/Charades_v1_480/, ssv2_video/, data0613/, … as in the dataset's archives
   video/tvqa/frames_fps3_hq/<clip>/00001.jpg, three a second"""

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from data_pipelines.samples import Video
 from eval import wordnet
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.choice import score_choice
+from eval.benchmarks.choice import LETTER_PROMPT, score_choice
 from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
@@ -73,7 +73,7 @@ class NExT(Benchmark):
 class NExTQA(NExT):
     """NExT-QA with five options, accuracy (doc-doc/NExT-QA, eval_mc.py)."""
 
-    prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+    prompt = LETTER_PROMPT
     folder = "MC"
     layout = LAYOUT.format(columns=", a0 … a4; answer is a number from 0", folder=folder)
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeAlias
 from data_pipelines.samples import Video
 from eval.archives import write_zip
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
-from eval.benchmarks.choice import chosen_option, score_choice
+from eval.benchmarks.choice import LETTER_PROMPT, chosen_option, score_choice
 from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted
 from eval.options import LETTERS, option_lines
@@ -43,10 +43,7 @@ class ValueQA(Benchmark):
     files: ClassVar[dict[str, tuple[str, ...]]]  # of each split
     handed_in: ClassVar[dict[str, str]]  # the predictions of each split in the zip file
     splits = ("val", "test")
-    prompt = (
-        "Subtitles:\n{subtitles}\n{question}\n{options}\n"
-        "Answer with the option's letter from the given choices directly."
-    )
+    prompt = "Subtitles:\n{subtitles}\n" + LETTER_PROMPT
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         names = self.files[self.split(config)]

@@ -20,6 +20,7 @@ import numpy as np
 
 from data_pipelines.samples import Video
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.files import write_whole
 from eval.layout import fields, find_file, find_folder, read_json, read_parquet, typed
 from eval.metrics import Totals
@@ -46,7 +47,7 @@ SUB_CATEGORY, CHOICES = ("sub_category", "video_subcategory", "video_sub_categor
 class VideoMME(Benchmark):
     """Video-MME, accuracy over answered questions (BradyFU/Video-MME, evaluation/eval_your_results.py)."""
 
-    prompt = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+    prompt = LETTER_PROMPT
     layout = """  videomme/test-00000-of-00001.parquet (or the questions as JSON: a list of videos with "questions")
   data/<videoID>.mp4
   subtitle/<videoID>.srt, for prompts with {subtitles}"""
