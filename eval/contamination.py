@@ -19,7 +19,8 @@ from typing import Any
 from data_pipelines.dataset import Source, read_source
 from data_pipelines.inspection import readable
 from data_pipelines.samples import Image, Sample, Video
-from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks import BENCHMARKS, Benchmark, Question
+from eval.benchmarks.choice import LETTER_PROMPT
 from eval.digests import media_digest
 from eval.fingerprints import Fingerprint, FingerprintCache, Near, fingerprint_cache
 from mmdora.config import EvaluationConfig, SourceConfig
@@ -100,7 +101,8 @@ def find_overlaps(
     Every training file is compared by its bytes. By their looks at most about `most` files on each side are, at equal
     steps over all; what that takes is kept in the user's cache. `advance` hears how many more samples were seen.
     """
-    frames = [_frame(entry) for entry in entries]
+    prompts = {entry.prompt or BENCHMARKS[entry.benchmark].prompt for entry in entries}
+    frames = [_frame(prompt) for prompt in (*prompts, Benchmark.prompt, LETTER_PROMPT)]  # training data has LLaVA's
     with fingerprint_cache() as cache:
         held_out = _HeldOut(asked, frames, cache, most)
         seen: set[Path] = set()
@@ -209,9 +211,8 @@ def _words(text: str) -> str:
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
-def _frame(entry: EvaluationConfig) -> tuple[str, str]:
-    """What the entry's prompt says before and after the question."""
-    template = entry.prompt or BENCHMARKS[entry.benchmark].prompt
+def _frame(template: str) -> tuple[str, str]:
+    """What a prompt says before and after the question."""
     return _words(template.partition("{")[0]), _words(template.rpartition("}")[2])
 
 
