@@ -86,11 +86,12 @@ def estimate(scores: dict[str, float | None] | None) -> str:
 
 def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> Table:
     """A row a benchmark: the score before, where there is one, and now; what one constant answer would score; and how
-    many of the answers could not be parsed."""
+    many percent of the answers could not be parsed, where there are such."""
     earlier = any(before is not None for _, before in reports)
     judged = any(after["scores"].get("judged") for after, _ in reports)
+    odd = any(after["unparsed_rate"] for after, _ in reports)
     columns = [*(("before", "after") if earlier else ("score",)), *(("judged",) if judged else ())]
-    table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest", "unparsed")
+    table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest", *(("unparsed",) if odd else ()))
     for after, before in reports:
         shown = [estimate(after["scores"]["official"])]
         if earlier:
@@ -98,7 +99,9 @@ def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -
         if judged:
             shown.append(estimate(after["scores"].get("judged")))
         baseline, unparsed = after["majority_baseline"], after["unparsed_rate"]
-        shown += ["–" if baseline is None else f"{baseline:.1f}", "–" if unparsed is None else f"{100 * unparsed:.1f}"]
+        shown.append("–" if baseline is None else f"{baseline:.1f}")
+        if odd:
+            shown.append("–" if unparsed is None else f"{100 * unparsed:.1f}")
         table.add_row(after["name"], str(after["n"]), *shown)
     return table
 
