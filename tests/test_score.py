@@ -14,6 +14,7 @@ from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import VQA
 from eval.results import find_results, read_result
+from mmdora.commands.console import results_table
 from mmdora.commands.score import answers_to
 from mmdora.errors import UserError
 from tests.media import write_image
@@ -294,3 +295,15 @@ def test_benchmarks_are_listed_one_a_line(capsys):
     assert len({line.index(BENCHMARKS[line.split()[0]].__doc__.split("\n")[0]) for line in lines}) == 1
     assert command("list", "architectures") == 0
     assert "vision: " in capsys.readouterr().out
+
+
+def test_the_table_says_how_many_answers_could_not_be_parsed():
+    figure = {"value": 96.1, "low": 93.8, "high": 97.9}
+    about = {"name": "b", "n": 8, "scores": {"official": figure}, "majority_baseline": None}
+    headers = [
+        [str(column.header) for column in results_table([(about | {"unparsed_rate": rate}, None)]).columns]
+        for rate in (0.125, 0.0, None)
+    ]
+    assert headers[0] == ["benchmark", "n", "score", "commonest", "unparsed"]
+    assert headers[1] == headers[2] == headers[0][:-1]
+    assert [list(c.cells) for c in results_table([(about | {"unparsed_rate": 0.125}, None)]).columns][-1] == ["12.5"]

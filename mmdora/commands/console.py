@@ -90,8 +90,9 @@ def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -
     earlier = any(before is not None for _, before in reports)
     judged = any(after["scores"].get("judged") for after, _ in reports)
     odd = any(after["unparsed_rate"] for after, _ in reports)
-    columns = [*(("before", "after") if earlier else ("score",)), *(("judged",) if judged else ())]
-    table = make_table("scores, with 95% intervals", "benchmark", "n", *columns, "commonest", *(("unparsed",) if odd else ()))
+    columns = ["before", "after"] if earlier else ["score"]
+    columns += [*(["judged"] if judged else []), "commonest", *(["unparsed"] if odd else [])]
+    table = make_table("scores, with 95% intervals", "benchmark", "n", *columns)
     for after, before in reports:
         shown = [estimate(after["scores"]["official"])]
         if earlier:
