@@ -69,7 +69,7 @@ def reached(run: Path, phase: str, process: int, goes_on_from: int) -> bool:
         return lines(run) > goes_on_from
     if phase == "checkpoint":
         return writing(run, process)
-    answers = run / "eval/counting/responses.0.jsonl"
+    answers = run / "eval/counting/responses.jsonl"
     return answers.exists() and answers.stat().st_size > 0
 
 
