@@ -179,7 +179,7 @@ def test_a_caption_that_is_no_text(name, caption, tmp_path):
 
 
 def test_answers_that_are_no_text(clip, tmp_path):
-    with pytest.raises(UserError, match="'result' is 5, not of the type list"):
+    with pytest.raises(UserError, match="'result' is 5, not a list"):
         BENCHMARKS["msrvtt_caption"]().read_predictions(write(tmp_path / "p.json", {"result": 5}), [])
     row = {"question": "?", "candidates": ["3", "4"], "answer": "4", "video": "x"}
     write(tmp_path / "json" / "action_count.json", [row])
