@@ -3,13 +3,15 @@
     python benchmarks/data.py --out benchmarks/results/data.json
 
 One thread; every round times all candidates in a new order; medians, and ratios of one run, since the machine is noisy.
-- `images`: a JPEG with a question and its answer, encoded for a LLaVA-1.5 (336 px). The limit is Pillow's decoding and
-  the processor alone, on a text that is rendered already; it makes no labels. No candidate keeps what it made.
+- `images`: a JPEG with a question and its answer, encoded for a LLaVA-1.5 (336 px), as a DataLoader's worker hands it
+  over. The limit is Pillow's decoding and the processor alone, on a text that is rendered already; it makes no
+  labels. `memory kept`: by what we set where a worker starts (mmdora/training/workers.py).
 - `conversations`: a question and its answer, encoded. Beside both: the way of LLaVA's own loader
   (LazySupervisedDataset), written down from what it does: open, pad to a square, preprocess, fill in a conversation
   template, tokenize it whole, and the question once more to find what is learnt.
 - `frames`: at equal steps of a clip. The limit is a bare decord reader's `get_batch` of the same frames; of long clips,
-  the other side is decoding from the start. `apart`: in a process that can be killed, which is the default.
+  the other side is decoding from the start. `apart`: in a process that can be killed. The default is
+  `pyav, apart`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import av
@@ -30,15 +32,18 @@ import torch
 from llava import ANSWER, QUESTION, make_processor, write_pictures
 from machine import about_machine
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from data_pipelines.video import load_video
 from mmdora.config import VideoConfig
+from mmdora.training.workers import start_worker
 
 Candidates = dict[str, Callable[[], object]]
 
+PICTURES = 320  # a candidate makes ready in one round
 # name: (width, height), frames of the clip, frames to take
 CLIPS = {
     "320p, 8 of 300": ((426, 320), 300, 8),
@@ -98,32 +103,57 @@ def llava_way(processor: LlavaProcessor, number: int, path: Path | None = None) 
     return encoded | {"input_ids": ids, "labels": labels}
 
 
-def samples_ready(folder: Path, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    processor = make_processor()
-    encoder, paths = Encoder(processor), write_pictures(folder)
+class Pictures(Dataset[torch.Tensor]):
+    """The pixel values of the same few pictures, made ready again and again."""
 
-    texts = [encoder.render(sample(i, path)) for i, path in enumerate(paths)]
+    def __init__(self, paths: Sequence[Path], prepare: Callable[[int, Path], Mapping[str, torch.Tensor]]):
+        self.paths, self.prepare = paths, prepare
 
-    def limit() -> None:
-        for text, path in zip(texts, paths, strict=True):
-            with PILImage.open(path) as picture:
-                processor(text=[text], images=[picture.convert("RGB")], return_tensors="pt")
+    def __len__(self) -> int:
+        return PICTURES
 
-    def ours(pictures: Sequence[Path | None]) -> None:
-        for i, path in enumerate(pictures):
-            encoder.encode(sample(i, path))
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.prepare(number, self.paths[number % len(self.paths)])["pixel_values"]
 
-    def theirs(pictures: Sequence[Path | None]) -> None:
-        for i, path in enumerate(pictures):
-            llava_way(processor, i, path)
 
-    texts_alone = [None] * 200
-    images: Candidates = {"limit": limit, "mmdora": lambda: ours(paths), "LLaVA's way": lambda: theirs(paths)}
-    conversations: Candidates = {"mmdora": lambda: ours(texts_alone), "LLaVA's way": lambda: theirs(texts_alone)}
-    return {
-        "images": compared(timed(images, rounds), len(paths), to="limit"),
-        "conversations": compared(timed(conversations, rounds), 200, to="LLaVA's way"),
+def pictures_ready(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    processor, paths = make_processor(), write_pictures(folder)
+    encoder = Encoder(processor)
+    text = encoder.render(sample(0, paths[0]))
+
+    def limit(number: int, path: Path) -> Mapping[str, torch.Tensor]:
+        with PILImage.open(path) as picture:
+            return processor(text=[text], images=[picture.convert("RGB")], return_tensors="pt")
+
+    def ours(number: int, path: Path) -> Mapping[str, torch.Tensor]:
+        return encoder.encode(sample(number, path))
+
+    def theirs(number: int, path: Path) -> Mapping[str, torch.Tensor]:
+        return llava_way(processor, number, path)
+
+    def load(prepare: Callable[[int, Path], Mapping[str, torch.Tensor]], start: Callable[[int], None] | None) -> None:
+        pictures = Pictures(paths, prepare)
+        for _ in DataLoader(pictures, batch_size=8, num_workers=1, collate_fn=torch.cat, worker_init_fn=start):
+            pass
+
+    candidates: Candidates = {
+        "limit": lambda: load(limit, None),
+        "limit, memory kept": lambda: load(limit, start_worker),
+        "mmdora": lambda: load(ours, start_worker),
+        "mmdora, memory not kept": lambda: load(ours, None),
+        "LLaVA's way": lambda: load(theirs, None),
     }
+    return compared(timed(candidates, rounds), PICTURES, to="limit")
+
+
+def conversations_ready(rounds: int) -> dict[str, dict[str, float]]:
+    processor = make_processor()
+    encoder = Encoder(processor)
+    candidates: Candidates = {
+        "mmdora": lambda: [encoder.encode(sample(number)) for number in range(200)],
+        "LLaVA's way": lambda: [llava_way(processor, number) for number in range(200)],
+    }
+    return compared(timed(candidates, rounds), 200, to="LLaVA's way")
 
 
 def write_clip(path: Path, size: tuple[int, int], frames: int) -> None:
@@ -181,7 +211,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        figures = samples_ready(Path(folder), 4 * args.rounds)  # these take a tenth of the time, and vary more
+        figures = {"images": pictures_ready(Path(folder), args.rounds)}
+        figures["conversations"] = conversations_ready(4 * args.rounds)  # short, so they vary more
         for clip in args.clips:
             figures[f"frames, {clip}"] = frames_ready(Path(folder) / "clip.mp4", clip, args.rounds)
     for what, rows in figures.items():

@@ -94,18 +94,19 @@ class Encoder:
         learnt = learnt_turns(sample)
         plain = self._plain(text)
         encoded = self._run(sample, text, plain, media)
-        ids = encoded["input_ids"][0].tolist()
-        supervised = [turn in learnt for turn in self._turns(sample, text, marked, plain, ids)]
-        supervised[0] = False  # nothing stands before it to tell it from
-        if not any(supervised):
+        turns = self._turns(sample, text, marked, plain, encoded["input_ids"][0].tolist())
+        # The first token is never learnt: nothing stands before it to tell it from.
+        supervised = [place for place, turn in enumerate(turns) if turn in learnt and place > 0]
+        if not supervised:
             raise SampleError(
                 sample.id, sample.source, "no answer to learn: none of its tokens is the answer's", "encode"
             )
         if "labels" in encoded:
             # PaliGemma's processor leaves labels to its caller: tokens of type 0 see each other in both directions,
             # and an answer among them would be read before it is said.
-            encoded["token_type_ids"][0, supervised.index(True) :] = 1
-        encoded["labels"] = torch.where(torch.tensor([supervised]), encoded["input_ids"], IGNORED)
+            encoded["token_type_ids"][0, supervised[0] :] = 1
+        encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
+        encoded["labels"][0, supervised] = encoded["input_ids"][0, supervised]
         return encoded
 
     def _shorter(self, sample: Sample, encoded: Encoded) -> Sample | None:

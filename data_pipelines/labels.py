@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, product
 
 from data_pipelines.samples import Sample, SampleError
@@ -29,16 +29,31 @@ def turns_of(offsets: Spans, spans: Spans) -> list[int]:
     Both run from left to right; a token without characters, as one that the tokenizer adds, is in none.
     """
     turns = [0] * len(offsets)
-    for place, (start, end) in enumerate(offsets):
-        for turn, (low, high) in enumerate(spans, start=1):
-            if start < end and low <= start and end <= high:
-                turns[place] = turn
+    for place, turn in _beside(offsets, spans):
+        (start, end), (low, high) = offsets[place], spans[turn]
+        if low <= start and end <= high:
+            turns[place] = turn + 1
     return turns
 
 
 def touching(offsets: Spans, spans: Spans) -> list[bool]:
     """For each token's characters, whether any lies inside one of the spans."""
-    return [any(start < high and low < end for low, high in spans) for start, end in offsets]
+    touches = [False] * len(offsets)
+    for place, _ in _beside(offsets, spans):
+        touches[place] = True
+    return touches
+
+
+def _beside(offsets: Spans, spans: Spans) -> Iterator[tuple[int, int]]:
+    """The tokens that have characters inside a span, each with the first such span; one pass over both."""
+    turn = 0
+    for place, (start, end) in enumerate(offsets):
+        while turn < len(spans) and spans[turn][1] <= start:
+            turn += 1
+        if turn == len(spans):
+            return
+        if spans[turn][0] < end and start < end:
+            yield place, turn
 
 
 def align(plain: Sequence[int], turns: Sequence[int], cut: Sequence[bool], expanded: list[int]) -> list[int] | None:

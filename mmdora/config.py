@@ -107,7 +107,7 @@ class SourceConfig(Section):
 class VideoConfig(Section):
     """Which frames of a video the model sees, and how they are read."""
 
-    reader: str = "auto"  # a name in VIDEO_READERS; auto: decord where it is installed and exact, else PyAV
+    reader: str = "auto"  # a name in VIDEO_READERS; auto: pyav, and frames for a directory
     num_frames: Positive = 8  # of each video; with sampling fps or keyframe the most of them
     sampling: Literal["uniform", "fps", "keyframe"] = "uniform"  # equal steps, or so many a second, or whole pictures
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # of sampling fps: frames a second

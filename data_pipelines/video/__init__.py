@@ -37,12 +37,13 @@ PACKAGES = {"decord": "decord", "torchcodec": "torchcodec"}  # what a reader nee
 
 
 def resolve_reader(name: str) -> str:
-    """`auto` as the reader it tries first here: decord where it is installed, else PyAV. Receipts record the answer.
+    """The reader of files that `name` stands for: `auto` is PyAV, which reads every format exactly, and sooner than
+    decord does (benchmarks/data.py). Receipts record the answer.
 
     Raises UserError for a name that is unknown or whose package is not installed.
     """
     if name == "auto":
-        return "decord" if importlib.util.find_spec("decord") else "pyav"
+        return "pyav"
     VIDEO_READERS[name]  # an unknown name is an error, with the nearest known one
     package = PACKAGES.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
@@ -54,44 +55,38 @@ def load_video(path: Path, config: VideoConfig, data: bytes | None = None) -> Vi
     """The frames of a video that `config` asks for. `data` holds the file's bytes where it lies in a shard; `path`
     then only names it.
 
-    `auto` takes decord, then PyAV for what decord cannot read exactly; a directory is read as `frames`. Decoding has
-    `config.timeout` seconds, in a process of its own. Raises MediaError that names the file and says why.
+    `auto` reads a directory as `frames`. Decoding has `config.timeout` seconds, in a process of its own. Raises
+    MediaError that names the file and says why.
     """
     if data is None:
-        readers = _readers(path, config.reader)
-        return _load(path, readers, config)
+        return _load(path, _reader(path, config.reader), config)
     if not data:
         raise MediaError(path, "the file is empty")
     with tempfile.TemporaryDirectory(prefix="mmdora-") as folder:  # every reader can seek in a file
         file = Path(folder, f"video{path.suffix}")
         file.write_bytes(data)
         try:
-            return _load(file, _file_readers(config.reader), config)
+            return _load(file, resolve_reader(config.reader), config)
         except MediaError as error:
             raise MediaError(path, error.reason) from error
 
 
-def _load(path: Path, readers: tuple[str, ...], config: VideoConfig) -> VideoClip:
+def _load(path: Path, reader: str, config: VideoConfig) -> VideoClip:
     names = [field.name for field in dataclasses.fields(Sampling)]
     wanted = Sampling(**{name: getattr(config, name) for name in names})
     if config.timeout is None or not AVAILABLE:
-        clip = decode(path, readers, wanted)
+        clip = decode(path, reader, wanted)
         return dataclasses.replace(clip, frames=np.require(clip.frames, requirements="W"))  # torch warns of the others
-    return decode_apart(path, readers, wanted, config.timeout)
+    return decode_apart(path, reader, wanted, config.timeout)
 
 
-def _readers(path: Path, name: str) -> tuple[str, ...]:
-    """The readers to try on what lies at `path`. Raises MediaError where that is nothing to read."""
+def _reader(path: Path, name: str) -> str:
+    """The reader of what lies at `path`. Raises MediaError where that is nothing to read."""
     if is_directory(path):
         if name not in ("auto", "frames"):
             raise MediaError(path, f"is a directory, which data.video.reader {name} does not read; auto or frames do")
-        return ("frames",)
+        return "frames"
     if name == "frames":
         raise MediaError(path, "is no directory, and data.video.reader frames reads the pictures of one")
     check_regular(path)
-    return _file_readers(name)
-
-
-def _file_readers(name: str) -> tuple[str, ...]:
-    first = resolve_reader(name)
-    return ("decord", "pyav") if name == "auto" and first == "decord" else (first,)
+    return resolve_reader(name)

@@ -32,10 +32,10 @@ def main(socket: int, memory: int) -> None:
     connection.send("ready")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decoders say of broken files; errors say what matters
     while True:
-        limit, modules, arguments = requests.get()
+        limit, module, arguments = requests.get()
         # By the kernel, whose signal ends even a decoder that holds the interpreter's lock.
         signal.setitimer(signal.ITIMER_REAL, limit + GRACE)
-        answer = _answer(memory, modules, arguments)
+        answer = _answer(memory, module, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(answer)
 
@@ -49,11 +49,10 @@ def _receive(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
             os._exit(0)
 
 
-def _answer(memory: int, modules: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _answer(memory: int, module: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     path: Path = arguments[0]
     try:
-        for module in modules:  # readers of plugins register themselves
-            importlib.import_module(module)
+        importlib.import_module(module)  # readers of plugins register themselves
         clip = decode(*arguments)
         write_all(memory, clip.frames.reshape(-1).data)
     except MediaError as error:

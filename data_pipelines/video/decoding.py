@@ -13,19 +13,10 @@ MAX_PIXELS = 2**27  # of a frame; 16K video has as many
 MAX_BYTES = 2**32  # of all the frames taken from one video
 
 
-def decode(path: Path, readers: tuple[str, ...], wanted: Sampling) -> VideoClip:
-    """The frames that `wanted` asks for, by the first of `readers` that reads the file. Raises MediaError."""
-    for name in readers[:-1]:
-        try:
-            return _decode(path, name, wanted)
-        except MediaError:
-            continue  # the last reader has the word on what is wrong with the file
-    return _decode(path, readers[-1], wanted)
-
-
-def _decode(path: Path, name: str, wanted: Sampling) -> VideoClip:
+def decode(path: Path, reader: str, wanted: Sampling) -> VideoClip:
+    """The frames that `wanted` asks for, by the `reader` of that name. Raises MediaError."""
     try:
-        file = VIDEO_READERS[name](path)
+        file = VIDEO_READERS[reader](path)
         try:
             timeline = _with_clock(file.timeline, wanted)
             indices = choose_indices(wanted, timeline.times, timeline.keyframes)
@@ -37,8 +28,10 @@ def _decode(path: Path, name: str, wanted: Sampling) -> VideoClip:
         raise
     except Exception as error:  # decoders raise whatever they like; the run goes on, and the ledger has the reason
         reason = str(error).strip().splitlines()
-        raise MediaError(path, f"{name} cannot decode it ({reason[-1] if reason else type(error).__name__})") from error
-    return VideoClip(frames, tuple(indices), timeline.fps, len(timeline.times), name)
+        raise MediaError(
+            path, f"{reader} cannot decode it ({reason[-1] if reason else type(error).__name__})"
+        ) from error
+    return VideoClip(frames, tuple(indices), timeline.fps, len(timeline.times), reader)
 
 
 def _with_clock(timeline: Timeline, wanted: Sampling) -> Timeline:

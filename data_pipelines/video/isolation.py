@@ -54,12 +54,11 @@ class Decoder:
                 "the decoding process does not start; what it says is above. data.video.timeout=null does without"
             )
 
-    def decode(self, path: Path, readers: tuple[str, ...], wanted: Sampling, timeout: float) -> VideoClip | None:
+    def decode(self, path: Path, reader: str, wanted: Sampling, timeout: float) -> VideoClip | None:
         """The clip, or None where the child crashed. Raises MediaError for a video that cannot be decoded in `timeout`
         seconds."""
-        modules = tuple(VIDEO_READERS[name].__module__ for name in readers)
         try:
-            self._connection.send((timeout, modules, (path, readers, wanted)))
+            self._connection.send((timeout, VIDEO_READERS[reader].__module__, (path, reader, wanted)))
             if not self._connection.poll(timeout):
                 raise MediaError(path, f"decoding took over {timeout:g} s (data.video.timeout)")
             answer = self._connection.recv()
@@ -141,14 +140,14 @@ _decoder: Decoder | None = None
 _lock = threading.Lock()  # threads take turns
 
 
-def decode_apart(path: Path, readers: tuple[str, ...], wanted: Sampling, timeout: float) -> VideoClip:
+def decode_apart(path: Path, reader: str, wanted: Sampling, timeout: float) -> VideoClip:
     """As `decoding.decode`, in this process's child, which is started anew after it ended. Raises MediaError."""
     global _decoder
     with _lock:
         for _ in range(2):  # the first may have been killed by what has nothing to do with the file
             decoder = _decoder if _decoder is not None and _decoder.alive else Decoder()
             _decoder = decoder
-            clip = decoder.decode(path, readers, wanted, timeout)
+            clip = decoder.decode(path, reader, wanted, timeout)
             if clip is not None:
                 return clip
         raise MediaError(path, f"the decoder crashed ({decoder.ending})")

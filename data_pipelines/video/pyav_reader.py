@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +34,33 @@ class PyAVFile:
     _frames: Iterator[Any]
 
     def __init__(self, path: Path):
+        from av.video.reformatter import VideoReformatter
+
         self.path = path
+        self._to_rgb = VideoReformatter()  # one for all frames: it keeps its tables
         self._open()
         self._packets: Packets | None = read_packets(self._container, self._stream)
-        self._at = -1  # the frame that the decoder gave last
         if self._packets is None:
             self._rewind()
             self.timeline = self._count()
         else:
             self._place: dict[int | None, int] = {pts: index for index, pts in enumerate(self._packets.pts)}
             self.timeline = self._packets.timeline
-        self._rewind()
+        self._at = len(self.timeline.times)  # the frame that the decoder gave last; here: past them all
 
     def close(self) -> None:
         self._container.close()
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """uint8 [len(indices), height, width, 3]. Raises MediaError where one of the frames is damaged."""
-        pictures: dict[int, NDArray[np.uint8]] = {}
-        shape = None
-        for index in sorted(set(indices)):
-            pictures[index] = _upright(self._frame(index), shape)
-            shape = pictures[index].shape
-        return np.stack([pictures[index] for index in indices])
+        order = sorted(range(len(indices)), key=indices.__getitem__)
+        first = self._rgb(self._frame(indices[order[0]]))
+        frames = np.empty((len(indices), *first.shape), np.uint8)
+        frames[order[0]] = first
+        for before, at in pairwise(order):
+            same = indices[before] == indices[at]
+            frames[at] = frames[before] if same else self._rgb(self._frame(indices[at]), first.shape)
+        return frames
 
     def _frame(self, index: int) -> Any:
         for start in self._starts(index):
@@ -73,6 +78,14 @@ class PyAVFile:
                     break
             self._at = len(self.timeline.times)  # nothing further is to be had from here
         raise MediaError(self.path, f"frame {index} of {len(self.timeline.times)} cannot be decoded")
+
+    def _rgb(self, frame: Any, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
+        """RGB [height, width, 3], turned as the file says; of `shape` where the size changes in mid-stream."""
+        turns = round(frame.rotation / 90) % 4
+        height, width = (frame.height, frame.width) if shape is None else (shape[1::-1] if turns % 2 else shape[:2])
+        plane: Any = self._to_rgb.reformat(frame, width, height, "rgb24").planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+        return np.rot90(rows[:, : 3 * width].reshape(height, width, 3), turns)
 
     def _starts(self, index: int) -> Iterator[int | None]:
         """Where to decode from, the cheapest first: here (None), at the time of a keyframe, at the one before, where a
@@ -119,14 +132,3 @@ class PyAVFile:
             times = tuple(index / (fps or 1.0) for index in range(len(seen)))
         keys = tuple(index for index, (_, key, _) in enumerate(seen) if key)
         return Timeline(times, fps or rate_of(times), keys, seen[0][2])
-
-
-def _upright(frame: Any, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
-    """RGB [height, width, 3], turned as the file says; of `shape` where the size changes in mid-stream."""
-    turns = round(frame.rotation / 90) % 4
-    size = {}
-    if shape is not None:
-        height, width = (shape[1], shape[0]) if turns % 2 else shape[:2]
-        if (height, width) != (frame.height, frame.width):
-            size = {"height": height, "width": width}
-    return np.rot90(frame.to_ndarray(format="rgb24", **size), turns)

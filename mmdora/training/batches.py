@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,16 +21,6 @@ from mmdora.config import RunConfig
 from mmdora.errors import UserError
 
 Ints = NDArray[np.integer]
-
-
-@contextmanager
-def as_workers_said() -> Iterator[None]:
-    """Raises a UserError of a loader's worker process as it was, without the traceback that torch puts around it."""
-    try:
-        yield
-    except UserError as error:
-        _, wrapped, message = str(error).rpartition("mmdora.errors.UserError: ")
-        raise UserError(message.strip()) from error if wrapped else None
 
 
 @dataclass(frozen=True)

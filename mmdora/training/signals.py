@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from types import FrameType
 from typing import Any, Literal
 
@@ -39,17 +37,3 @@ class StopOnSigterm(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation may have taken long: no other step is taken after it."""
         self.on_step_end(args, state, control)
-
-
-def outlive_sigterm(worker: int = 0) -> None:
-    """For a process that loads data: SIGTERM goes to whole process groups, and the last step needs its samples. It ends
-    when its parent says so, or is gone."""
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -26,13 +26,13 @@ from mmdora.tokens import NEW_TOKENS
 from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
-from mmdora.training.batches import MicroBatches, as_workers_said, batching
+from mmdora.training.batches import MicroBatches, batching
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.flops import work_of
 from mmdora.training.meter import IGNORED, Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
-from mmdora.training.signals import outlive_sigterm
+from mmdora.training.workers import as_workers_said, start_worker
 from mmdora.zero import begin_stage_0, give_back, partition, read_in_forward
 
 # Before transformers had `loss_is_scaled_for_ga`, its Trainer divided the loss of some families by the micro-batches of
@@ -131,7 +131,7 @@ class AdapterTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=start_worker,
             # Its own: workers' seeds would else be drawn from the generator that dropout draws from, once or twice
             # more where a run was resumed.
             generator=torch.Generator().manual_seed(args.seed),

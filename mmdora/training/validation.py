@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmdora.adapters.norms import weights_fixed
 from mmdora.errors import UserError
 from mmdora.ranks import figures_of_all
-from mmdora.training.batches import as_workers_said
 from mmdora.training.meter import IGNORED
-from mmdora.training.signals import outlive_sigterm
+from mmdora.training.workers import as_workers_said, start_worker
 
 
 @contextmanager
@@ -68,7 +67,7 @@ def validation_loss(
         num_workers=args.dataloader_num_workers,
         generator=torch.Generator(),  # of its own: a loader draws a seed
         pin_memory=args.dataloader_pin_memory,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=start_worker,
     )
     total, tokens, at_once = 0.0, 0, args.per_device_train_batch_size * args.world_size
     with as_workers_said():
