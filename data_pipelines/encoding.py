@@ -58,6 +58,12 @@ class Encoder:
     max_length: int | None = None  # tokens
     overlong: Literal["skip", "truncate"] = "skip"  # what becomes of a sample longer than that
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up rows: the tokenizer's padding, or its end of sequence where it has none."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
     def encode(self, sample: Sample, changed: Callable[[str], None] = lambda reason: None) -> Encoded:
         """A training sample: `input_ids`, `labels` [1, tokens] and the processor's media tensors.
 

@@ -9,28 +9,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from data_pipelines.samples import Video
 from data_pipelines.video import load_video, resolve_reader
-from eval.benchmarks import BENCHMARKS, Question
+from eval.benchmarks import Question
 from eval.benchmarks.retrieval import ranked
 from eval.digests import media_digest
 from eval.dual_encoders import DualEncoder
 from eval.files import write_whole
-from eval.results import read_report
+from eval.receipts import finished, receipt_of
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig, VideoConfig
-from mmdora.errors import UserError
 
 FRAMES = VideoConfig(sampling="fps", fps=1.0, num_frames=12)  # CLIP4Clip's: one a second, at most 12
 
@@ -52,17 +49,17 @@ def evaluate_by_features(
     texts = {text_key(q.sample.messages[0].text, encoder): q.sample.messages[0].text for q in questions}
     videos = {video_key(video, encoder): video for video in map(shown, questions)}
     asked = [(text_key(q.sample.messages[0].text, encoder), video_key(shown(q), encoder)) for q in questions]
-    receipt = {**(origin or {}), **_receipt(config), "weights": encoder.weights}
+    receipt = {
+        **(origin or {}),
+        **receipt_of(config),
+        "frames": f"{FRAMES.fps:g} a second, at most {FRAMES.num_frames}; the mean of their features (meanP)",
+        "video_reader": resolve_reader(FRAMES.reader),
+        "weights": encoder.weights,
+    }
     receipt["questions"] = _digest([key for pair in asked for key in pair])
-    if (folder / "report.json").exists() and not overwrite:
-        report = read_report(folder)
-        if (report["benchmark"], report["receipt"]["questions"]) == (config.benchmark, receipt["questions"]):
-            advance(len(questions))
-            return report
-        raise UserError(
-            f"{folder} holds the finished result of another evaluation; --overwrite replaces it, --out puts the new "
-            "one elsewhere"
-        )
+    if not overwrite and (report := finished(folder, config.benchmark, receipt)) is not None:
+        advance(len(questions))
+        return report
     (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     features = Features(folder / "features")
     embed_texts(texts, encoder, features, config.batch_size)
@@ -75,23 +72,6 @@ def evaluate_by_features(
     report = make_report(config, responses, questions, scores, receipt)
     write_results(folder, responses, questions, scores, report)
     return report
-
-
-def _receipt(config: EvaluationConfig) -> dict[str, Any]:
-    """What the numbers depend on, for people to read."""
-    return {
-        "data": config.data,
-        "split": config.split,
-        "limit": config.limit,
-        "prompt_template": config.prompt or BENCHMARKS[config.benchmark].prompt,
-        "frames": f"{FRAMES.fps:g} a second, at most {FRAMES.num_frames}; the mean of their features (meanP)",
-        "video_reader": resolve_reader(FRAMES.reader),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def shown(question: Question) -> Video:

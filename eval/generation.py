@@ -118,11 +118,10 @@ class Answerer:
         self.model, self.tokenizer, self.device = model, encoder.processor.tokenizer, device_of(model)
         fillers = encoder.fillers(kinds or ())
         self.blank = [encoder.blank()] if kinds is not None and not fillers else []
-        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        self.pad = end if pad is None else pad
+        end = self.tokenizer.eos_token_id
         stop = model.generation_config.eos_token_id
         self.stop = stop if isinstance(stop, list) else [end if stop is None else stop]
-        self.collate = Collator(self.pad, side="left", fillers=fillers)
+        self.collate = Collator(encoder.pad_token_id, side="left", fillers=fillers)
         self.settings = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
@@ -130,7 +129,7 @@ class Answerer:
             "repetition_penalty": 1.0,
             "no_repeat_ngram_size": 0,
             "num_beams": 1,
-            "pad_token_id": self.pad,
+            "pad_token_id": encoder.pad_token_id,
             "eos_token_id": self.stop,
             # Said in so many words: left alone, transformers keeps processes in step wherever a ZeRO-3 config exists,
             # also for whole models, and waits for ever for one that has no batch left.

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.video import resolve_reader
@@ -19,8 +15,8 @@ from eval.benchmarks import BENCHMARKS, Question
 from eval.digests import weights_digest
 from eval.generation import answer_all
 from eval.judge import describe_judge, judge_all
+from eval.receipts import finished, receipt_of
 from eval.responses import process_rank, question_keys
-from eval.results import read_report
 from eval.scoring import make_report, score_all, write_results
 from mmdora.config import EvaluationConfig
 from mmdora.errors import UserError
@@ -92,17 +88,9 @@ def evaluate(
     if benchmark.is_judged:
         receipt["judge"] = config.judge and describe_judge(benchmark, config.judge)
     receipt["questions"] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
-    if (folder / "report.json").exists() and not overwrite:
-        there = read_report(folder)
-        same = (there["benchmark"], there["receipt"]["questions"]) == (config.benchmark, receipt["questions"])
-        if same and (config.judge is None or there["receipt"].get("judge") == receipt["judge"]):
-            advance(len(questions))
-            return there
-        changed = [k for k, v in receipt.items() if k != "questions" and there["receipt"].get(k, v) != v]
-        raise UserError(
-            f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; "
-            "--overwrite replaces it, --out puts the new one elsewhere"
-        )
+    if not overwrite and (report := finished(folder, config.benchmark, receipt)) is not None:
+        advance(len(questions))
+        return report
     if process_rank() == 0:
         (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
@@ -122,18 +110,10 @@ def evaluate(
 def _receipt(model: Any, encoder: Encoder, config: EvaluationConfig, questions: list[Question]) -> dict[str, Any]:
     """What the numbers depend on, for people to read."""
     return {
-        "data": config.data,
-        "split": config.split,
-        "limit": config.limit,
-        "prompt_template": config.prompt or BENCHMARKS[config.benchmark].prompt,
+        **receipt_of(config),
         "prompt": encoder.render(questions[0].sample, add_generation_prompt=True),
         "num_frames": encoder.video.num_frames,
         "video_reader": resolve_reader(encoder.video.reader),
         "decoding": f"greedy, at most {length_of_answers(config)} new tokens",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
     }

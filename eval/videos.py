@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from eval.layout import fields, read_jsonl
 from mmdora.errors import UserError
 
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".gif", "")  # "": a directory of pictures
 CUE = re.compile(r"(\d+):(\d\d):(\d\d)[,.](\d+)\s*-->\s*(\d+):(\d\d):(\d\d)[,.](\d+)")
+# The pictures that TVQA's authors hand out in place of videos.
+TV_FRAMES_FPS = 3.0
+TV_FOLDERS = tuple(f"frames_hq/{show}_frames" for show in ("bbt", "castle", "friends", "grey", "house", "met"))
 MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 
 
@@ -37,6 +41,25 @@ class Line(NamedTuple):
     text: str
     start: float
     end: float
+
+
+Subtitles: TypeAlias = dict[str, list[Line]]  # by video
+
+
+def read_subtitles(path: Path) -> Subtitles:
+    """VALUE's JSON lines, {"vid_name", "sub": [{"text", "start", "end"}]}. Raises UserError."""
+    said = {}
+    for number, row in enumerate(read_jsonl(path), 1):
+        where = f"row {number}"
+        video, subtitles = fields(row, path, where, "vid_name", "sub")
+        if not isinstance(subtitles, list):
+            raise UserError(f"{path}, {where}: 'sub' is no list of subtitles")
+        lines = [tuple(fields(line, path, where, "text", "start", "end")) for line in subtitles]
+        try:
+            said[str(video)] = [Line(str(text).strip(), float(start), float(end)) for text, start, end in lines]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, {where}: a subtitle does not start and end at seconds ({error})") from None
+    return said
 
 
 def read_srt(path: Path) -> list[Line]:

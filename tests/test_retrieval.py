@@ -136,7 +136,7 @@ def test_features_are_kept_under_what_they_depend_on(clip, data, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert len(before) == 8  # four sentences and four videos
     run(clip, data, out)  # finished already
-    with pytest.raises(UserError, match="holds the finished result of another evaluation"):
+    with pytest.raises(UserError, match="holds a finished result with other limit"):
         run(clip, data, out, limit=3)
     (kept / min(before)).unlink()
     assert run(clip, data, out, limit=3, overwrite=True)["n"] == 3

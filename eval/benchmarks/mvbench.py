@@ -32,14 +32,13 @@ from eval.files import json_text, write_whole
 from eval.layout import fields, find_folder, read_json, read_predicted, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from eval.videos import VideoFiles
+from eval.videos import TV_FRAMES_FPS, VideoFiles
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
 BEGINNING, BRACKET = "Best option:(", "("
-FRAMES_FPS = 3.0  # of TVQA's pictures
 # In the official order: the task, and the folder of its videos below video/. Clips of a video have "start" and "end".
 TASKS = {
     "Action Sequence": "star/Charades_v1_480",
@@ -127,7 +126,7 @@ class MVBench(Benchmark):
         if not file.exists() and home in CUT and (cut := VideoFiles([media / CUT[home]]).find(name)).exists():
             return Video(cut)
         start, end = map(_seconds, fields(row, path, where, "start", "end")) if task in BOUNDED else (None, None)
-        fps = FRAMES_FPS if home.startswith("tvqa/") and file.is_dir() else None
+        fps = TV_FRAMES_FPS if home.startswith("tvqa/") and file.is_dir() else None
         return Video(file, start=start, end=end, frames_fps=fps)
 
     def score(self, response: str, question: Question) -> Score:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from data_pipelines.samples import Video
 from eval.archives import write_zip
@@ -25,15 +25,12 @@ from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from eval.videos import Line, VideoFiles, spoken
+from eval.videos import TV_FOLDERS, TV_FRAMES_FPS, Subtitles, VideoFiles, read_subtitles, spoken
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
 
 log = logging.getLogger(__name__)
-FRAMES_FPS = 3.0  # of TVQA's pictures
-Subtitles: TypeAlias = dict[str, list[Line]]  # by video
-SHOWS = ("bbt", "castle", "friends", "grey", "house", "met")
 
 
 class ValueQA(Benchmark):
@@ -72,7 +69,7 @@ class ValueQA(Benchmark):
         lines = spoken(said.get(video, []), start, end)
         text = self.ask(config, question=asked, options=option_lines(options), subtitles=lines)
         file = videos.find(video)
-        clip = Video(file, start=start, end=end, frames_fps=FRAMES_FPS if file.is_dir() else None)
+        clip = Video(file, start=start, end=end, frames_fps=TV_FRAMES_FPS if file.is_dir() else None)
         show = row.get("show_name")
         categories = () if show is None else (f"show: {show}",)
         sample = conversation(key, text, [clip], str(path))
@@ -90,20 +87,11 @@ class ValueQA(Benchmark):
         if (file := next((place for place in places if place.is_file()), None)) is None:
             log.warning("%s: no %s; the prompt's {subtitles} stay empty", path.parent, self.subtitles)
             return {}
-        said = {}
-        for number, row in enumerate(read_jsonl(file)):
-            video, subtitles = fields(row, file, f"row {number}", "vid_name", "sub")
-            try:
-                said[str(video)] = [Line(s["text"].strip(), float(s["start"]), float(s["end"])) for s in subtitles]
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{file}, row {number}: expected text, start and end of each subtitle ({error})"
-                ) from None
-        return said
+        return read_subtitles(file)
 
     def _videos(self, root: Path) -> VideoFiles:
-        shows = [f"frames_hq/{show}_frames" for show in SHOWS] if self.task == "tvqa" else []
-        return VideoFiles([root / folder for folder in (*shows, "videos", "frames", ".")])
+        pictures = TV_FOLDERS if self.task == "tvqa" else ()
+        return VideoFiles([root / folder for folder in (*pictures, "videos", "frames", ".")])
 
     def score(self, response: str, question: Question) -> Score:
         return score_choice(response, question)

@@ -20,7 +20,7 @@ from eval.benchmarks.captions import CaptionBenchmark, checked_caption, scorable
 from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted, typed
 from eval.results import Result
-from eval.videos import Line, VideoFiles, spoken
+from eval.videos import TV_FOLDERS, TV_FRAMES_FPS, Subtitles, VideoFiles, read_subtitles, spoken
 from mmdora.config import EvaluationConfig
 from mmdora.config_files import find_path
 from mmdora.errors import UserError
@@ -32,8 +32,6 @@ MSRVTT_CATEGORIES = (  # category.txt, by number
     *("animation", "vehicles/autos", "howto", "travel", "science/technology", "animals/pets", "kids/family"),
     *("documentary", "food/drink", "cooking", "beauty/fashion", "advertisement"),
 )
-TV_FRAMES_FPS = 3.0  # of the pictures that TVQA's authors hand out in place of videos
-TV_SHOWS = ("bbt", "castle", "friends", "grey", "house", "met")
 
 Span: TypeAlias = tuple[float, float] | tuple[None, None]  # seconds; None: the whole video
 
@@ -114,7 +112,9 @@ class ValueCaption(CaptionBenchmark):
         wanted = f"{self.task}_{split}_release.jsonl"
         file = find_file(config.data, [f"ann/{self.task}/{wanted}", f"{self.task}/{wanted}", wanted], self.layout)
         files = videos_of(config, *self.folders)
-        said = self.read_subtitles(config) if "{subtitles}" in (config.prompt or "") else {}
+        said: Subtitles = {}
+        if "{subtitles}" in (config.prompt or ""):
+            said = read_subtitles(find_file(config.data, [f"ann/{self.subtitles}", self.subtitles], self.layout))
         asked = []
         for number, row in enumerate(read_jsonl(file), 1):
             where = f"row {number}"
@@ -127,20 +127,6 @@ class ValueCaption(CaptionBenchmark):
             details = {"split": split, "vid_name": name, "clip_id": clip_id}
             asked.append(Question(str(clip_id), sample, tuple(references), str(name), details=details))
         return scorable(asked)
-
-    def read_subtitles(self, config: EvaluationConfig) -> dict[str, list[Line]]:
-        """What is said in each video."""
-        file = find_file(config.data, [f"ann/{self.subtitles}", self.subtitles], self.layout)
-        said = {}
-        for number, row in enumerate(read_jsonl(file), 1):
-            where = f"row {number}"
-            name, subtitles = fields(row, file, where, "vid_name", "sub")
-            lines = [tuple(fields(line, file, where, "text", "start", "end")) for line in subtitles]
-            try:
-                said[name] = [Line(str(text).strip(), float(start), float(end)) for text, start, end in lines]
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{file}, {where}: a subtitle does not start and end at seconds ({error})") from None
-        return said
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """VALUE's JSON lines, {"clip_id", "descs": [{"desc"}]}, or ours."""
@@ -191,7 +177,7 @@ class TVC(ValueCaption):
     """TVC, moments of TV shows, by CIDEr (VALUE-Leaderboard/EvaluationTools, scoring_program/evaluate_tvc.py)."""
 
     task, subtitles, id_in_submission = "tvc", "tv_subtitles.jsonl", "vid_name"
-    folders = (*(f"frames_hq/{show}_frames" for show in TV_SHOWS), "videos", "frames", ".")
+    folders = (*TV_FOLDERS, "videos", "frames", ".")
     layout = """<data>/ann/tvc/tvc_val_release.jsonl, <data>/ann/tvc/tvc_test_release.jsonl
 <data>/ann/tv_subtitles.jsonl  (for prompts with {subtitles})
 <data>/frames_hq/house_frames/house_s02e05_seg02_clip_11/00001.jpg  (three a second)

@@ -99,12 +99,9 @@ def check_scored(config: RunConfig, questions: Questions) -> None:
 
 def held_out_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:
     """Under several processes each runs the vision encoder in every batch, as in training."""
-    tokenizer = encoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    return HeldOutCollator(
-        Collator(pad, fillers={} if alone else encoder.fillers(dataset.media_kinds())), encoder.blank()
-    )
+    fillers = {} if alone else encoder.fillers(dataset.media_kinds())
+    return HeldOutCollator(Collator(encoder.pad_token_id, fillers=fillers), encoder.blank())
 
 
 def sample_predictions(folder: Path, video: VideoConfig) -> list[Prediction]:

@@ -220,15 +220,13 @@ def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source]
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
-    tokenizer = encoder.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     fillers = encoder.fillers(dataset.media_kinds()) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
     trainer = AdapterTrainer(
         config,
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(pad, fillers=fillers, pack=row_length(model, config.data)),
+        data_collator=Collator(encoder.pad_token_id, fillers=fillers, pack=row_length(model, config.data)),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
