@@ -11,6 +11,7 @@ from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.ledger import Entry, from_change, from_error
 from data_pipelines.samples import Part, Sample, SampleError, Text, Video
 from mmdora.errors import UserError
+from mmdora.training.meter import PIXELS, frames_of
 
 FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
 
@@ -23,6 +24,7 @@ class Look:
     lengths: list[int] = field(default_factory=list)  # tokens
     supervised: list[int] = field(default_factory=list)  # of them, learnt
     kinds: list[tuple[int, int]] = field(default_factory=list)  # pictures and clips
+    frames: list[int] = field(default_factory=list)  # as the vision encoder takes them: crops, and a clip's frames
     entries: list[Entry] = field(default_factory=list)  # what training would write to the ledger
     example: tuple[Sample, Encoded] | None = None
 
@@ -50,6 +52,8 @@ def look(samples: Sequence[Sample], encoder: Encoder, most: int, advance: Callab
         media = list(sample.media())
         clips = sum(isinstance(part, Video) for part in media)
         found.kinds.append((len(media) - clips, clips))
+        found.frames.append(sum(frames_of(encoded, key) for key in PIXELS if key in encoded))
+        found.frames.append(sum(frames_of(encoded, key) for key in PIXELS if key in encoded))
         if found.example is None or (media and not any(found.example[0].media())):
             found.example = (sample, encoded)
     return found

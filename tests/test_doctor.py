@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,21 @@ def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
     page = (messy / "page.html").read_text()
     assert "a thing" in page
     assert "data.max_skipped" in page
+
+
+def test_validation_data_is_looked_at_and_compared(messy, world, capsys):
+    """Its losses, its frames, and what of it is trained on."""
+    lost = row("lost", "nowhere.png", "<image>\nWhat?", "a thing")
+    (messy / "watched.json").write_text(json.dumps([*json.loads((messy / "held_out.json").read_text()), lost]))
+    sources = f"[{{path: {messy}/watched.json}}, {{path: {world}/motion_held_out.json, format: shapes}}]"
+    overrides = config(messy, f"data.validation={sources}", "training.evaluate_every=50")
+    assert command("doctor", *overrides, "--samples", "8") == 1
+    out = capsys.readouterr().out
+    assert "watched.json: 1 of 3 looked at lost: no such file" in out
+    assert f"watched.json: 1 of its 2 files are training data too, such as {messy}/copy.png" in out
+    assert "[data.validation.0]" in out
+    table = out[out.index("what the samples become") :]
+    assert re.search(r"8 of 256 +0 +8 +4, ≤ 4 ", table)  # pictures, clips, frames of each
 
 
 def test_training_loses_what_the_doctor_said(messy, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +15,7 @@ from data_pipelines.dataset import Source, TrainDataset, read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.inspection import Look, look, readable, repeated, spelled
 from data_pipelines.ledger import Ledger, by_reason, from_rejected
+from eval.benchmarks import Question
 from eval.contamination import Asked, Overlap, find_overlaps
 from eval.run import read_questions
 from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
@@ -49,11 +50,15 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     check_names(config)
     console = make_console()
     console.record = html is not None
-    sources = [read_source(source, config.training.seed) for source in config.data.train]
+    training = [read_source(source, config.training.seed) for source in config.data.train]
+    validation = [read_source(source, config.training.seed) for source in config.data.validation]
+    sources = training + validation
+    settings = [f"data.train.{i}" for i in range(len(training))]
+    settings += [f"data.validation.{i}" for i in range(len(validation))]
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     processor = load_processor(config.model)
     encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    problems = check_stop(config, encoder) + plan_problems(config, sources, encoder)
+    problems = check_stop(config, encoder) + plan_problems(config, training, encoder)
     looks = []
     for source in sources:
         with progress_bar(console, f"looking at {source.path.name}", min(samples, len(source))) as advance:
@@ -61,8 +66,12 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     for source, found in zip(sources, looks, strict=True):
         show_example(console, encoder, source, found)
     show_tables(console, sources, looks)
-    problems += losses(config, sources, looks) + lengths(config, sources, looks)
-    problems += contamination(console, config, sources, questions)
+    problems += losses(config, sources, looks) + lengths(config, sources, looks, settings)
+    names = {f"evaluation.{i}": entry.name for i, entry in enumerate(config.evaluation)}
+    asked = {setting: questions[name] for setting, name in names.items()}
+    for setting, source in list(zip(settings, sources, strict=True))[len(training) :]:
+        names[setting], asked[setting] = source.path.name, as_questions(source)
+    problems += contamination(console, config, training, asked, names)
     show_problems(console, problems)
     if html is not None:
         console.save_html(str(html))
@@ -119,14 +128,15 @@ def show_example(console: Console, encoder: Encoder, source: Source, found: Look
 
 
 def show_tables(console: Console, sources: list[Source], looks: list[Look]) -> None:
-    columns = ("source", "samples", "looked at", "pictures", "clips", "tokens", "learnt")
+    columns = ("source", "looked at", "pictures", "clips", "frames", "tokens", "learnt")
     table = make_table("what the samples become", *columns)
     for source, found in zip(sources, looks, strict=True):
         pictures, clips = (sum(kind[i] for kind in found.kinds) for i in (0, 1))
-        tokens = f"{median(found.lengths):.0f}, ≤ {max(found.lengths)}" if found.lengths else "–"
+        counted = (found.frames, found.lengths)
+        frames, tokens = (f"{median(each):.0f}, ≤ {max(each)}" if each else "–" for each in counted)
         learnt = f"{sum(found.supervised) / sum(found.lengths):.1%}" if found.lengths else "–"
-        counts = [f"{len(source):,}", str(found.looked), str(pictures), str(clips)]
-        table.add_row(source.path.name, *counts, tokens, learnt)
+        counts = [f"{found.looked} of {len(source):,}", str(pictures), str(clips)]
+        table.add_row(source.path.name, *counts, frames, tokens, learnt)
     console.print(table)
     for source, found in zip(sources, looks, strict=True):
         rejected = [from_rejected(row) for row in source.rejected]
@@ -156,17 +166,17 @@ def losses(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[
     return [Problem("warning", f"{text}; they would be skipped", "data.train")]
 
 
-def lengths(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[Problem]:
+def lengths(config: RunConfig, sources: list[Source], looks: list[Look], settings: list[str]) -> list[Problem]:
     """Samples of which next to nothing is learnt, and a config that does not bound their length."""
     problems = []
-    for i, (source, found) in enumerate(zip(sources, looks, strict=True)):
+    for source, found, setting in zip(sources, looks, settings, strict=True):
         if found.lengths and sum(found.supervised) < FEW_LEARNT * sum(found.lengths):
             share = sum(found.supervised) / sum(found.lengths)
             text = f"{source.path.name}: only {share:.1%} of the tokens are learnt; most of each step is reading"
-            problems.append(Problem("note", text, f"data.train.{i}"))
+            problems.append(Problem("note", text, setting))
         if again := repeated(readable(source)):
             text = f"{source.path.name}: {again} of {len(source)} samples repeat an earlier one word for word"
-            problems.append(Problem("warning", text, f"data.train.{i}"))
+            problems.append(Problem("warning", text, setting))
     longest = max((max(found.lengths) for found in looks if found.lengths), default=0)
     if config.data.max_length is None:
         text = f"no bound on the length of a sample; the longest looked at has {longest} tokens"
@@ -174,26 +184,38 @@ def lengths(config: RunConfig, sources: list[Source], looks: list[Look]) -> list
     return problems
 
 
-def contamination(console: Console, config: RunConfig, sources: list[Source], asked: Asked) -> list[Problem]:
-    """Held-out files and questions that are training data too, and a table of what was compared."""
+def as_questions(source: Source) -> list[Question]:
+    """What held-out conversations ask last, without the answer."""
+    found = []
+    for sample in readable(source):
+        last = max((i for i, message in enumerate(sample.messages) if message.role == "user"), default=None)
+        if last is not None:
+            found.append(Question(sample.id, replace(sample, messages=sample.messages[: last + 1]), (), sample.id))
+    return found
+
+
+def contamination(
+    console: Console, config: RunConfig, sources: list[Source], asked: Asked, names: dict[str, str]
+) -> list[Problem]:
+    """Held-out files and questions that are training data too, and a table of what was compared; by their setting."""
     if not asked:
         return []
     with progress_bar(console, "comparing with held-out data", sum(len(source) for source in sources)) as advance:
         found = find_overlaps(sources, config.evaluation, asked, MOST_FILES, advance)
-    columns = ("benchmark", "files", "the same", "look alike", "questions", "words alone")
+    columns = ("held out", "files", "the same", "look alike", "questions", "words alone")
     table = make_table("what is in the training data too", *columns)
-    for name, overlap in found.items():
+    for setting, overlap in found.items():
         counts = (overlap.files, len(overlap.exact), len(overlap.near), len(overlap.questions), overlap.words_alone)
-        table.add_row(name, *(f"{count:,}" for count in counts))
+        table.add_row(names[setting], *(f"{count:,}" for count in counts))
     console.print(table)
     some = next(iter(found.values()))
     compared = f"{some.training_files_compared:,} of {some.training_files:,} training files"
     console.print(f"Looks were compared with {compared}, bytes with all.", style="dim")
-    return [problem for i, name in enumerate(asked) for problem in leaks(i, name, found[name])]
+    return [problem for setting in asked for problem in leaks(setting, names[setting], found[setting])]
 
 
-def leaks(number: int, name: str, overlap: Overlap) -> list[Problem]:
-    """What of a benchmark is trained on."""
+def leaks(setting: str, name: str, overlap: Overlap) -> list[Problem]:
+    """What of the held-out data is trained on."""
     told = []
     for pairs, what in ((overlap.exact, "are training data too"), (overlap.near, "look like training data")):
         if pairs:
@@ -204,7 +226,7 @@ def leaks(number: int, name: str, overlap: Overlap) -> list[Problem]:
         told.append(
             f"{count} of its questions are asked in training too, about the same, such as {overlap.questions[0]!r}"
         )
-    return [Problem("warning", f"{name}: {text}", f"evaluation.{number}") for text in told]
+    return [Problem("warning", f"{name}: {text}", setting) for text in told]
 
 
 def show_problems(console: Console, problems: list[Problem]) -> None:

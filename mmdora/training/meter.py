@@ -15,6 +15,7 @@ from mmdora.ranks import figures_of_all
 from mmdora.training.flops import Work, device_peak
 
 IGNORED = -100
+PIXELS = ("pixel_values", "pixel_values_videos")  # of pictures, of clips
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Counts:
                 self.samples += 1
             else:  # a batch gets a filler where it has no such media: what it has of them is the filler's
                 blank |= {key for key, row in fillers.items() if torch.equal(row["input_ids"][0], ids)}
-        for key in ("pixel_values", "pixel_values_videos"):
+        for key in PIXELS:
             if key in batch and key not in blank:
                 self.frames += frames_of(batch, key)
                 self.pixels += batch[key].numel()
@@ -58,7 +59,7 @@ def samples_of(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def frames_of(batch: Mapping[str, Tensor], key: str) -> int:
-    """How many pictures or frames the pixels under `key` are."""
+    """How many pictures or frames the pixels under `key` are, as the vision encoder takes them."""
     grid = batch.get("video_grid_thw" if key.endswith("videos") else "image_grid_thw")
     if grid is not None:  # Qwen's: patches in rows; a clip's frames go in pairs
         return int(grid[:, 0].sum()) * (2 if key.endswith("videos") else 1)
