@@ -59,6 +59,12 @@ class Score:
     unparsed: bool = False
     counts: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of_words(cls, value: float, response: str) -> Score:
+        """Of an answer in free words: only silence cannot be parsed."""
+        unparsed = not response.strip()
+        return cls(value, 0.0 if unparsed else value, unparsed)
+
 
 class Benchmark(ABC):
     """A benchmark is stateless; its docstring's first line says what it is and names the official scorer.

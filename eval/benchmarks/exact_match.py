@@ -22,5 +22,4 @@ class ExactMatch(OwnData):
 
     def score(self, response: str, question: Question) -> Score:
         right = float(normalize(response) in {normalize(reference) for reference in question.references})
-        unparsed = not response.strip()
-        return Score(right, 0.0 if unparsed else right, unparsed)
+        return Score.of_words(right, response)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,10 @@ testdev_balanced_choices.json   (for validity and plausibility, if you have it)"
         return response.rstrip(".").lower()
 
     def score(self, response: str, question: Question) -> Score:
-        right = float(response == question.references[0])
-        unparsed = not response.strip()
-        strict, counted = 0.0 if unparsed else right, float(question.details["balanced"])
-        counts = {"counted": counted, "counted_official": counted * right, "counted_strict": counted * strict}
-        return Score(right, strict, unparsed, counts)
+        score = Score.of_words(float(response == question.references[0]), response)
+        counted = float(question.details["balanced"])
+        counts = {"counted": counted, "counted_official": counted * score.official}
+        return replace(score, counts=counts | {"counted_strict": counted * score.strict})
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
         return 100 * totals[f"counted_{kind}"] / totals["counted"]

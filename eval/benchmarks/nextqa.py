@@ -143,8 +143,7 @@ class NExTOE(NExT):
         return questions
 
     def score(self, response: str, question: Question) -> Score:
-        value, unparsed = open_score(response, question), not response.strip()
-        return Score(value, 0.0 if unparsed else value, unparsed)
+        return Score.of_words(open_score(response, question), response)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         values = [open_score(responses[q.id], q, threshold=0.9) for q in questions]

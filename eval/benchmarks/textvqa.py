@@ -101,8 +101,7 @@ train_images/003a8ae2ef43b901.jpg   (of train and val; test_images/ of test)"""
 
     def score(self, response: str, question: Question) -> Score:
         value = textvqa_accuracy(response, question.references)
-        unparsed = not response.strip()
-        return Score(value, 0.0 if unparsed else value, unparsed)
+        return Score.of_words(value, response)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """EvalAI's format, `[{"question_id", "answer"}]`; LLaVA's answers (JSON lines with the image as `question_id`,

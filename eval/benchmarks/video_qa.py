@@ -54,9 +54,7 @@ class OpenVideoQA(Benchmark):
     prefix: ClassVar[str] = ""  # of the videos' files, which the annotations leave out
 
     def score(self, response: str, question: Question) -> Score:
-        unparsed = not response.strip()
-        right = float(response == question.references[0])
-        return Score(right, 0.0 if unparsed else right, unparsed)
+        return Score.of_words(float(response == question.references[0]), response)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         same = [_plain(responses[q.id]) == _plain(q.references[0]) for q in questions]

@@ -82,8 +82,7 @@ val/VizWiz_val_00000000.jpg   (or images/val/…; test/ for the split test)"""
 
     def score(self, response: str, question: Question) -> Score:
         value = vizwiz_accuracy(response, question.references)
-        unparsed = not response.strip()
-        return Score(value, 0.0 if unparsed else value, unparsed)
+        return Score.of_words(value, response)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         told = [normalize(responses[q.id]) == UNANSWERABLE for q in questions]

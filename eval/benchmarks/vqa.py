@@ -98,5 +98,4 @@ class VQA(OwnData):
             value = float(normalize(response) == normalize(question.references[0]))
         else:
             value = vqa_accuracy(response, question.references)
-        unparsed = not response.strip()
-        return Score(value, 0.0 if unparsed else value, unparsed)
+        return Score.of_words(value, response)

@@ -96,8 +96,7 @@ class CocoQuestions(Benchmark):
 
     def score(self, response: str, question: Question) -> Score:
         value = vqa_accuracy(response, question.references)
-        unparsed = not response.strip()
-        return Score(value, 0.0 if unparsed else value, unparsed)
+        return Score.of_words(value, response)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
         """The official format, LLaVA's answers (`{"question_id", "text"}`), or ours."""
