@@ -30,6 +30,7 @@ CLIPS = {
     "mpeg4_b.mp4": ({"codec": "mpeg4", "b_frames": 2}, False),
     "mpeg4_b.avi": ({"codec": "mpeg4", "b_frames": 2}, False),
     "h264.avi": ({"b_frames": 3}, False),
+    "hevc.mp4": ({"codec": "libx265", "b_frames": 3, "g": "10", "x265-params": "log-level=none:pools=1"}, True),
     "vp9.webm": ({"codec": "libvpx-vp9", "g": "8"}, True),
     "mjpeg.avi": ({"codec": "mjpeg", "pixels": "yuvj420p"}, True),
     "av1.mp4": ({"codec": "libsvtav1", "size": (128, 96), "svtav1-params": "lp=1"}, False),
@@ -76,6 +77,18 @@ def test_readers_give_the_frames_that_a_walk_from_the_start_gives(clips, name):
     file = VIDEO_READERS["pyav"](clips / name)
     for index in np.random.default_rng(0).integers(0, FRAMES, 2 * FRAMES).tolist():
         assert np.array_equal(file.read([index])[0], expected[index]), index
+    file.close()
+
+
+@pytest.mark.parametrize("name", ["b_frames.mkv", "hevc.mp4"])
+def test_frames_that_no_other_needs_are_not_decoded(clips, name):
+    file = VIDEO_READERS["pyav"](clips / name)
+    decoded = []
+    every = file._decoded
+    file._decoded = lambda: (decoded.append(frame.pts) or frame for frame in every())
+    expected = decode_all(clips / name)
+    assert np.array_equal(file.read([FRAMES - 2])[0], expected[FRAMES - 2])
+    assert len(decoded) < FRAMES - 2 - 10  # those from the keyframe on
     file.close()
 
 

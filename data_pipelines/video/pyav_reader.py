@@ -16,6 +16,8 @@ from data_pipelines.video.packets import Packets, rate_of, read_packets
 from data_pipelines.video.registry import VIDEO_READERS, Timeline
 
 BEGINNING = -(2**63)  # a time before every other
+# In these a frame that no other refers to is marked so, and may be left out without a trace in the others.
+SKIPPING = {"h264", "hevc"}
 
 
 @VIDEO_READERS.register("pyav")
@@ -32,6 +34,7 @@ class PyAVFile:
     """
 
     _frames: Iterator[Any]
+    _wanted = BEGINNING  # the time of the frame that is looked for
 
     def __init__(self, path: Path):
         from av.video.reformatter import VideoReformatter
@@ -63,12 +66,16 @@ class PyAVFile:
         return frames
 
     def _frame(self, index: int) -> Any:
+        due = BEGINNING
+        if self._packets is not None and self._stream.codec_context.name in SKIPPING:
+            due = self._packets.pts[index]
         for start in self._starts(index):
+            self._wanted = due if start != BEGINNING else BEGINNING  # the last resort decodes everything
             if start == BEGINNING:
                 self._rewind()
             elif start is not None:
                 self._container.seek(start, stream=self._stream)
-                self._frames = iter(self._container.decode(self._stream))
+                self._frames = self._decoded()
             for frame in self._frames:
                 place = self._at + 1 if self._packets is None else self._place.get(frame.pts, -1)
                 self._at = max(place, 0)
@@ -86,6 +93,13 @@ class PyAVFile:
         plane: Any = self._to_rgb.reformat(frame, width, height, "rgb24").planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
         return np.rot90(rows[:, : 3 * width].reshape(height, width, 3), turns)
+
+    def _decoded(self) -> Iterator[Any]:
+        """The frames from here on, without those that come before the one wanted and that no other refers to."""
+        for packet in self._container.demux(self._stream):
+            early = packet.pts is not None and packet.pts < self._wanted
+            self._stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+            yield from packet.decode()
 
     def _starts(self, index: int) -> Iterator[int | None]:
         """Where to decode from, the cheapest first: here (None), at the time of a keyframe, at the one before, where a
@@ -116,7 +130,7 @@ class PyAVFile:
         """Back to the very first packet: opened anew, since not every format can seek there."""
         self._container.close()
         self._open()
-        self._frames = iter(self._container.decode(self._stream))
+        self._frames = self._decoded()
         self._at = -1
 
     def _count(self) -> Timeline:
