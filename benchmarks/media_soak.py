@@ -31,6 +31,7 @@ from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import isolation, load_video
 from mmdora.config import VideoConfig
+from mmdora.training.workers import start_worker
 
 CONFIG = VideoConfig(num_frames=8, timeout=60)
 DAMAGED = 100  # one video in so many
@@ -100,7 +101,13 @@ def soak(media: Media, start: str, workers: int) -> dict[str, Any]:
     """The figures of one pass."""
     gc.collect()
     before = psutil.Process().num_fds()
-    loader = DataLoader(media, batch_size=None, num_workers=workers, multiprocessing_context=start)
+    loader = DataLoader(
+        media,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=start,
+        worker_init_fn=start_worker,
+    )
     seen: list[tuple[float, int, int]] = []
     done = np.zeros(3, int)
     began = time.monotonic()

@@ -11,7 +11,6 @@ from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.ledger import Entry, from_change, from_error
 from data_pipelines.samples import Part, Sample, SampleError, Text, Video
 from mmdora.errors import UserError
-from mmdora.training.meter import PIXELS, frames_of
 
 FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
 
@@ -33,7 +32,13 @@ class Look:
         return [entry for entry in self.entries if not entry.changed]
 
 
-def look(samples: Sequence[Sample], encoder: Encoder, most: int, advance: Callable[[int], None]) -> Look:
+def look(
+    samples: Sequence[Sample],
+    encoder: Encoder,
+    most: int,
+    advance: Callable[[int], None],
+    frames_in: Callable[[Encoded], int],
+) -> Look:
     """Encode at most `most` samples, at equal steps over all of them, as training would."""
     found = Look()
     count = min(most, len(samples))
@@ -52,8 +57,8 @@ def look(samples: Sequence[Sample], encoder: Encoder, most: int, advance: Callab
         media = list(sample.media())
         clips = sum(isinstance(part, Video) for part in media)
         found.kinds.append((len(media) - clips, clips))
-        found.frames.append(sum(frames_of(encoded, key) for key in PIXELS if key in encoded))
-        found.frames.append(sum(frames_of(encoded, key) for key in PIXELS if key in encoded))
+        found.frames.append(frames_in(encoded))
+        found.frames.append(frames_in(encoded))
         if found.example is None or (media and not any(found.example[0].media())):
             found.example = (sample, encoded)
     return found

@@ -69,11 +69,10 @@ def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
 
 
 def make_table(title: str, *columns: str) -> Table:
-    """A table with rules under its head only, which stays inside 80 columns where a boxed one wraps its figures; where
-    it is too wide nevertheless, the names in its first column are folded."""
+    """A table with rules under its head only, which stays inside 80 columns where a boxed one wraps its figures."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number > 0, overflow="fold" if number == 0 else "ellipsis")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     return table
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import AutoConfig, GenerationConfig
 
 from data_pipelines.dataset import Source, TrainDataset, read_source
-from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.inspection import Look, look, readable, repeated, spelled
 from data_pipelines.ledger import Ledger, by_reason, from_rejected
 from eval.benchmarks import Question
@@ -26,6 +26,7 @@ from mmdora.errors import UserError
 from mmdora.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches
+from mmdora.training.meter import PIXELS, frames_of
 from mmdora.training.packing import check_packing
 
 MOST_FILES = 1000  # on each side, compared by their looks
@@ -62,7 +63,7 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     looks = []
     for source in sources:
         with progress_bar(console, f"looking at {source.path.name}", min(samples, len(source))) as advance:
-            looks.append(look(source, encoder, samples, advance))
+            looks.append(look(source, encoder, samples, advance, frames_in))
     for source, found in zip(sources, looks, strict=True):
         show_example(console, encoder, source, found)
     show_tables(console, sources, looks)
@@ -76,6 +77,10 @@ def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int
     if html is not None:
         console.save_html(str(html))
     return int(any(problem.gravity == "error" for problem in problems))
+
+
+def frames_in(encoded: Encoded) -> int:
+    return sum(frames_of(encoded, key) for key in PIXELS if key in encoded)
 
 
 def check_stop(config: RunConfig, encoder: Encoder) -> list[Problem]:
@@ -130,6 +135,7 @@ def show_example(console: Console, encoder: Encoder, source: Source, found: Look
 def show_tables(console: Console, sources: list[Source], looks: list[Look]) -> None:
     columns = ("source", "looked at", "pictures", "clips", "frames", "tokens", "learnt")
     table = make_table("what the samples become", *columns)
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a file's name may be long; figures stay whole
     for source, found in zip(sources, looks, strict=True):
         pictures, clips = (sum(kind[i] for kind in found.kinds) for i in (0, 1))
         counted = (found.frames, found.lengths)

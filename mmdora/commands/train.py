@@ -118,6 +118,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             save_adapter(trainer.model, run_dir.adapter)
 
         step = trainer.state.global_step
+        trainer.end_workers()
         del trainer, model, log
         gc.collect()
         arguments.distributed_state.wait_for_everyone()

@@ -122,7 +122,7 @@ class AdapterTrainer(Trainer):
         batches = MicroBatches(plan, args.process_index)
         self.pop_callback(EpochOrder)  # of an earlier `train`
         self.add_callback(EpochOrder(batches))
-        return DataLoader(
+        self.loader = DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
@@ -136,6 +136,12 @@ class AdapterTrainer(Trainer):
             # more where a run was resumed.
             generator=torch.Generator().manual_seed(args.seed),
         )
+        return self.loader
+
+    def end_workers(self) -> None:
+        """End the processes that load samples. Left to the garbage collector, which may take their queues first, each
+        is waited for in vain, five seconds long."""
+        self.loader._iterator = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step, which are waited for and counted here. Raises UserError."""
