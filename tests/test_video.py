@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,19 @@ def test_readers_give_the_frames_that_a_walk_from_the_start_gives(clips, name):
     for index in np.random.default_rng(0).integers(0, FRAMES, 2 * FRAMES).tolist():
         assert np.array_equal(file.read([index])[0], expected[index]), index
     file.close()
+
+
+def test_nothing_of_a_file_is_left_to_a_forked_process(clips):
+    """No thread while it is open, and nothing to collect once it is closed."""
+    tasks = Path("/proc/self/task")
+    before = set(tasks.iterdir()) if tasks.is_dir() else None
+    file = VIDEO_READERS["pyav"](clips / "h264.mp4")
+    file.read([0, FRAMES - 1])
+    assert before is None or set(tasks.iterdir()) == before
+    kept = weakref.ref(file)
+    file.close()
+    del file
+    assert kept() is None
 
 
 @pytest.mark.parametrize("name", ["b_frames.mkv", "hevc.mp4"])

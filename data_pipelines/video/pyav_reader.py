@@ -52,6 +52,7 @@ class PyAVFile:
         self._at = len(self.timeline.times)  # the frame that the decoder gave last; here: past them all
 
     def close(self) -> None:
+        self._frames = iter(())  # which holds this object, and would leave it to the garbage collector
         self._container.close()
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -90,7 +91,8 @@ class PyAVFile:
         """RGB [height, width, 3], turned as the file says; of `shape` where the size changes in mid-stream."""
         turns = round(frame.rotation / 90) % 4
         height, width = (frame.height, frame.width) if shape is None else (shape[1::-1] if turns % 2 else shape[:2])
-        plane: Any = self._to_rgb.reformat(frame, width, height, "rgb24").planes[0]
+        # One thread here too: a converter with threads that a forked process frees waits for them for ever.
+        plane: Any = self._to_rgb.reformat(frame, width, height, "rgb24", threads=1).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
         return np.rot90(rows[:, : 3 * width].reshape(height, width, 3), turns)
 
