@@ -38,7 +38,7 @@ from transformers import LlavaProcessor
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from data_pipelines.video import load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from mmdora.training.workers import start_worker
 
 Candidates = dict[str, Callable[[], object]]

@@ -106,7 +106,7 @@ def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
     from eval.generation import answer_all
     from eval.responses import question_keys
     from eval.run import read_questions
-    from mmdora.config import EvaluationConfig
+    from mmdora.core.config import EvaluationConfig
 
     model, processor = load()
     config = EvaluationConfig(name="vqa", benchmark="vqa", data=str(data))

@@ -32,7 +32,7 @@ from eval.benchmarks import Question
 from eval.metrics import cluster_bootstrap
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.leaderboard import run as leaderboard
-from mmdora.config import EvaluationConfig
+from mmdora.core.config import EvaluationConfig
 
 WORDS = ("kitchen", "street", "table", "woman", "red", "blue", "cat", "dog", "left", "right", "under", "holding", "two")
 CHANGE = """new Promise(done => {

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from mmdora.config_files import find_path
+from mmdora.core.config_files import find_path
 
 QUESTION, ANSWER = "What is on the table beside the window?", "A blue vase with yellow tulips."
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import isolation, load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from mmdora.training.workers import start_worker
 
 CONFIG = VideoConfig(num_frames=8, timeout=60)

@@ -35,7 +35,7 @@ from data_pipelines.collator import Collator
 from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.ledger import Ledger
-from mmdora.config import RunConfig
+from mmdora.core.config import RunConfig
 from mmdora.training.arguments import training_arguments
 from mmdora.training.trainer import AdapterTrainer
 

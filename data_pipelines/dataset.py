@@ -24,9 +24,9 @@ from data_pipelines.ledger import Entry, Ledger, from_change, from_error
 from data_pipelines.mixture import epoch, shares, take
 from data_pipelines.rows import RowError, data_files, rows_class
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Video
-from mmdora.config import SourceConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import SourceConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 LOOKED_AT = 20  # rows at most, to tell a file's format
 IMAGES, VIDEOS = 1, 2  # bits of `kinds`

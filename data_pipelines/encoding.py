@@ -23,8 +23,8 @@ from data_pipelines.rendering import Span, answer_spans, placeholders, render, r
 from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
 from data_pipelines.truncation import check_cut, without_last_answer
 from data_pipelines.video import VideoClip, load_video
-from mmdora.config import VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import VideoConfig
+from mmdora.core.errors import UserError
 
 IGNORED = -100  # a label that the loss skips
 # What processors raise for a text or a picture that they cannot take.

@@ -26,7 +26,7 @@ import numpy as np
 from data_pipelines.formats.registry import Format, Place, Where, check_links, kept, printable
 from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Text
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 VERSION = 3  # of what an index holds; another version is built anew
 REJECTED, REPEATED = 1, 2  # bits of `flags`

@@ -10,7 +10,7 @@ from itertools import groupby
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.ledger import Entry, from_change, from_error
 from data_pipelines.samples import Part, Sample, SampleError, Text, Video
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 FOLDED = 4  # tokens in a row from which on equal ones are folded: a picture's
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipelines.samples import Rejected, Sample, SampleError
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 MOST = 500  # characters of a reason or a file's name in the ledger
 # Quoted names, paths and numbers. A path begins after a space: were it sought at every character, a long text without

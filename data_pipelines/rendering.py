@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipelines.samples import Image, Message, Part, Sample, SampleError, Text
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 Span: TypeAlias = tuple[int, int]  # characters of the rendering, the second left out
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
 

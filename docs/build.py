@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the comments in mmdora/config.py: every key of a run's YAML."""
+"""Write docs/settings.md from the comments in mmdora/core/config.py: every key of a run's YAML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parent / "mmdora" / "config.py"
+SOURCE = HERE.parent / "mmdora" / "core" / "config.py"
 SECTIONS = {
     "ModelConfig": "model",
     "VisionEncoderConfig": "model.vision_encoder",
@@ -27,8 +27,8 @@ def settings(source: str) -> str:
     out = [
         "# Settings",
         "",
-        "Every key of a run's YAML. `make docs` writes this page from `mmdora/config.py`; any key can be set on the",
-        "command line: `mmdora train CONFIG section.key=value`.",
+        "Every key of a run's YAML. `make docs` writes this page from `mmdora/core/config.py`; any key can be set on",
+        "the command line: `mmdora train CONFIG section.key=value`.",
     ]
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef) or node.name not in SECTIONS:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eval.files import utf8, write_whole
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def write_zip(out: Path, files: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 # What ptbtokenizer.py leaves out of a tokenized caption.
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."])

@@ -11,7 +11,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark
 from eval.metrics import PERCENT, Table, holm, mcnemar, paired_difference
 from eval.results import Result
 from eval.scoring import score_table
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 Row = Mapping[str, Any]  # a line of scores.jsonl
 KINDS = ("official", "strict", "judged")  # never held against one another

@@ -23,8 +23,8 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.benchmarks.choice import LETTER_PROMPT
 from eval.digests import media_digest
 from eval.fingerprints import Fingerprint, FingerprintCache, Near, fingerprint_cache
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, SourceConfig
+from mmdora.core.errors import UserError
 
 MOST_FILES = 10_000  # on each side, compared by their looks after an evaluation
 SHOWN = 5  # examples of each kind in a receipt

@@ -12,8 +12,8 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 
 from eval.digests import processor_digest, weights_digest
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.rundir import on_device
 

@@ -27,7 +27,7 @@ from eval.dual_encoders import DualEncoder
 from eval.files import write_whole
 from eval.receipts import finished, receipt_of
 from eval.scoring import make_report, score_all, write_results
-from mmdora.config import EvaluationConfig, VideoConfig
+from mmdora.core.config import EvaluationConfig, VideoConfig
 
 FRAMES = VideoConfig(sampling="fps", fps=1.0, num_frames=12)  # CLIP4Clip's: one a second, at most 12
 

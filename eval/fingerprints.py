@@ -22,8 +22,8 @@ from data_pipelines.images import load_image
 from data_pipelines.index import cache_folder
 from data_pipelines.samples import Image, MediaError, Video
 from data_pipelines.video import load_video
-from mmdora.config import VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import VideoConfig
+from mmdora.core.errors import UserError
 
 VERSION = 1  # of what the cache holds
 SIDE, CELLS = 16, 8  # of what is hashed, and of the thumbnail, in pixels

@@ -16,9 +16,9 @@ from data_pipelines.encoding import Encoded, Encoder, MediaKind
 from data_pipelines.samples import Image, SampleError, Video
 from eval.benchmarks import Question
 from eval.responses import Responses, process_count, process_rank
-from mmdora.errors import RunError
-from mmdora.ranks import any_process
-from mmdora.zero import device_of, gathered, is_partitioned
+from mmdora.core.deepspeed import device_of, gathered, is_partitioned
+from mmdora.core.distributed import any_process
+from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
 

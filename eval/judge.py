@@ -24,9 +24,9 @@ from typing import Any
 from eval.benchmarks import Benchmark, Question
 from eval.files import json_text, write_whole
 from eval.layout import fields, read_jsonl
-from mmdora.config import JudgeConfig
-from mmdora.config_files import find_path
-from mmdora.errors import RunError, UserError
+from mmdora.core.config import JudgeConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 

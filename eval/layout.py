@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any
 from eval.files import write_whole
 from eval.leaderboard import CLEAR, Board, Column, categories, cells, models_differ, question_rows, worth
 from eval.report import jpeg_address, thumbnails
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_QUESTIONS = 20_000  # of each benchmark on the page: VQAv2 has 214,354

@@ -12,8 +12,8 @@ import transformers
 
 from eval.benchmarks import BENCHMARKS
 from eval.results import read_report
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 
 def receipt_of(config: EvaluationConfig) -> dict[str, Any]:

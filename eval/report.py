@@ -15,7 +15,7 @@ from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import load_video
 from eval.results import read_report, read_scores
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 
 SHOWN = 12  # questions of each benchmark
 THUMBNAIL = 132  # pixels, the longer side

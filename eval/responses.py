@@ -21,7 +21,7 @@ from data_pipelines.samples import Image, Text, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from eval.digests import media_digest, processor_digest
-from mmdora.errors import RunError
+from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
 

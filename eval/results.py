@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.layout import fields, read_json, read_jsonl, typed_fields
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 REPORT = {"name": str, "benchmark": str, "n": int, "scores": dict, "categories": dict, "receipt": dict}
 ROW: dict[str, Any] = {

@@ -18,9 +18,9 @@ from eval.judge import describe_judge, judge_all
 from eval.receipts import finished, receipt_of
 from eval.responses import process_rank, question_keys
 from eval.scoring import make_report, score_all, write_results
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
-from mmdora.ranks import from_main
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.distributed import from_main
+from mmdora.core.errors import UserError
 
 
 def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[Question]:

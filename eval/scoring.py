@@ -15,7 +15,7 @@ from typing import Any
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
 from eval.files import json_text, write_whole
 from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
-from mmdora.config import EvaluationConfig
+from mmdora.core.config import EvaluationConfig
 
 Figure = dict[str, float | None] | None  # {"value", "low", "high"}; None where it means nothing
 

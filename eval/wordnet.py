@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 NOUN, VERB, ADJECTIVE, ADVERB = "noun", "verb", "adj", "adv"
 PARTS_OF_SPEECH = (NOUN, VERB, ADJECTIVE, ADVERB)  # the order in which a word's senses are listed

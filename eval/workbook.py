@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def read_workbook(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmdora
 import mmdora.vision_encoders  # registers the tiny model's OpenCLIP tower with transformers
-from mmdora.config_files import find_path
+from mmdora.core.config_files import find_path
 
 OUT = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 base = find_path("assets/tiny-llava")

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from mmdora.errors import UserError
-from mmdora.registry import Registry, nearest
+from mmdora.core.errors import UserError
+from mmdora.core.registry import Registry, nearest
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mmdora.architectures import Region, is_inside, unused_blocks
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def blocks_of(model: nn.Module, region: Region) -> list[str]:

@@ -13,8 +13,8 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mmdora.config import ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.llava_resampler import LlavaResamplerProcessor
 
 # A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.

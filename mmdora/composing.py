@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from mmdora.composed_processor import image_token, make_processor, video_token
-from mmdora.config import ModelConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 from mmdora.llava_resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.projectors import IDENTITY, make_linear

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from mmdora.checkpoint import load_adapter
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 from mmdora.llava_layout import FEATURES, Tensors, check_tensors, read_config, read_layout
 from mmdora.loading_errors import LOADING_ERRORS, why
 from mmdora.merging import merge_adapters

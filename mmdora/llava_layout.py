@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 Tensors = dict[str, Tensor]
 

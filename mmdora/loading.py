@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mmdora.composed_processor import check_chat_template
 from mmdora.composing import compose
-from mmdora.config import ModelConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.deepspeed import whole_models
+from mmdora.core.errors import UserError
 from mmdora.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.preprocessing import pad_to_square
@@ -23,7 +24,6 @@ from mmdora.tokens import add_tokens, extend_tokenizer
 from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
 from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
-from mmdora.zero import whole_models
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 # What `from_pretrained` and its kin raise for files that are missing, damaged or another model's.
 LOADING_ERRORS = (

@@ -16,7 +16,7 @@ from mmdora.adapters.experts import AdaptedExperts
 from mmdora.adapters.functional import dora_gain
 from mmdora.adapters.siblings import share_reads
 from mmdora.checkpoint import write_adapter
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
 from mmdora.peft_format import PREFIX, VALUES, metadata, peft_config
 from mmdora.tokens import fold_rows, new_tokens, rows_contents, tied_embeddings, token_rows

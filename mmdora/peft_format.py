@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mmdora.adapters.base import LowRankSpec
 from mmdora.adapters.targets import pattern_value
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 PREFIX = "base_model.model."
 OWN_TYPE = "MMDORA"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import LlavaImageProcessor, LlavaProcessor
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 KEPT = ("crop_size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 

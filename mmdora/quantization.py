@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmdora.architectures import architecture_of
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def quantize_language_model(model: nn.Module, bits: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from mmdora.atomic import clear_leftovers, damage
-from mmdora.config import ModelConfig, RunConfig, VideoConfig
-from mmdora.config_files import dump_config, parse_config
-from mmdora.errors import UserError
+from mmdora.core.atomic import clear_leftovers, damage
+from mmdora.core.config import ModelConfig, RunConfig, VideoConfig
+from mmdora.core.config_files import dump_config, parse_config
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from eval.results import read_result
 from eval.run import evaluate, read_questions
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
-from mmdora.config import EvaluationConfig, ModelConfig, VideoConfig
+from mmdora.core.config import EvaluationConfig, ModelConfig, VideoConfig
 from mmdora.loading import load_model
 
 

@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny():
     """(model, processor) of the shipped base, in fp32, fresh for each test."""
-    from mmdora.config import ModelConfig
+    from mmdora.core.config import ModelConfig
     from mmdora.loading import load_model
 
     torch.manual_seed(0)

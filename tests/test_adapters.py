@@ -16,8 +16,8 @@ from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.adapters import adapter_layers, resolve_targets
 from mmdora.adapters.functional import dora_norm
 from mmdora.architectures import find_part
-from mmdora.config import PartConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig, VideoConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image, write_video
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdora.errors import RunError
+from mmdora.core.errors import RunError
 from mmdora.training.audit import Audit
 from tests.media import write_image
 from tests.test_doctor import row

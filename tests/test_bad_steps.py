@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.ledger import Entry, Ledger
-from mmdora.config_files import load_config
+from mmdora.core.config_files import load_config
 from mmdora.training import bad_steps
 from mmdora.training.bad_steps import BadSteps
 from mmdora.training.batches import Batching, step_samples

@@ -13,8 +13,8 @@ import mmdora
 from data_pipelines.collator import Collator, first_fit
 from data_pipelines.encoding import Encoded, Encoder
 from data_pipelines.samples import Sample
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import (
     Batching,
@@ -197,7 +197,7 @@ class Recorder(AdapterTrainer):
 
 
 def train(tiny, output, *overrides: str, resume: str | None = None) -> Recorder:
-    from mmdora.config import ModelConfig
+    from mmdora.core.config import ModelConfig
     from mmdora.loading import load_model
 
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))

@@ -8,8 +8,8 @@ import pytest
 
 from data_pipelines.samples import Image, Text
 from eval.benchmarks import BENCHMARKS
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 OWN = ("vqa", "exact_match", "multiple_choice", "caption")
 ROW = {

@@ -14,8 +14,8 @@ from eval.captions_java import meteor_process
 from eval.run import evaluate, read_questions
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
-from mmdora.config import EvaluationConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, VideoConfig
+from mmdora.core.errors import UserError
 from tests.families import qwen2_vl
 from tests.media import write_image, write_video
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from eval.captions import bleu, cider, rouge_l
 from eval.captions_java import meteor_process, tokenize
 from eval.run import read_questions
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 WORDS = ["a", "the", "man", "woman", "dog", "rides", "sits", "on", "street", "red", "blue", ",", ".", "'s"]

@@ -16,7 +16,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Video
 from mmdora.architectures import Region, architecture_of, unused_blocks
 from mmdora.blocks import blocks_of
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from tests.families import FAMILIES
 from tests.media import write_image, write_video
 from tests.test_composed import TOWERS, batches, compose

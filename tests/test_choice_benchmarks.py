@@ -15,7 +15,7 @@ from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.commonsense import TASKS
 from eval.results import read_result
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write, write_lines
 from tests.choice_files import commonsense_files, mmbench_files, mmbench_rows, science_files, seed_files
 from tests.media import write_image

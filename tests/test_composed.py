@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
-from mmdora.config import ModelConfig, VideoConfig
+from mmdora.core.config import ModelConfig, VideoConfig
 from mmdora.loading import load_model, needs_mmdora, save_model, to_plain_transformers
 from mmdora.projectors import IdentityLinear
 from mmdora.vision_encoders import VISION_ENCODERS

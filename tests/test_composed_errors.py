@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mmdora.config import ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model, save_model
 from mmdora.vision_encoders import VISION_ENCODERS
 from tests.tiny_models import CHAT_TEMPLATE, LAYERS, write_language_model, write_tokenizer, write_tower

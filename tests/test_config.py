@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mmdora.config import RunConfig
-from mmdora.config_files import dump_config, load_config, parse_config
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.config_files import dump_config, load_config, parse_config
+from mmdora.core.errors import UserError
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -17,8 +17,8 @@ from eval.benchmarks import Question
 from eval.contamination import comparison, find_overlaps
 from eval.fingerprints import SIDE, Near, fingerprint, fingerprint_cache
 from eval.run import read_questions
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, SourceConfig
+from mmdora.core.errors import UserError
 from tests.media import picture, write_image, write_video
 from tests.test_runs import command
 

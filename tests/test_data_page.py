@@ -12,7 +12,7 @@ from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger
-from mmdora.config import DataConfig, SourceConfig
+from mmdora.core.config import DataConfig, SourceConfig
 from mmdora.training.meter import PIXELS
 from tests.conftest import ROOT
 

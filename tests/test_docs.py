@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 from docs.build import settings
-from mmdora.config import RunConfig
+from mmdora.core.config import RunConfig
 from tests.conftest import ROOT
 
 
 def test_the_settings_page_is_current():
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page == settings((ROOT / "mmdora" / "config.py").read_text(encoding="utf-8")), "run `make docs`"
+    assert page == settings((ROOT / "mmdora" / "core" / "config.py").read_text(encoding="utf-8")), "run `make docs`"
 
 
 def test_the_lock_holds_no_addresses():

@@ -13,7 +13,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.inspection import repeated, spelled
 from data_pipelines.ledger import read_ledger
 from data_pipelines.samples import Image, Message, Sample, Text
-from mmdora.config import SourceConfig
+from mmdora.core.config import SourceConfig
 from tests.media import write_image
 from tests.test_runs import command
 

@@ -20,8 +20,8 @@ from eval.metrics import cluster_bootstrap, majority_share, wilson
 from eval.responses import Responses, question_keys
 from eval.run import evaluate
 from eval.scoring import make_report, score_all
-from mmdora.config import EvaluationConfig, VideoConfig
-from mmdora.errors import RunError, UserError
+from mmdora.core.config import EvaluationConfig, VideoConfig
+from mmdora.core.errors import RunError, UserError
 from tests.media import write_image
 from tests.test_runs import command, small
 

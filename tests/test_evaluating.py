@@ -25,8 +25,8 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import SampleError
 from mmdora.checkpoint import load_adapter
 from mmdora.commands.evaluating import Evaluator
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.rundir import check_resumable, load_target
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import MetricsFile, curves

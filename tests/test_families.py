@@ -14,8 +14,8 @@ from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Vi
 from mmdora import inject_adapters, load_adapter, merge_adapters, save_adapter
 from mmdora.adapters import adapter_layers
 from mmdora.architectures import ARCHITECTURES, architecture_of, find_part
-from mmdora.config import VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import VideoConfig
+from mmdora.core.errors import UserError
 from tests.families import FAMILIES, Built
 from tests.media import write_image, write_video
 

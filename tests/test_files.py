@@ -9,7 +9,7 @@ import pytest
 
 from eval.archives import write_zip
 from eval.files import json_text, write_whole
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 SAID = "half of a pair: \ud800, and \u2028"
 

@@ -11,8 +11,8 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.formats import shapes
 from data_pipelines.ledger import Ledger, read_ledger
 from data_pipelines.samples import Image, Rejected, Sample, Text, Video
-from mmdora.config import SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import SourceConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 

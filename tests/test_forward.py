@@ -12,8 +12,8 @@ from torch.func import functional_call
 import mmdora
 from benchmarks.learning_curve import losses
 from mmdora.adapters import linear_function
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 from .test_layers import LAYERS, Net, adapted, half_precision_errors, randomize, reference
 

@@ -17,8 +17,8 @@ from eval.benchmarks import Question
 from eval.digests import file_digest, processor_digest, weights_digest
 from eval.generation import answer_all, answer_batches, generate
 from eval.responses import Responses, question_keys
-from mmdora.config import VideoConfig
-from mmdora.errors import RunError
+from mmdora.core.config import VideoConfig
+from mmdora.core.errors import RunError
 from tests.families import FAMILIES
 from tests.media import write_image, write_video
 from tests.test_families import build

@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import isolation, load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from tests.media import picture, write_image, write_video
 
 PICTURES = ("png", "jpg", "gif", "webp", "bmp", "tif", "ppm", "ico", "tga", "jp2")

@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from data_pipelines.dataset import read_source
 from data_pipelines.samples import SampleError
-from mmdora.config import SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import SourceConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 MUTATIONS = 120  # of each kind of file

@@ -26,8 +26,8 @@ NOBODY = "http://127.0.0.1:9"  # where nothing answers
 LOAD = """
 import json, sys, time
 time.sleep = lambda seconds: None  # the hub's client waits before it asks again
-from mmdora.config import ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 
 for line in sys.stdin:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.samples import MediaError
 from data_pipelines.video import isolation, load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from tests import troubled_reader  # noqa: F401  (registers itself)
 from tests.conftest import ROOT
 from tests.media import write_video
@@ -159,7 +159,7 @@ RUN = """
 import sys
 from pathlib import Path
 from data_pipelines.video import isolation, load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 from tests import troubled_reader
 load_video(Path(sys.argv[1]), VideoConfig(reader="troubled", timeout=30))
 print(isolation._decoder.pid, flush=True)

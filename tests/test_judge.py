@@ -20,9 +20,9 @@ from mmdora.commands.eval import Request, as_requested
 from mmdora.commands.evaluating import check_scored
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
-from mmdora.config import EvaluationConfig, JudgeConfig
-from mmdora.config_files import load_config
-from mmdora.errors import RunError, UserError
+from mmdora.core.config import EvaluationConfig, JudgeConfig
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import RunError, UserError
 from tests.vqa_miniatures import images, write
 
 ANSWERS = {"v1_0": "x = 3", "v1_1": "a cat | a dog", "v1_2": "seven"}

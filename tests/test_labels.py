@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.rendering import answer_spans, render_marked
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
-from mmdora.config import ModelConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 from tests.families import FAMILIES
 from tests.media import write_image

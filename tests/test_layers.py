@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mmdora
 from mmdora.adapters import AdapterLayer, adapter_layers, norms
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 20),

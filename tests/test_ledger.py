@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines.ledger import Entry, Ledger, by_reason, from_change, from_error, mend, read_ledger
 from data_pipelines.samples import Sample, SampleError
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def entry(name: str, reason: str = "no such file", **more) -> Entry:

@@ -8,8 +8,8 @@ from eval.benchmarks import BENCHMARKS
 from eval.layout import find_folder, read_answers, read_answers_as
 from eval.run import read_questions
 from mmdora.commands.score import answers_to
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 SHORT = "Answer the question using a single word or phrase."

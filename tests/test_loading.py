@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from mmdora.config import ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 from tests.conftest import ROOT
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmdora
 from mmdora.adapters import adapter_layers
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
 

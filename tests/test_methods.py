@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 
 import mmdora
 from mmdora.adapters import adapter_layers
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 class Block(nn.Module):

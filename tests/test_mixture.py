@@ -11,8 +11,8 @@ from data_pipelines.dataset import TrainDataset, read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.ledger import Ledger, read_ledger
 from data_pipelines.mixture import epoch, shares, take
-from mmdora.config import SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import SourceConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 

@@ -16,7 +16,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.choice import chosen_option
 from eval.benchmarks.multiple_choice import read_options
 from eval.options import LETTERS
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import questions_of, write, write_lines
 from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope_files, science_files, seed_files
 

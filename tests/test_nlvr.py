@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.run import read_questions
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import config, lines, scored, small, submitted, walk, write
 from tests.media import write_image
 

@@ -168,7 +168,7 @@ from torch import nn
 import mmdora
 from mmdora.adapters import adapter_layers, norms
 from mmdora.training.arguments import _prepare_deepspeed
-from mmdora.zero import gathered, read_in_forward
+from mmdora.core.deepspeed import gathered, read_in_forward
 
 _prepare_deepspeed()
 torch.manual_seed(0)

@@ -12,8 +12,8 @@ from torch import nn
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
-from mmdora.config import DataConfig, SourceConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import DataConfig, SourceConfig, VideoConfig
+from mmdora.core.errors import UserError
 from mmdora.training.packing import BOTH_WAYS, EXACT, check_packing, packed_inputs, row_length
 from tests.families import CROPPED, FAMILIES, LLAVA_PROCESSOR, _llava_settings, _llava_words
 from tests.media import write_image, write_video

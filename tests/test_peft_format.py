@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mmdora
 from mmdora.adapters import adapter_layers
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 PREFIX = "base_model.model."
 

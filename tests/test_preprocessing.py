@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, SiglipImageProcessor
 
-from mmdora.config import ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 from mmdora.preprocessing import pad_to_square
 from mmdora.rundir import load_target

@@ -14,7 +14,7 @@ import mmdora
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
-from mmdora.config import ModelConfig, VideoConfig
+from mmdora.core.config import ModelConfig, VideoConfig
 from mmdora.loading import load_model, needs_mmdora, save_model, to_plain_transformers
 from mmdora.resampler import Resampler, grid_positions
 from tests.media import write_image, write_video

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdora.atomic import damage
+from mmdora.core.atomic import damage
 from tests.conftest import ROOT
 from tests.test_runs import command, small
 from tests.zero_worker import until

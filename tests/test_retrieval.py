@@ -25,8 +25,8 @@ from eval.run import read_questions
 from mmdora.commands.eval import Request
 from mmdora.commands.eval import run as evaluate
 from mmdora.commands.score import run as score
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 from tests.media import write_video
 from tests.tiny_parts import tokenizer
 

@@ -16,8 +16,8 @@ from data_pipelines.dataset import guess_format, read_source
 from data_pipelines.formats import registry
 from data_pipelines.samples import Image, SampleError, Text, Video
 from eval.benchmarks.vqa import VQA
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, SourceConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image
 
 ASK = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "a"}]

@@ -20,8 +20,8 @@ from data_pipelines.index import cache_folder
 from data_pipelines.ledger import Ledger
 from data_pipelines.rows import text
 from data_pipelines.samples import Image, SampleError, Video
-from mmdora.config import SourceConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import SourceConfig, VideoConfig
+from mmdora.core.errors import UserError
 from tests.media import write_image, write_video
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.training.arguments import deepspeed_config, read_deepspeed
 from tests.conftest import ROOT
 from tests.test_runs import command, small

@@ -16,7 +16,7 @@ from eval.benchmarks.vqa import VQA
 from eval.results import find_results, read_result
 from mmdora.commands.console import results_table
 from mmdora.commands.score import answers_to
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.media import write_image
 from tests.scored import command, edit, right, scored, write_answers, write_questions
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from mmdora.config import ModelConfig
+from mmdora.core.config import ModelConfig
 from mmdora.loading import load_model
 from tests.conftest import ROOT
 

@@ -15,7 +15,7 @@ import mmdora
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
-from mmdora.config_files import load_config
+from mmdora.core.config_files import load_config
 from mmdora.training import trainer as trainers
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import epoch_order

@@ -23,9 +23,9 @@ import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from mmdora.architectures import find_parts
-from mmdora.config import ModelConfig, VideoConfig
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig, VideoConfig
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model, save_model
 from mmdora.rundir import load_target
 from mmdora.tokens import token_rows

@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 import mmdora
 from mmdora.architectures import find_part
 from mmdora.blocks import blocks_of
-from mmdora.config import ModelConfig, PartConfig
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config import ModelConfig, PartConfig
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 from mmdora.training.arguments import micro_batches, use_one_gpu
 from mmdora.training.optimizer import optimizer_groups

@@ -7,8 +7,8 @@ import pytest
 from data_pipelines import encoding
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from tests.media import write_image
 from tests.test_encoding import assistant, user
 

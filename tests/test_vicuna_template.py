@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from mmdora.config import ModelConfig
-from mmdora.config_files import find_path
+from mmdora.core.config import ModelConfig
+from mmdora.core.config_files import find_path
 from mmdora.loading import load_model
 
 NAME = "assets/vicuna_v1.jinja"

@@ -15,8 +15,8 @@ from data_pipelines.samples import MediaError
 from data_pipelines.video import VIDEO_READERS, load_video, resolve_reader
 from data_pipelines.video.sampling import Sampling as S
 from data_pipelines.video.sampling import choose_indices, clip_span, fps_indices, thinned, uniform_indices
-from mmdora.config import VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import VideoConfig
+from mmdora.core.errors import UserError
 from tests.media import decode_all, picture, turn_video, write_image, write_video
 
 HAS_DECORD = importlib.util.find_spec("decord") is not None

@@ -17,7 +17,7 @@ from eval.benchmarks.nextqa import lemmas, tokens, wups
 from eval.responses import question_keys
 from eval.run import read_questions
 from eval.videos import VideoFiles, read_srt, spoken
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import config, lines, scored, small, walk, write
 from tests.media import picture, write_image, write_video
 

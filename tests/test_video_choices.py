@@ -17,7 +17,7 @@ from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.choice import chosen_option
 from eval.benchmarks.mvbench import TASKS, file_name
 from eval.run import evaluate, read_questions
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import config, lines, scored, small, submitted, walk, write
 from tests.media import write_image, write_video
 

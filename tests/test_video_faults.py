@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eval.benchmarks import BENCHMARKS
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests import test_nlvr, test_video_benchmarks, test_video_choices
 from tests.benchmark_walk import config, lines, write
 

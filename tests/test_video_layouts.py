@@ -12,7 +12,7 @@ from eval.archives import write_zip
 from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.mvbench import TASKS, file_name
 from eval.run import read_questions
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import config, lines, scored, small, walk, write
 from tests.media import write_image, write_video
 

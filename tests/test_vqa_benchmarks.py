@@ -17,8 +17,8 @@ from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
-from mmdora.config import EvaluationConfig, ModelConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, ModelConfig
+from mmdora.core.errors import UserError
 from mmdora.loading import load_model
 from tests.vqa_miniatures import LLAVA, MINIATURES, gqa_question, write
 

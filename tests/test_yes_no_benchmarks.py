@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.pope import clearly
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write_lines
 from tests.choice_files import ASK, mme_files, pope_files
 

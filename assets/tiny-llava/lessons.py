@@ -15,7 +15,7 @@ from data_pipelines.formats.shapes import CANVAS, COLORS, SHAPES, outline
 from data_pipelines.images import load_image
 from data_pipelines.samples import Sample
 from data_pipelines.video import load_video
-from mmdora.config import VideoConfig
+from mmdora.core.config import VideoConfig
 
 ENGLISH = """
 the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were

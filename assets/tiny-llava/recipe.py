@@ -38,8 +38,8 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.formats.shapes import COLORS, SHAPES
 from data_pipelines.samples import Sample
 from eval.run import evaluate, read_questions
-from mmdora.config import ModelConfig, RunConfig, SourceConfig
-from mmdora.config_files import load_config
+from mmdora.core.config import ModelConfig, RunConfig, SourceConfig
+from mmdora.core.config_files import load_config
 from mmdora.loading import load_model, save_model
 
 log = logging.getLogger("tiny-base")

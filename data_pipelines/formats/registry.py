@@ -14,7 +14,7 @@ from typing import Any
 from data_pipelines.rows import Blob, RowError, Rows, data_files, rows_class
 from data_pipelines.rows.base import MAX_ROW
 from data_pipelines.samples import Image, Message, Sample, Video
-from mmdora.registry import Registry
+from mmdora.core.registry import Registry
 
 MAX_PATH = 4096  # bytes: Linux's limit
 Where = Mapping[str, Sequence[str | int]]  # a row is kept if each named field has one of the values

@@ -24,7 +24,7 @@ from PIL import ImageDraw
 
 from data_pipelines.formats.llava import LLaVA
 from data_pipelines.formats.registry import DATASET_FORMATS
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 CANVAS = 96  # pixels, both ways
 FRAMES = 8  # in a clip

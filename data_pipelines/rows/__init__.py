@@ -11,7 +11,7 @@ from data_pipelines.rows.arrow import ArrowRows
 from data_pipelines.rows.base import Blob, RowError, Rows
 from data_pipelines.rows.tar import TarRows
 from data_pipelines.rows.text import JsonLines, JsonList, Table
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 __all__ = ["Blob", "JsonLines", "RowError", "Rows", "data_files", "rows_class"]
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines.rows.base import Blob, RowDecoder, RowError, Rows
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 BLOCK = 512  # bytes; a header is one, and data are padded to whole ones
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")

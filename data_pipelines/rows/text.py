@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines.rows.base import MAX_ROW, RowDecoder, RowError, Rows
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 SPACE = re.compile(r"[ \t\n\r]*")
 NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # how "surrogateescape" marks bytes that are no text

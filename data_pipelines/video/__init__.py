@@ -17,10 +17,10 @@ from data_pipelines.video.decoding import decode
 from data_pipelines.video.isolation import AVAILABLE, decode_apart
 from data_pipelines.video.registry import VIDEO_READERS, VideoClip
 from data_pipelines.video.sampling import Sampling
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 if TYPE_CHECKING:  # the decoding process imports this package, and is to start quickly
-    from mmdora.config import VideoConfig
+    from mmdora.core.config import VideoConfig
 
 __all__ = [
     "VIDEO_READERS",

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdora.registry import Registry
+from mmdora.core.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ SLACK = 1e-3  # seconds
 
 @dataclass(frozen=True)
 class Sampling:
-    """`data.video` as far as it chooses frames; mmdora.config.VideoConfig describes the keys."""
+    """`data.video` as far as it chooses frames; mmdora.core.config.VideoConfig describes the keys."""
 
     num_frames: int = 8
     sampling: str = "uniform"

@@ -23,9 +23,9 @@ from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.layout import read_answers
 from eval.metrics import PERCENT, Bounds, Totals
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
-from mmdora.registry import Registry
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
+from mmdora.core.registry import Registry
 
 log = logging.getLogger(__name__)
 

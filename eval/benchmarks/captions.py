@@ -27,8 +27,8 @@ from eval.captions_java import Meteor, check_installed, meteor_process, tokenize
 from eval.files import json_text
 from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_lines
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 Tokenized = tuple[list[list[str]], list[str]]  # every image's references, and what was said of it
 

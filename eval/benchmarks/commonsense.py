@@ -20,9 +20,9 @@ import numpy as np
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.layout import find_file, read_json, read_rows, typed_fields, warn_of_missing
 from eval.metrics import Totals
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 RESPONSE = "### Response:"
 INDENT = " " * 16  # of the official source, which stands in its prompts

@@ -22,8 +22,8 @@ from eval.layout import fields, find_file, find_folder, read_json, read_parquet,
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import VideoFiles
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 OPTIONS = 5
 LABEL = re.compile(r"^[A-E]\. ")  # before the options on Hugging Face

@@ -28,9 +28,9 @@ from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.metrics import Totals
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 NO_STEPS = ("exist", "query: name", "choose name")  # operations that are no step of reasoning
 COMMON = ["color", "material", "shape"]  # the choices of questions about what two things have in common

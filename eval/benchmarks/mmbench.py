@@ -30,9 +30,9 @@ from eval.metrics import Totals
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.workbook import read_workbook, workbook
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 PASS = 1_000_000  # between the indices of a question's passes
 REFERENCE = 64  # a cell as short as this holds no picture, but the index of the row that does

@@ -25,9 +25,9 @@ from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, convers
 from eval.layout import read_jsonl, read_lines, typed_fields, warn_of_missing
 from eval.metrics import Totals
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

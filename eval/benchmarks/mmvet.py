@@ -20,8 +20,8 @@ from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, convers
 from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 PROMPT = """You grade an answer to a question about a picture against the reference. You do not see the picture; the \
 reference is right.

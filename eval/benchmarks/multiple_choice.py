@@ -13,8 +13,8 @@ from eval.benchmarks.base import BENCHMARKS, Question, Score
 from eval.benchmarks.choice import chosen_option, score_choice
 from eval.benchmarks.own_data import OwnData
 from eval.options import LETTERS
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 

@@ -33,9 +33,9 @@ from eval.layout import fields, find_folder, read_json, read_predicted, typed
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import TV_FRAMES_FPS, VideoFiles
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 BEGINNING, BRACKET = "Best option:(", "("

@@ -24,8 +24,8 @@ from eval.benchmarks.choice import LETTER_PROMPT, score_choice
 from eval.layout import fields, find_file, find_folder, read_json, read_parquet, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 OPTIONS = 5
 # Official column names. A question counts in its type's and in its group's.

@@ -21,9 +21,9 @@ from eval.benchmarks.nlvr2 import LABELS, OURS, csv_text, read_csv
 from eval.files import write_whole
 from eval.layout import fields, read_jsonl
 from eval.results import Result
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, SourceConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

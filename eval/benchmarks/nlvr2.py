@@ -16,9 +16,9 @@ from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, convers
 from eval.files import write_whole
 from eval.layout import fields, find_file, read_jsonl
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 LABELS = ("true", "false")
 OURS = (".json", ".jsonl")  # predictions in our own format

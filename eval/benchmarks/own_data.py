@@ -8,8 +8,8 @@ from dataclasses import replace
 from data_pipelines.dataset import read_source
 from data_pipelines.samples import Message, Text
 from eval.benchmarks.base import Benchmark, Question
-from mmdora.config import EvaluationConfig, SourceConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, SourceConfig
+from mmdora.core.errors import UserError
 
 
 class OwnData(Benchmark):

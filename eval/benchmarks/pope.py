@@ -21,9 +21,9 @@ from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_rows, typed_fields, warn_of_missing
 from eval.metrics import Table, Totals
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 CATEGORIES = ("adversarial", "popular", "random")  # LLaVA's order
 NEGATIONS = {"No", "not", "no"}

@@ -21,8 +21,8 @@ from eval.benchmarks.video_captions import MSRVTT_FOLDERS, videos_of
 from eval.layout import find_file, read_json, read_table
 from eval.metrics import Totals
 from eval.retrieval import rank_figures, tied_ranks
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 DIRECTIONS = ("text_to_video", "video_to_text")
 BEST = 5  # videos that an answer names

@@ -22,8 +22,8 @@ from eval.files import write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, typed_fields
 from eval.options import LETTERS, option_lines
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 FRAMES = {10: "ssv2_8_frame", 11: "kitchen_8_frame", 12: "breakfast_8_frame"}  # SEED-Bench's v1_video, by dimension

@@ -23,9 +23,9 @@ from eval.benchmarks.vqa import evalai_normalize, leave_one_out
 from eval.files import json_text, write_whole
 from eval.layout import fields, find_file, find_folder, read_answers_as, read_json, read_jsonl, read_rows, typed
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 ANNOTATORS = 10
 

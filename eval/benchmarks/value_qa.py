@@ -26,9 +26,9 @@ from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted
 from eval.options import LETTERS, option_lines
 from eval.results import Result
 from eval.videos import TV_FOLDERS, TV_FRAMES_FPS, Subtitles, VideoFiles, read_subtitles, spoken
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

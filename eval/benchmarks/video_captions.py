@@ -21,9 +21,9 @@ from eval.files import json_text
 from eval.layout import fields, find_file, read_json, read_jsonl, read_predicted, typed
 from eval.results import Result
 from eval.videos import TV_FOLDERS, TV_FRAMES_FPS, Subtitles, VideoFiles, read_subtitles, spoken
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 VIDEO_PROMPT = "Provide a one-sentence caption for the provided video."  # LLaVA-1.5's for a picture
 MSRVTT_FOLDERS = ("TestVideo", "videos/all", "MSRVTT_Videos", "TrainValVideo", ".")

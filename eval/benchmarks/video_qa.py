@@ -23,9 +23,9 @@ from eval.benchmarks.choice import score_choice
 from eval.layout import fields, find_file, read_answers, read_json, read_predicted, read_table
 from eval.options import LETTERS, option_lines
 from eval.videos import VideoFiles
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 VERDICT = re.compile(r"""(?i)["']?pred["']?\s*:\s*["']?(yes|no)\b""")
 JUDGE = """You compare answers to a question about a video.

@@ -26,8 +26,8 @@ from eval.layout import fields, find_file, find_folder, read_json, read_parquet,
 from eval.metrics import Totals
 from eval.results import Result
 from eval.videos import VideoFiles, read_srt, spoken
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 PREFIXES = (
     "The best answer is",

@@ -32,8 +32,8 @@ from eval.benchmarks.vqa import (
 from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.errors import UserError
 
 UNANSWERABLE = "unanswerable"
 NUMBER = re.compile(r"0*(\d+)\.\w+$")  # of VizWiz_test_00000012.jpg 12, by which LLaVA's answers name it

@@ -22,9 +22,9 @@ from eval.benchmarks.vqa import evalai_normalize, vqa_accuracy
 from eval.files import json_text, write_whole
 from eval.layout import find_file, find_folder, read_answers_as, read_json, typed
 from eval.results import Result
-from mmdora.config import EvaluationConfig
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 
 Asked: TypeAlias = dict[str, tuple[int, str]]  # (image id, words) by question id
 

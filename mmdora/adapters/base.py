@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from mmdora.architectures import Region
-from mmdora.config import PartConfig
-from mmdora.registry import Registry
+from mmdora.core.config import PartConfig
+from mmdora.core.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mmdora.adapters.lora import LOW_RANK, LoRA
 from mmdora.adapters.magnitude import MAGNITUDE
 from mmdora.adapters.targets import resolve_targets
 from mmdora.architectures import Region
-from mmdora.config import PartConfig
+from mmdora.core.config import PartConfig
 
 
 @ADAPTERS.register("dora")

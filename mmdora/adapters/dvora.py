@@ -18,8 +18,8 @@ from mmdora.adapters.lora import LoRA, layer_seed
 from mmdora.adapters.targets import resolve_targets
 from mmdora.adapters.wrapping import layer_kind, wrap
 from mmdora.architectures import Region
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 
 @ADAPTERS.register("dvora")

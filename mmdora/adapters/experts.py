@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters.functional import MergedWeightFunction
 from mmdora.adapters.layer import AdapterLayer, Shapes
-from mmdora.zero import true_shape
+from mmdora.core.deepspeed import true_shape
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

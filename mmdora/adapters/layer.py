@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmdora.adapters import norms
 from mmdora.adapters.base import LowRankSpec
 from mmdora.adapters.functional import dora_gain, dora_norm, merged_weight
-from mmdora.zero import gathered
+from mmdora.core.deepspeed import gathered
 
 Shape = tuple[int, ...]
 

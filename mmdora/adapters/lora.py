@@ -12,8 +12,8 @@ from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec, Pl
 from mmdora.adapters.targets import pattern_value, resolve_targets
 from mmdora.adapters.wrapping import takes_dropout, wrap
 from mmdora.architectures import Region
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 PATTERNS = {"rank_pattern", "alpha_pattern"}
 LOW_RANK = RATES | PATTERNS | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "last_blocks", "forward"}

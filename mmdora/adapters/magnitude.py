@@ -8,7 +8,7 @@ from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
 from mmdora.adapters.lora import LoRA
 from mmdora.adapters.targets import resolve_targets
 from mmdora.architectures import Region
-from mmdora.config import PartConfig
+from mmdora.core.config import PartConfig
 
 MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.adapters.linear import LinearLayer, linear_outputs
-from mmdora.zero import is_partitioned
+from mmdora.core.deepspeed import is_partitioned
 
 CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

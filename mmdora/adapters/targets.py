@@ -13,8 +13,8 @@ from mmdora.adapters.layer import AdapterLayer
 from mmdora.adapters.wrapping import layer_kind
 from mmdora.architectures import Region, unused_blocks
 from mmdora.blocks import last_blocks
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 Choice = str | list[str]
 

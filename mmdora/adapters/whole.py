@@ -7,8 +7,8 @@ from torch import nn
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, Plan
 from mmdora.architectures import Region, is_inside
 from mmdora.blocks import last_blocks
-from mmdora.config import PartConfig
-from mmdora.errors import UserError
+from mmdora.core.config import PartConfig
+from mmdora.core.errors import UserError
 
 
 @ADAPTERS.register("full")

@@ -98,7 +98,7 @@ def evaluate(
 ) -> None:
     """Score a run's own benchmarks, or any benchmark on any model."""
     from mmdora.commands.eval import Request, run
-    from mmdora.config_files import judge_config
+    from mmdora.core.config_files import judge_config
 
     judge = judge_config(judge_url, judge_model, verdicts)
     request = Request(
@@ -123,7 +123,7 @@ def score(
 ) -> None:
     """Score answers that are already there, without a model."""
     from mmdora.commands.score import run
-    from mmdora.config_files import judge_config
+    from mmdora.core.config_files import judge_config
 
     judge = judge_config(judge_url, judge_model, verdicts)
     run(benchmark, predictions, annotations, split, as_json, out, overwrite, plugin or [], judge)
@@ -236,7 +236,7 @@ def list_names(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits with 0 if done, 1 if failed, 2 if the user's input is wrong."""
-    from mmdora.errors import RunError, UserError
+    from mmdora.core.errors import RunError, UserError
 
     # On a CPU it asks for another package as soon as it is imported, quantized model or not.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

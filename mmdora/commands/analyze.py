@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmdora.analysis.decomposition import analyze, correlation
 from mmdora.commands.console import make_console, make_table
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.rundir import load_target
 
 

@@ -11,7 +11,7 @@ from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
 from eval.benchmarks import Question
 from eval.generation import generate
 from mmdora.commands.console import make_console
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.rundir import load_target
 
 

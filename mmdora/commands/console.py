@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mmdora.errors import UserError
+from mmdora.core.deepspeed import numel
+from mmdora.core.errors import UserError
 from mmdora.injection import InjectionReport
 from mmdora.rundir import RunDir
-from mmdora.zero import numel
 
 
 def is_main() -> bool:

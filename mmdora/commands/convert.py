@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmdora.commands.console import make_console
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.llava_checkpoints import convert_llava
 from mmdora.loading import save_model
 

@@ -20,9 +20,9 @@ from eval.contamination import Asked, Overlap, find_overlaps
 from eval.run import read_questions
 from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
 from mmdora.commands.train import check_names
-from mmdora.config import RunConfig
-from mmdora.config_files import find_path, load_config
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.config_files import find_path, load_config
+from mmdora.core.errors import UserError
 from mmdora.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches

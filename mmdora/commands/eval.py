@@ -20,10 +20,10 @@ from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
-from mmdora.config import EvaluationConfig, JudgeConfig, RunConfig
-from mmdora.config_files import parse_section
-from mmdora.errors import UserError
-from mmdora.registry import nearest
+from mmdora.core.config import EvaluationConfig, JudgeConfig, RunConfig
+from mmdora.core.config_files import parse_section
+from mmdora.core.errors import UserError
+from mmdora.core.registry import nearest
 from mmdora.rundir import RunDir, load_target
 
 log = logging.getLogger(__name__)

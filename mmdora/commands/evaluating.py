@@ -19,14 +19,14 @@ from eval.results import read_scores
 from eval.run import evaluate
 from mmdora.checkpoint import adapter_contents
 from mmdora.commands.console import is_main
-from mmdora.config import RunConfig, VideoConfig
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig, VideoConfig
+from mmdora.core.deepspeed import give_back
+from mmdora.core.errors import UserError
 from mmdora.rundir import RunDir
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import Prediction
 from mmdora.training.trainer import AdapterTrainer
 from mmdora.training.validation import evaluating, validation_loss
-from mmdora.zero import give_back
 
 Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
 

@@ -8,7 +8,7 @@ from eval.leaderboard import arrange
 from eval.leaderboard_page import pictures_of_each, write_leaderboard
 from eval.results import Result, find_results, many_rows, read_result
 from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 @many_rows()

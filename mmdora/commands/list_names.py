@@ -11,8 +11,8 @@ from eval.benchmarks import BENCHMARKS
 from mmdora.adapters import ADAPTERS
 from mmdora.architectures import ARCHITECTURES
 from mmdora.commands.console import make_console
-from mmdora.errors import UserError
-from mmdora.registry import nearest
+from mmdora.core.errors import UserError
+from mmdora.core.registry import nearest
 from mmdora.vision_encoders import VISION_ENCODERS
 
 KINDS: dict[str, Any] = {

@@ -17,9 +17,9 @@ from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from mmdora.commands.console import import_plugins, make_console, make_table
 from mmdora.commands.train import is_there
-from mmdora.config import RunConfig
-from mmdora.config_files import load_config
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.config_files import load_config
+from mmdora.core.errors import UserError
 from mmdora.injection import inject_adapters
 from mmdora.loading import load_shape
 from mmdora.planning.engines import Memory, Run, Sizes, deepspeed, half, plain, sizes_of

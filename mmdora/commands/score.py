@@ -16,8 +16,8 @@ from eval.results import many_rows
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
 from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
-from mmdora.config import EvaluationConfig, JudgeConfig
-from mmdora.errors import UserError
+from mmdora.core.config import EvaluationConfig, JudgeConfig
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

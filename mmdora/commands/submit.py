@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.benchmarks import BENCHMARKS
 from eval.results import read_result
 from mmdora.commands.console import import_plugins, make_console, make_folder
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 
 def run(folders: list[Path], out: Path, plugins: list[str]) -> None:

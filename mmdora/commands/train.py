@@ -42,12 +42,12 @@ from mmdora.commands.console import (
 )
 from mmdora.commands.evaluating import Evaluator, Questions, check_scored, sample_predictions
 from mmdora.commands.logs import RunLogs, logged
-from mmdora.config import RunConfig
-from mmdora.config_files import find_path, load_config
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.config_files import find_path, load_config
+from mmdora.core.distributed import from_main
+from mmdora.core.errors import UserError
 from mmdora.injection import inject_adapters, resolve_parts
 from mmdora.loading import load_model
-from mmdora.ranks import from_main
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mmdora.config import RunConfig, TrainingConfig
-from mmdora.config_files import find_path, shipped_path
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig, TrainingConfig
+from mmdora.core.config_files import find_path, shipped_path
+from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from mmdora.errors import RunError
-from mmdora.ranks import which_in_any
-from mmdora.zero import is_at_hand, local_shard
+from mmdora.core.deepspeed import is_at_hand, local_shard
+from mmdora.core.distributed import which_in_any
+from mmdora.core.errors import RunError
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient a step after B's
 PROBES = 8  # parameters of a part that are looked at until one of them has moved

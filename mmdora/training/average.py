@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mmdora.zero import local_shard, shard_of, whole_of
+from mmdora.core.deepspeed import local_shard, shard_of, whole_of
 
 
 class Average(TrainerCallback):

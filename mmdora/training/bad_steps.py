@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mmdora.errors import RunError
-from mmdora.ranks import any_process
+from mmdora.core.distributed import any_process
+from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
 

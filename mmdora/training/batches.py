@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from mmdora.config import RunConfig
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.errors import UserError
 
 Ints = NDArray[np.integer]
 

@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import set_seed
 
-from mmdora.atomic import remove, write_manifest, written_aside
 from mmdora.checkpoint import adapter_contents, load_weights, write_adapter
-from mmdora.errors import UserError
-from mmdora.ranks import from_main, objects_of_all
+from mmdora.core.atomic import remove, write_manifest, written_aside
+from mmdora.core.distributed import from_main, objects_of_all
+from mmdora.core.errors import UserError
 from mmdora.rundir import checkpoints_in
 from mmdora.training.optimizer_state import MASTER, Kinds, state_of
 

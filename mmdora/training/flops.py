@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from mmdora.architectures import ARCHITECTURES, is_inside
-from mmdora.zero import true_shape
+from mmdora.core.deepspeed import true_shape
 
 # Dense bf16, TFLOP/s, from the vendors' data sheets; the first name that is part of the device's counts.
 PEAKS = (

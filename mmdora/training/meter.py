@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mmdora.ranks import figures_of_all
+from mmdora.core.distributed import figures_of_all
 from mmdora.training.flops import Work, device_peak
 
 IGNORED = -100

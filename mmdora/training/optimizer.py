@@ -8,9 +8,9 @@ from torch import nn
 
 from mmdora.architectures import find_parts
 from mmdora.blocks import rate_factors
-from mmdora.config import PartConfig, RunConfig
+from mmdora.core.config import PartConfig, RunConfig
+from mmdora.core.deepspeed import true_shape
 from mmdora.tokens import NEW_TOKENS, VALUES
-from mmdora.zero import true_shape
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

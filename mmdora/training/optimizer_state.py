@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdora.errors import UserError
-from mmdora.zero import is_partitioned, shard_of
+from mmdora.core.deepspeed import is_partitioned, shard_of
+from mmdora.core.errors import UserError
 
 MASTER, STEP = "master", "step"
 Kinds = dict[str, Tensor]  # of one parameter

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdora.config import DataConfig
-from mmdora.errors import UserError
+from mmdora.core.config import DataConfig
+from mmdora.core.errors import UserError
 
 # Shown exact by tests/test_packing.py: loss and gradients of packed rows are those of the samples alone.
 EXACT = (

@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from mmdora.config import RunConfig
-from mmdora.errors import UserError
+from mmdora.core.config import RunConfig
+from mmdora.core.errors import UserError
 
 # What `training.report_to` may name → the module that it needs, and how to get it.
 NEEDED = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from mmdora.ranks import any_process
+from mmdora.core.distributed import any_process
 
 
 class StopOnSigterm(TrainerCallback):

@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.norms import fix_weights
 from mmdora.checkpoint import save_adapter, save_best
-from mmdora.config import RunConfig
+from mmdora.core.config import RunConfig
+from mmdora.core.deepspeed import begin_stage_0, give_back, partition, read_in_forward
 from mmdora.rundir import RunDir
 from mmdora.tokens import NEW_TOKENS
 from mmdora.training.audit import AUDITED_STEPS, Audit
@@ -33,7 +34,6 @@ from mmdora.training.meter import IGNORED, Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
 from mmdora.training.workers import as_workers_said, start_worker
-from mmdora.zero import begin_stage_0, give_back, partition, read_in_forward
 
 # Before transformers had `loss_is_scaled_for_ga`, its Trainer divided the loss of some families by the micro-batches of
 # a step, whoever had scaled it.

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mmdora.adapters.norms import weights_fixed
-from mmdora.errors import UserError
-from mmdora.ranks import figures_of_all
+from mmdora.core.distributed import figures_of_all
+from mmdora.core.errors import UserError
 from mmdora.training.meter import IGNORED
 from mmdora.training.workers import as_workers_said, start_worker
 

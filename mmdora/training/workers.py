@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 
 # Of glibc's malloc.h, with the largest value that it takes for the first.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -56,5 +56,5 @@ def as_workers_said() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _, wrapped, message = str(error).rpartition("mmdora.errors.UserError: ")
+        _, wrapped, message = str(error).rpartition("mmdora.core.errors.UserError: ")
         raise UserError(message.strip()) from error if wrapped else None

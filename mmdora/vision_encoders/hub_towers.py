@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from mmdora.config_files import find_path
-from mmdora.errors import UserError
+from mmdora.core.config_files import find_path
+from mmdora.core.errors import UserError
 from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.attention import explicit_attention, explicit_state_dict
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel, convnext_encoder
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
 from mmdora.vision_encoders.open_clip_weights import pretrained_visual

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmConfig
 from mmdora.vision_encoders.open_clip_weights import pretrained_visual
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from mmdora.loading_errors import why
 
 

@@ -3,6 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from mmdora.registry import Registry
+from mmdora.core.registry import Registry
 
 VISION_ENCODERS: Registry[Callable[..., Any]] = Registry("vision encoder")

@@ -13,7 +13,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.captions import corpus_metrics
 from eval.captions import bleu, cider, rouge_l
 from eval.captions_java import meteor_process, tokenize
-from mmdora.config import EvaluationConfig
+from mmdora.core.config import EvaluationConfig
 from tests.official import official
 
 

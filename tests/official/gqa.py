@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS
 from eval.scoring import make_report, score_all
-from mmdora.config import EvaluationConfig
+from mmdora.core.config import EvaluationConfig
 from tests.official import official
 
 BREAKDOWNS = {

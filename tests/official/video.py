@@ -14,7 +14,7 @@ from eval.benchmarks.videomme import VideoMME, extract_letter
 from eval.options import LETTERS
 from eval.scoring import figure, score_all
 from mmdora.commands.score import answers_to
-from mmdora.errors import UserError
+from mmdora.core.errors import UserError
 from tests.official import official
 
 

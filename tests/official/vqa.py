@@ -15,7 +15,7 @@ from eval.benchmarks.vqa import (
     vqa_accuracy,
 )
 from eval.scoring import make_report, score_all
-from mmdora.config import EvaluationConfig
+from mmdora.core.config import EvaluationConfig
 from tests.official import official
 
 

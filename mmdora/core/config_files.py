@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from mmdora.config import JudgeConfig, RunConfig, Section
-from mmdora.errors import UserError
-from mmdora.registry import nearest
+from mmdora.core.config import JudgeConfig, RunConfig, Section
+from mmdora.core.errors import UserError
+from mmdora.core.registry import nearest
 
 S = TypeVar("S", bound=Section)
 
@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Section)
 def shipped_path(name: str) -> Path | None:
     """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in
     neither."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for root in (package / "_shipped", package.parent):
         if name.startswith(("configs/", "assets/")) and (root / name).exists():
             return root / name
