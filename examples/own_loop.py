@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmdora
-import mmdora.vision_encoders  # registers the tiny model's OpenCLIP tower with transformers
+import mmdora.models.vision_encoders  # registers the tiny model's OpenCLIP tower with transformers
 from mmdora.core.config_files import find_path
 
 OUT = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from mmdora.checkpoint import load_adapter, save_adapter, swap_adapter
     from mmdora.injection import InjectionReport, adapters_by_row, disable_adapters, inject_adapters, set_adapter
     from mmdora.merging import LoRAExport, combine_adapters, export_lora, merge_adapters, unmerge_adapters
-    from mmdora.tokens import add_tokens
+    from mmdora.models.new_tokens import add_tokens
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "InjectionReport": "mmdora.injection",
     "LoRAExport": "mmdora.merging",
-    "add_tokens": "mmdora.tokens",
+    "add_tokens": "mmdora.models.new_tokens",
     "adapters_by_row": "mmdora.injection",
     "combine_adapters": "mmdora.merging",
     "disable_adapters": "mmdora.injection",

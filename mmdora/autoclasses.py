@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-MODELS = ("mmdora.vision_encoders", "mmdora.llava_resampler")  # each registers what it defines
+MODELS = ("mmdora.models.vision_encoders", "mmdora.models.llava_resampler")  # each registers what it defines
 
 
 class _Finder(MetaPathFinder):

@@ -15,12 +15,12 @@ from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
 from mmdora.adapters.base import Plan
 from mmdora.adapters.siblings import share_reads
 from mmdora.adapters.targets import is_weight, join, layers_inside
-from mmdora.architectures import Region, architecture_of, find_parts, is_inside
-from mmdora.attention import explicit_attention
 from mmdora.core.config import PartConfig
 from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
-from mmdora.tokens import NEW_TOKENS, VALUES, fold_rows, token_rows, train_rows
+from mmdora.models.architectures import Region, architecture_of, find_parts, is_inside
+from mmdora.models.attention import explicit_attention
+from mmdora.models.new_tokens import NEW_TOKENS, VALUES, fold_rows, token_rows, train_rows
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from mmdora.checkpoint import load_adapter
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
 from mmdora.llava_layout import FEATURES, Tensors, check_tensors, read_config, read_layout
-from mmdora.loading_errors import LOADING_ERRORS, why
 from mmdora.merging import merge_adapters
-from mmdora.preprocessing import pad_to_square
+from mmdora.models.loading_errors import LOADING_ERRORS, why
+from mmdora.models.preprocessing import pad_to_square
 
 TOWER = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."

@@ -18,8 +18,8 @@ from mmdora.adapters.siblings import share_reads
 from mmdora.checkpoint import write_adapter
 from mmdora.core.errors import UserError
 from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
+from mmdora.models.new_tokens import fold_rows, new_tokens, rows_contents, tied_embeddings, token_rows
 from mmdora.peft_format import PREFIX, VALUES, metadata, peft_config
-from mmdora.tokens import fold_rows, new_tokens, rows_contents, tied_embeddings, token_rows
 
 # A row whose weights the sum scales by less than this has no direction left to write the sum with.
 LEAST_SCALE = 1e-3

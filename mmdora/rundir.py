@@ -208,7 +208,7 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
     from transformers import AutoProcessor
 
     from mmdora.checkpoint import load_adapter
-    from mmdora.loading import load_model
+    from mmdora.models.loading import load_model
     from mmdora.peft_format import read_adapter
 
     run = RunDir(Path(target))

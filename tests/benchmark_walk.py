@@ -18,7 +18,7 @@ from eval.run import evaluate, read_questions
 from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
 from mmdora.core.config import EvaluationConfig, ModelConfig, VideoConfig
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

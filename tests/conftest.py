@@ -33,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny():
     """(model, processor) of the shipped base, in fp32, fresh for each test."""
     from mmdora.core.config import ModelConfig
-    from mmdora.loading import load_model
+    from mmdora.models.loading import load_model
 
     torch.manual_seed(0)
     return load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))

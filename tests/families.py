@@ -9,7 +9,7 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from mmdora.llava_resampler import (
+from mmdora.models.llava_resampler import (
     LlavaResamplerConfig,
     LlavaResamplerForConditionalGeneration,
     LlavaResamplerProcessor,

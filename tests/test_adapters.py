@@ -15,9 +15,9 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.adapters import adapter_layers, resolve_targets
 from mmdora.adapters.functional import dora_norm
-from mmdora.architectures import find_part
 from mmdora.core.config import PartConfig, VideoConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import find_part
 from tests.media import write_image, write_video
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from mmdora.attention import ExplicitAttention, explicit_attention, explicit_state_dict, multihead_state_dict
-from mmdora.vision_encoders import VISION_ENCODERS
-from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
+from mmdora.models.attention import ExplicitAttention, explicit_attention, explicit_state_dict, multihead_state_dict
+from mmdora.models.vision_encoders import VISION_ENCODERS
+from mmdora.models.vision_encoders.open_clip import OpenCLIPVisionModel
 
 TINY = {
     "embed_dim": 32,

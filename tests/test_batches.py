@@ -198,7 +198,7 @@ class Recorder(AdapterTrainer):
 
 def train(tiny, output, *overrides: str, resume: str | None = None) -> Recorder:
     from mmdora.core.config import ModelConfig
-    from mmdora.loading import load_model
+    from mmdora.models.loading import load_model
 
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
     settings = [

@@ -14,9 +14,9 @@ import mmdora
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Video
-from mmdora.architectures import Region, architecture_of, unused_blocks
-from mmdora.blocks import blocks_of
 from mmdora.core.config import VideoConfig
+from mmdora.models.architectures import Region, architecture_of, unused_blocks
+from mmdora.models.blocks import blocks_of
 from tests.families import FAMILIES
 from tests.media import write_image, write_video
 from tests.test_composed import TOWERS, batches, compose

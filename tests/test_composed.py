@@ -15,9 +15,9 @@ import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.core.config import ModelConfig, VideoConfig
-from mmdora.loading import load_model, needs_mmdora, save_model, to_plain_transformers
-from mmdora.projectors import IdentityLinear
-from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.models.loading import load_model, needs_mmdora, save_model, to_plain_transformers
+from mmdora.models.projectors import IdentityLinear
+from mmdora.models.vision_encoders import VISION_ENCODERS
 from tests.conftest import ROOT
 from tests.media import write_image, write_video
 from tests.tiny_models import LANGUAGE_MODELS, TIMM, VIT, write_language_model, write_tower

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model, save_model
-from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.models.loading import load_model, save_model
+from mmdora.models.vision_encoders import VISION_ENCODERS
 from tests.tiny_models import CHAT_TEMPLATE, LAYERS, write_language_model, write_tokenizer, write_tower
 
 TEXT_ONLY = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"

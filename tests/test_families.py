@@ -13,9 +13,9 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora import inject_adapters, load_adapter, merge_adapters, save_adapter
 from mmdora.adapters import adapter_layers
-from mmdora.architectures import ARCHITECTURES, architecture_of, find_part
 from mmdora.core.config import VideoConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import ARCHITECTURES, architecture_of, find_part
 from tests.families import FAMILIES, Built
 from tests.media import write_image, write_video
 
@@ -225,7 +225,7 @@ def test_a_family_without_an_entry_is_found_by_its_structure(name, monkeypatch, 
     model, _ = build(name)
     known = architecture_of(model).resolve(model)
     monkeypatch.setattr(type(model.config), "model_type", "unheard_of")
-    with caplog.at_level(logging.WARNING, logger="mmdora.architectures"):
+    with caplog.at_level(logging.WARNING, logger="mmdora.models.architectures"):
         guessed = architecture_of(model).resolve(model)
         architecture_of(model)
     assert guessed == known

@@ -28,7 +28,7 @@ import json, sys, time
 time.sleep = lambda seconds: None  # the hub's client waits before it asks again
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 
 for line in sys.stdin:
     try:

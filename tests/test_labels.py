@@ -15,7 +15,7 @@ from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 from tests.families import FAMILIES
 from tests.media import write_image
 from tests.test_encoding import assistant, user

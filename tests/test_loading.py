@@ -14,7 +14,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 from tests.conftest import ROOT
 
 BASE = ROOT / "assets" / "tiny-llava"

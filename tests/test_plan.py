@@ -14,7 +14,7 @@ from data_pipelines.encoding import Encoded, Encoder
 from mmdora.commands.plan import hidden_size, longest, stand_in
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import load_config
-from mmdora.loading import load_model, load_shape
+from mmdora.models.loading import load_model, load_shape
 from mmdora.planning.engines import Run, deepspeed, plain, sizes_of
 from mmdora.planning.meter import Activations, measure
 from mmdora.training.arguments import read_deepspeed

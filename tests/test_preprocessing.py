@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, 
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
-from mmdora.preprocessing import pad_to_square
+from mmdora.models.loading import load_model
+from mmdora.models.preprocessing import pad_to_square
 from mmdora.rundir import load_target
 from tests.families import CROPPED, FAMILIES
 from tests.media import picture, write_image

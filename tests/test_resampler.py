@@ -15,8 +15,8 @@ from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.core.config import ModelConfig, VideoConfig
-from mmdora.loading import load_model, needs_mmdora, save_model, to_plain_transformers
-from mmdora.resampler import Resampler, grid_positions
+from mmdora.models.loading import load_model, needs_mmdora, save_model, to_plain_transformers
+from mmdora.models.resampler import Resampler, grid_positions
 from tests.media import write_image, write_video
 from tests.test_composed import TOWERS, compose, logits, reload_elsewhere, saved
 from tests.tiny_models import write_language_model

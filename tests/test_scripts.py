@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmdora.core.config import ModelConfig
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 from tests.conftest import ROOT
 
 

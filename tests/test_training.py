@@ -7,12 +7,12 @@ import torch
 from transformers import TrainingArguments
 
 import mmdora
-from mmdora.architectures import find_part
-from mmdora.blocks import blocks_of
 from mmdora.core.config import ModelConfig, PartConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
+from mmdora.models.architectures import find_part
+from mmdora.models.blocks import blocks_of
+from mmdora.models.loading import load_model
 from mmdora.training.arguments import micro_batches, use_one_gpu
 from mmdora.training.optimizer import optimizer_groups
 

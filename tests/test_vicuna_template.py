@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 
 NAME = "assets/vicuna_v1.jinja"
 TWO_TURNS = (

@@ -19,7 +19,7 @@ from mmdora.commands.score import run as score
 from mmdora.commands.submit import run as submit
 from mmdora.core.config import EvaluationConfig, ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 from tests.vqa_miniatures import LLAVA, MINIATURES, gqa_question, write
 
 

@@ -40,7 +40,7 @@ from data_pipelines.samples import Sample
 from eval.run import evaluate, read_questions
 from mmdora.core.config import ModelConfig, RunConfig, SourceConfig
 from mmdora.core.config_files import load_config
-from mmdora.loading import load_model, save_model
+from mmdora.models.loading import load_model, save_model
 
 log = logging.getLogger("tiny-base")
 HERE = Path(__file__).parent

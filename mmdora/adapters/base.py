@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from mmdora.architectures import Region
 from mmdora.core.config import PartConfig
 from mmdora.core.registry import Registry
+from mmdora.models.architectures import Region
 
 
 @dataclass(frozen=True)

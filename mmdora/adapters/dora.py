@@ -10,8 +10,8 @@ from mmdora.adapters.base import ADAPTERS, Plan
 from mmdora.adapters.lora import LOW_RANK, LoRA
 from mmdora.adapters.magnitude import MAGNITUDE
 from mmdora.adapters.targets import resolve_targets
-from mmdora.architectures import Region
 from mmdora.core.config import PartConfig
+from mmdora.models.architectures import Region
 
 
 @ADAPTERS.register("dora")

@@ -17,9 +17,9 @@ from mmdora.adapters.linear import LinearLayer
 from mmdora.adapters.lora import LoRA, layer_seed
 from mmdora.adapters.targets import resolve_targets
 from mmdora.adapters.wrapping import layer_kind, wrap
-from mmdora.architectures import Region
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import Region
 
 
 @ADAPTERS.register("dvora")

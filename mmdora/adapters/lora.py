@@ -11,9 +11,9 @@ from torch import nn
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec, Plan
 from mmdora.adapters.targets import pattern_value, resolve_targets
 from mmdora.adapters.wrapping import takes_dropout, wrap
-from mmdora.architectures import Region
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import Region
 
 PATTERNS = {"rank_pattern", "alpha_pattern"}
 LOW_RANK = RATES | PATTERNS | {"rank", "alpha", "dropout", "use_rslora", "targets", "exclude", "last_blocks", "forward"}

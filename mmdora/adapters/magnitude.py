@@ -7,8 +7,8 @@ from torch import nn
 from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
 from mmdora.adapters.lora import LoRA
 from mmdora.adapters.targets import resolve_targets
-from mmdora.architectures import Region
 from mmdora.core.config import PartConfig
+from mmdora.models.architectures import Region
 
 MAGNITUDE = LowRankSpec(rank=0, alpha=1.0, use_dora=True)
 

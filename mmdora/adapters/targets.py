@@ -11,10 +11,10 @@ from torch import nn
 from mmdora.adapters.experts import expert_parameters
 from mmdora.adapters.layer import AdapterLayer
 from mmdora.adapters.wrapping import layer_kind
-from mmdora.architectures import Region, unused_blocks
-from mmdora.blocks import last_blocks
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import Region, unused_blocks
+from mmdora.models.blocks import last_blocks
 
 Choice = str | list[str]
 

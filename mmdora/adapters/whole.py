@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, Plan
-from mmdora.architectures import Region, is_inside
-from mmdora.blocks import last_blocks
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import Region, is_inside
+from mmdora.models.blocks import last_blocks
 
 
 @ADAPTERS.register("full")

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmdora.commands.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.llava_checkpoints import convert_llava
-from mmdora.loading import save_model
+from mmdora.models.loading import save_model
 
 
 def run(folder: Path, out: Path, vision_tower: str, base: Path | None) -> None:

@@ -23,7 +23,7 @@ from mmdora.commands.train import check_names
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config
 from mmdora.core.errors import UserError
-from mmdora.loading import load_processor
+from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches
 from mmdora.training.meter import PIXELS, frames_of

@@ -9,11 +9,11 @@ from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
 from mmdora.adapters import ADAPTERS
-from mmdora.architectures import ARCHITECTURES
 from mmdora.commands.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.core.registry import nearest
-from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.models.architectures import ARCHITECTURES
+from mmdora.models.vision_encoders import VISION_ENCODERS
 
 KINDS: dict[str, Any] = {
     "adapters": ADAPTERS,

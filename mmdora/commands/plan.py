@@ -21,7 +21,7 @@ from mmdora.core.config import RunConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.injection import inject_adapters
-from mmdora.loading import load_shape
+from mmdora.models.loading import load_shape
 from mmdora.planning.engines import Memory, Run, Sizes, deepspeed, half, plain, sizes_of
 from mmdora.planning.meter import Activations, measure
 from mmdora.training.arguments import micro_batches, read_deepspeed

@@ -47,7 +47,7 @@ from mmdora.core.config_files import find_path, load_config
 from mmdora.core.distributed import from_main
 from mmdora.core.errors import UserError
 from mmdora.injection import inject_adapters, resolve_parts
-from mmdora.loading import load_model
+from mmdora.models.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdora.architectures import ARCHITECTURES, is_inside
 from mmdora.core.deepspeed import true_shape
+from mmdora.models.architectures import ARCHITECTURES, is_inside
 
 # Dense bf16, TFLOP/s, from the vendors' data sheets; the first name that is part of the device's counts.
 PEAKS = (

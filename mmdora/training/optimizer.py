@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from mmdora.architectures import find_parts
-from mmdora.blocks import rate_factors
 from mmdora.core.config import PartConfig, RunConfig
 from mmdora.core.deepspeed import true_shape
-from mmdora.tokens import NEW_TOKENS, VALUES
+from mmdora.models.architectures import find_parts
+from mmdora.models.blocks import rate_factors
+from mmdora.models.new_tokens import NEW_TOKENS, VALUES
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from mmdora.adapters.norms import fix_weights
 from mmdora.checkpoint import save_adapter, save_best
 from mmdora.core.config import RunConfig
 from mmdora.core.deepspeed import begin_stage_0, give_back, partition, read_in_forward
+from mmdora.models.new_tokens import NEW_TOKENS
 from mmdora.rundir import RunDir
-from mmdora.tokens import NEW_TOKENS
 from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mmdora.vision_encoders.hub_towers import TowerFamily, load_tower
-from mmdora.vision_encoders.registry import VISION_ENCODERS
+from mmdora.models.vision_encoders.hub_towers import TowerFamily, load_tower
+from mmdora.models.vision_encoders.registry import VISION_ENCODERS
 
 CLIP = TowerFamily(
     "clip",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.core.errors import UserError
-from mmdora.vision_encoders.open_clip_weights import pretrained_visual
+from mmdora.models.vision_encoders.open_clip_weights import pretrained_visual
 
 
 class OpenCLIPTimmConfig(PretrainedConfig):

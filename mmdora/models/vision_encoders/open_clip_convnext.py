@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmdora.core.errors import UserError
-from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmConfig
-from mmdora.vision_encoders.open_clip_weights import pretrained_visual
+from mmdora.models.vision_encoders.open_clip_timm import OpenCLIPTimmConfig
+from mmdora.models.vision_encoders.open_clip_weights import pretrained_visual
 
 
 class OpenCLIPConvNextConfig(OpenCLIPTimmConfig):

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
-from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
 
 
 @dataclass(frozen=True)

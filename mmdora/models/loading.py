@@ -1,4 +1,4 @@
-"""Models with their processors: loaded whole, or composed (mmdora/composing.py)."""
+"""Models with their processors: loaded whole, or composed (mmdora/models/composing.py)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from mmdora.composed_processor import check_chat_template
-from mmdora.composing import compose
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.deepspeed import whole_models
 from mmdora.core.errors import UserError
-from mmdora.llava_resampler import LlavaResamplerForConditionalGeneration
-from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
-from mmdora.preprocessing import pad_to_square
-from mmdora.projectors import keep_linear
-from mmdora.quantization import quantize_language_model
-from mmdora.tokens import add_tokens, extend_tokenizer
-from mmdora.vision_encoders.open_clip import OpenCLIPVisionModel
-from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel
-from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel
+from mmdora.models.composed_processor import check_chat_template
+from mmdora.models.composing import compose
+from mmdora.models.llava_resampler import LlavaResamplerForConditionalGeneration
+from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.models.new_tokens import add_tokens, extend_tokenizer
+from mmdora.models.preprocessing import pad_to_square
+from mmdora.models.projectors import keep_linear
+from mmdora.models.quantization import quantize_language_model
+from mmdora.models.vision_encoders.open_clip import OpenCLIPVisionModel
+from mmdora.models.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel
+from mmdora.models.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdora.architectures import architecture_of
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import architecture_of
 
 
 def quantize_language_model(model: nn.Module, bits: str) -> None:

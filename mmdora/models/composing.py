@@ -23,15 +23,15 @@ from transformers import (
     ProcessorMixin,
 )
 
-from mmdora.composed_processor import image_token, make_processor, video_token
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
-from mmdora.llava_resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
-from mmdora.loading_errors import LOADING_ERRORS, check_complete, why
-from mmdora.projectors import IDENTITY, make_linear
-from mmdora.resampler import Resampler
-from mmdora.vision_encoders import VISION_ENCODERS
+from mmdora.models.composed_processor import image_token, make_processor, video_token
+from mmdora.models.llava_resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
+from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.models.projectors import IDENTITY, make_linear
+from mmdora.models.resampler import Resampler
+from mmdora.models.vision_encoders import VISION_ENCODERS
 
 SEED = 0  # of what is new in a composed model: the same config gives the same model, and an adapter fits it again
 

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mmdora.resampler import Resampler
+from mmdora.models.resampler import Resampler
 
 
 class LlavaResamplerConfig(LlavaConfig):

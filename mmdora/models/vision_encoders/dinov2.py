@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from mmdora.vision_encoders.hub_towers import TowerFamily, load_tower
-from mmdora.vision_encoders.registry import VISION_ENCODERS
+from mmdora.models.vision_encoders.hub_towers import TowerFamily, load_tower
+from mmdora.models.vision_encoders.registry import VISION_ENCODERS
 
 DINOV2 = TowerFamily(
     "dinov2",

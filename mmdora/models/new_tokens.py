@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from mmdora.adapters.embedding import scaled
 from mmdora.adapters.layer import AdapterLayer
-from mmdora.architectures import embeddings_of, is_inside
 from mmdora.core.deepspeed import gathered, in_full, true_shape
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import embeddings_of, is_inside
 from mmdora.peft_format import PREFIX, VALUES, Adapter
 
 ROWS = "token_adapter"  # PEFT's name for the module; VALUES is that of its parameter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmdora.architectures import Region, is_inside, unused_blocks
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import Region, is_inside, unused_blocks
 
 
 def blocks_of(model: nn.Module, region: Region) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdora.core.errors import UserError
-from mmdora.loading_errors import why
+from mmdora.models.loading_errors import why
 
 
 def pretrained_visual(name: str, pretrained: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
-from mmdora.vision_encoders.hub_towers import TowerFamily, load_tower
-from mmdora.vision_encoders.registry import VISION_ENCODERS
+from mmdora.models.vision_encoders.hub_towers import TowerFamily, load_tower
+from mmdora.models.vision_encoders.registry import VISION_ENCODERS
 
 SIGLIP = TowerFamily(
     "siglip",

@@ -15,7 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.llava_resampler import LlavaResamplerProcessor
+from mmdora.models.llava_resampler import LlavaResamplerProcessor
 
 # A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]

@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmdora.attention import explicit_attention, explicit_state_dict
 from mmdora.core.errors import UserError
-from mmdora.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel, convnext_encoder
-from mmdora.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
-from mmdora.vision_encoders.open_clip_weights import pretrained_visual
-from mmdora.vision_encoders.registry import VISION_ENCODERS
+from mmdora.models.attention import explicit_attention, explicit_state_dict
+from mmdora.models.vision_encoders.open_clip_convnext import OpenCLIPConvNextModel, convnext_encoder
+from mmdora.models.vision_encoders.open_clip_timm import OpenCLIPTimmModel, timm_encoder
+from mmdora.models.vision_encoders.open_clip_weights import pretrained_visual
+from mmdora.models.vision_encoders.registry import VISION_ENCODERS
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel

@@ -1,0 +1,1 @@
+"""Models: their parts, loading, composing, vision encoders, projectors, new tokens."""
