@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mmdora
-from mmdora.adapters.norms import weights_fixed
+from mmdora.adapters.ops.norm_cache import weights_fixed
 
 Build = Callable[[LlamaModel, int], nn.Module]
 

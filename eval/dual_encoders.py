@@ -34,7 +34,7 @@ class DualEncoder:
 def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncoder:
     """The model of a hub id or a directory (of transformers, of OpenCLIP, or of an adapter on one of them), or of
     `open_clip:ARCHITECTURE/WEIGHTS`. Raises UserError."""
-    from mmdora.checkpoint import load_adapter
+    from mmdora.adapters.save_load import load_adapter
 
     folder = find_path(target)
     about, base = folder / "adapter_config.json", target

@@ -14,28 +14,34 @@ from typing import TYPE_CHECKING, Any
 from mmdora.autoclasses import register_when_needed
 
 if TYPE_CHECKING:
-    from mmdora.checkpoint import load_adapter, save_adapter, swap_adapter
-    from mmdora.injection import InjectionReport, adapters_by_row, disable_adapters, inject_adapters, set_adapter
-    from mmdora.merging import LoRAExport, combine_adapters, export_lora, merge_adapters, unmerge_adapters
+    from mmdora.adapters.injection import (
+        InjectionReport,
+        adapters_by_row,
+        disable_adapters,
+        inject_adapters,
+        set_adapter,
+    )
+    from mmdora.adapters.merging import LoRAExport, combine_adapters, export_lora, merge_adapters, unmerge_adapters
+    from mmdora.adapters.save_load import load_adapter, save_adapter, swap_adapter
     from mmdora.models.new_tokens import add_tokens
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "InjectionReport": "mmdora.injection",
-    "LoRAExport": "mmdora.merging",
+    "InjectionReport": "mmdora.adapters.injection",
+    "LoRAExport": "mmdora.adapters.merging",
     "add_tokens": "mmdora.models.new_tokens",
-    "adapters_by_row": "mmdora.injection",
-    "combine_adapters": "mmdora.merging",
-    "disable_adapters": "mmdora.injection",
-    "export_lora": "mmdora.merging",
-    "inject_adapters": "mmdora.injection",
-    "load_adapter": "mmdora.checkpoint",
-    "merge_adapters": "mmdora.merging",
-    "save_adapter": "mmdora.checkpoint",
-    "set_adapter": "mmdora.injection",
-    "swap_adapter": "mmdora.checkpoint",
-    "unmerge_adapters": "mmdora.merging",
+    "adapters_by_row": "mmdora.adapters.injection",
+    "combine_adapters": "mmdora.adapters.merging",
+    "disable_adapters": "mmdora.adapters.injection",
+    "export_lora": "mmdora.adapters.merging",
+    "inject_adapters": "mmdora.adapters.injection",
+    "load_adapter": "mmdora.adapters.save_load",
+    "merge_adapters": "mmdora.adapters.merging",
+    "save_adapter": "mmdora.adapters.save_load",
+    "set_adapter": "mmdora.adapters.injection",
+    "swap_adapter": "mmdora.adapters.save_load",
+    "unmerge_adapters": "mmdora.adapters.merging",
 }
 
 __all__ = [

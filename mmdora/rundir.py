@@ -207,9 +207,9 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
     """Load a run directory, an adapter directory (on the base that it names) or a model. Raises UserError."""
     from transformers import AutoProcessor
 
-    from mmdora.checkpoint import load_adapter
+    from mmdora.adapters.peft_format import read_adapter
+    from mmdora.adapters.save_load import load_adapter
     from mmdora.models.loading import load_model
-    from mmdora.peft_format import read_adapter
 
     run = RunDir(Path(target))
     if run.config_file.is_file():

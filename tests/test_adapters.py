@@ -14,7 +14,7 @@ import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.adapters import adapter_layers, resolve_targets
-from mmdora.adapters.functional import dora_norm
+from mmdora.adapters.ops.functional import dora_norm
 from mmdora.core.config import PartConfig, VideoConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import find_part

@@ -23,7 +23,7 @@ from transformers import TrainerControl
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import SampleError
-from mmdora.checkpoint import load_adapter
+from mmdora.adapters.save_load import load_adapter
 from mmdora.commands.evaluating import Evaluator
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import mmdora
 from benchmarks.learning_curve import losses
-from mmdora.adapters import linear_function
+from mmdora.adapters.ops import linear_function
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import mmdora
-from mmdora.adapters import linear_function
+from mmdora.adapters.ops import linear_function
 
-kernels = pytest.importorskip("mmdora.adapters.kernels", reason="Triton is not installed")
+kernels = pytest.importorskip("mmdora.adapters.ops.triton_kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's dot products of bf16 are garbage; a GPU's are not.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -90,7 +90,7 @@ def test_they_compile_for_gpus(capability, dtype, rank):
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmdora.adapters import kernels
+from mmdora.adapters.ops import triton_kernels as kernels
 blocks = dict(ROWS=kernels.ROWS, COLUMNS=kernels.COLUMNS, RANKS={rank}, HAS_LOW_RANK=True, HAS_GAIN=True)
 pointers = {{
     kernels._epilogue: ("u", "h", "b", "bias", "y"),

@@ -18,7 +18,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import mmdora
-from mmdora.adapters import AdapterLayer, adapter_layers, norms
+from mmdora.adapters import AdapterLayer, adapter_layers
+from mmdora.adapters.ops import norm_cache as norms
 from mmdora.core.errors import UserError
 
 LAYERS = {

@@ -258,7 +258,7 @@ def test_export_as_lora_reports_its_error(tmp_path):
 
 @pytest.mark.parametrize("shape", [(30, 20), (1100, 1300)])
 def test_the_truncated_svd_is_the_best_there_is(shape):
-    from mmdora.merging import _truncated
+    from mmdora.adapters.merging import _truncated
 
     torch.manual_seed(0)
     matrix = torch.randn(shape) @ torch.diag(0.9 ** torch.arange(shape[1]).float())

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mmdora
-from mmdora.adapters import norms
+from mmdora.adapters.ops import norm_cache as norms
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
 
@@ -166,7 +166,8 @@ import deepspeed
 import torch
 from torch import nn
 import mmdora
-from mmdora.adapters import adapter_layers, norms
+from mmdora.adapters import adapter_layers
+from mmdora.adapters.ops import norm_cache as norms
 from mmdora.training.arguments import _prepare_deepspeed
 from mmdora.core.deepspeed import gathered, read_in_forward
 

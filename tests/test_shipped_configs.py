@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import mmdora
+from mmdora.adapters.injection import InjectionReport
 from mmdora.commands.plan import hidden_size, prepare
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config, shipped_path
-from mmdora.injection import InjectionReport
 from mmdora.models.architectures import ARCHITECTURES, architecture_of
 from mmdora.planning.engines import Memory, Run, deepspeed, half, plain, sizes_of
 from mmdora.planning.meter import Activations, measure

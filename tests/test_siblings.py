@@ -14,8 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import mmdora
-from mmdora.adapters import adapter_layers, linear_function
-from mmdora.adapters.siblings import same_reads
+from mmdora.adapters import adapter_layers
+from mmdora.adapters.layers.siblings import same_reads
+from mmdora.adapters.ops import linear_function
 
 DORA = {"method": "dora", "rank": 4, "alpha": 6}
 

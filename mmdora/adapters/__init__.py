@@ -1,10 +1,10 @@
-"""Adapter methods, one file each; importing the package registers them all."""
+"""LoRA, DoRA and their relatives: the methods, the layers they run in, and the files they are saved in."""
 
-from mmdora.adapters import dora, dvora, lora, magnitude, whole
-from mmdora.adapters.base import ADAPTERS, AdapterMethod, LowRankSpec
-from mmdora.adapters.layer import AdapterLayer
+from mmdora.adapters.layers.base import AdapterLayer
+from mmdora.adapters.layers.wrapping import adapter_layers, tensor_shapes, wrap
+from mmdora.adapters.methods import ADAPTERS, AdapterMethod
+from mmdora.adapters.spec import LowRankSpec
 from mmdora.adapters.targets import resolve_targets
-from mmdora.adapters.wrapping import adapter_layers, tensor_shapes, wrap
 
 __all__ = [
     "ADAPTERS",
@@ -12,12 +12,7 @@ __all__ = [
     "AdapterMethod",
     "LowRankSpec",
     "adapter_layers",
-    "dora",
-    "dvora",
-    "lora",
-    "magnitude",
     "resolve_targets",
     "tensor_shapes",
-    "whole",
     "wrap",
 ]

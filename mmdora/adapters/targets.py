@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from mmdora.adapters.experts import expert_parameters
-from mmdora.adapters.layer import AdapterLayer
-from mmdora.adapters.wrapping import layer_kind
+from mmdora.adapters.layers.base import AdapterLayer
+from mmdora.adapters.layers.experts import expert_parameters
+from mmdora.adapters.layers.wrapping import layer_kind
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, unused_blocks

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmdora.adapters.injection import InjectionReport
 from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
-from mmdora.injection import InjectionReport
 from mmdora.rundir import RunDir
 
 

@@ -17,7 +17,7 @@ from eval.digests import tensors_digest
 from eval.report import shown, thumbnails
 from eval.results import read_scores
 from eval.run import evaluate
-from mmdora.checkpoint import adapter_contents
+from mmdora.adapters.save_load import adapter_contents
 from mmdora.commands.console import is_main
 from mmdora.core.config import RunConfig, VideoConfig
 from mmdora.core.deepspeed import give_back

@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
+from mmdora.adapters.merging import export_lora, merge_adapters
 from mmdora.commands.console import make_console
 from mmdora.core.errors import UserError
-from mmdora.merging import export_lora, merge_adapters
 from mmdora.models.loading import needs_mmdora, save_model, to_plain_transformers
 from mmdora.rundir import load_target
 

@@ -15,12 +15,12 @@ from data_pipelines.collator import Collator
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
+from mmdora.adapters.injection import inject_adapters
 from mmdora.commands.console import import_plugins, make_console, make_table
 from mmdora.commands.train import is_there
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
-from mmdora.injection import inject_adapters
 from mmdora.models.loading import load_shape
 from mmdora.planning.engines import Memory, Run, Sizes, deepspeed, half, plain, sizes_of
 from mmdora.planning.meter import Activations, measure

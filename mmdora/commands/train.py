@@ -28,8 +28,9 @@ from eval.report import write_report
 from eval.results import read_report
 from eval.run import evaluate, read_questions
 from mmdora.adapters import ADAPTERS
+from mmdora.adapters.injection import inject_adapters, resolve_parts
+from mmdora.adapters.save_load import save_adapter
 from mmdora.analysis.plots import plot_loss
-from mmdora.checkpoint import save_adapter
 from mmdora.commands.console import (
     import_plugins,
     is_main,
@@ -46,7 +47,6 @@ from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config
 from mmdora.core.distributed import from_main
 from mmdora.core.errors import UserError
-from mmdora.injection import inject_adapters, resolve_parts
 from mmdora.models.loading import load_model
 from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments

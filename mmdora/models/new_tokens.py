@@ -15,14 +15,11 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdora.adapters.embedding import scaled
-from mmdora.adapters.layer import AdapterLayer
-from mmdora.core.deepspeed import gathered, in_full, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import embeddings_of, is_inside
-from mmdora.peft_format import PREFIX, VALUES, Adapter
 
-ROWS = "token_adapter"  # PEFT's name for the module; VALUES is that of its parameter
+ROWS = "token_adapter"  # PEFT's name for the module
+VALUES = f"{ROWS}.trainable_tokens_delta"  # PEFT's name for the rows, which are values and not a delta
 NEW_TOKENS = "new tokens"  # what tables of results call these rows
 FILLED = 64  # a table grows to a multiple of it: tensor cores want that
 
@@ -115,29 +112,13 @@ def token_rows(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
 
 def train_rows(model: nn.Module) -> list[str]:
     """Let all rows be trained; returns the paths of their tables, of tied ones that of the input embeddings."""
-    owners = _owners(model)
+    owners = owners_of(model)
     for rows in owners:
         rows.requires_grad_(True)
     return list(owners.values())
 
 
-def rows_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
-    """The ids and values [k, d] of each table's rows, gathered and on the CPU; tied tables each have theirs, since PEFT
-    does not find out for every model that they are tied."""
-    found = {}
-    for path, rows in token_rows(model):
-        found[path] = (rows.ids, in_full(rows.trainable_tokens_delta).to("cpu", copy=True).contiguous())
-    return found
-
-
-def rows_of(model: nn.Module, adapter: Adapter) -> list[str]:
-    """The tables of a directory's rows as `train_rows` would name them."""
-    owners = _owners(model)
-    shared = {path for path, rows in token_rows(model) if owners[rows] != path}
-    return [path for path in adapter.rows if path not in shared]
-
-
-def _owners(model: nn.Module) -> dict[TokenRows, str]:
+def owners_of(model: nn.Module) -> dict[TokenRows, str]:
     """Each set of rows with the path of its first table."""
     return {rows: path for path, rows in reversed(list(token_rows(model)))}
 
@@ -177,43 +158,6 @@ def fold_rows(model: Any, inside: Collection[str] = ("",)) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
-def check_rows(model: nn.Module, adapter: Adapter) -> None:
-    """Raise UserError unless the model has a place for all rows of an adapter directory."""
-    here = dict(token_rows(model))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, rows in adapter.rows.items():
-        table: Any = modules.get(path)
-        width = len(next(iter(rows.values())))
-        where = f"{adapter.folder}: tensor {PREFIX}{path}.{VALUES}"
-        if not isinstance(table, nn.Embedding | nn.Linear) or isinstance(table, AdapterLayer):
-            there = "is not in this model" if table is None else f"is a {type(table).__name__}, which can have no rows"
-            raise UserError(f"{where}: {path} {there}")
-        if true_shape(table.weight)[1] != width:
-            raise UserError(f"{where} has rows of {width} numbers; this model needs {true_shape(table.weight)[1]}")
-        missing = max(rows) >= true_shape(table.weight)[0] or (path in here and here[path].ids != list(rows))
-        if missing:
-            named = f" ({', '.join(adapter.new_tokens)})" if adapter.new_tokens else ""
-            raise UserError(
-                f"{where} is of tokens {min(rows)} to {max(rows)}{named}, which are not those of this model; give "
-                "them to it first: model.new_tokens in a config, mmdora.add_tokens in Python"
-            )
-
-
-@torch.no_grad()
-def load_rows(model: Any, adapter: Adapter) -> None:
-    """Put the rows of a checked directory on the model, or copy them where it has such rows."""
-    here = dict(token_rows(model))
-    inside, out = (embeddings_of(model, which) for which in ("input", "output"))
-    for path, rows in adapter.rows.items():
-        if path in here:
-            with gathered([here[path].trainable_tokens_delta], write=True):
-                here[path].trainable_tokens_delta.copy_(torch.stack(list(rows.values())))
-        elif ROWS not in model.get_submodule(path)._modules:
-            put_rows(model, path, list(rows), torch.stack(list(rows.values())))
-        if tied_embeddings(model) and model.get_submodule(path) is inside and ROWS not in out._modules:
-            put_rows(model, _path(model, out), shared=inside.get_submodule(ROWS))
-
-
 def remove_rows(table: nn.Module) -> None:
     """The table as it was before it had rows of its own."""
     del table._modules[ROWS]
@@ -232,10 +176,10 @@ def _tables(model: Any) -> dict[str, Any]:
     wanted = [table for table in (embeddings_of(model, "input"), embeddings_of(model, "output")) if table is not None]
     if not wanted or not all(isinstance(table, nn.Embedding | nn.Linear) for table in wanted):
         raise UserError(f"new_tokens: {type(model).__name__} has no table of embeddings that could take them")
-    return {_path(model, table): table for table in wanted}
+    return {path_of(model, table): table for table in wanted}
 
 
-def _path(model: nn.Module, wanted: nn.Module) -> str:
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
@@ -251,3 +195,9 @@ def _grow(model: Any, rows: int) -> None:
         for tensor in (table.weight, getattr(table, "bias", None)):
             if tensor is not None:
                 tensor[before:] = tensor[:before].float().mean(0)
+
+
+def scaled(table: nn.Module, y: Tensor) -> Tensor:
+    """Embeddings times what transformers multiplies those of some models with."""
+    scale = getattr(table, "embed_scale", None)
+    return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import set_seed
 
-from mmdora.checkpoint import adapter_contents, load_weights, write_adapter
+from mmdora.adapters.save_load import adapter_contents, load_weights, write_adapter
 from mmdora.core.atomic import remove, write_manifest, written_aside
 from mmdora.core.distributed import from_main, objects_of_all
 from mmdora.core.errors import UserError

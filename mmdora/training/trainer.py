@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from mmdora.adapters import adapter_layers
-from mmdora.adapters.norms import fix_weights
-from mmdora.checkpoint import save_adapter, save_best
+from mmdora.adapters.ops.norm_cache import fix_weights
+from mmdora.adapters.save_load import save_adapter, save_best
 from mmdora.core.config import RunConfig
 from mmdora.core.deepspeed import begin_stage_0, give_back, partition, read_in_forward
 from mmdora.models.new_tokens import NEW_TOKENS

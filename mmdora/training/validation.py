@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmdora.adapters.norms import weights_fixed
+from mmdora.adapters.ops.norm_cache import weights_fixed
 from mmdora.core.distributed import figures_of_all
 from mmdora.core.errors import UserError
 from mmdora.training.meter import IGNORED

@@ -21,17 +21,17 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmdora.adapters.base import LowRankSpec
+from mmdora.adapters.spec import LowRankSpec
 from mmdora.adapters.targets import pattern_value
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
+from mmdora.models.new_tokens import VALUES
 
 PREFIX = "base_model.model."
 OWN_TYPE = "MMDORA"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 SUFFIXES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, "vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")
-VALUES = "token_adapter.trainable_tokens_delta"  # of tokens' rows: values, for all that PEFT calls them a delta
 SPEC = TypeAdapter(LowRankSpec)
 TOKENS = TypeAdapter(dict[str, int])
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False, lt=1e9)]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdora.adapters.layer import AdapterLayer, Shapes
+from mmdora.adapters.layers.base import AdapterLayer, Shapes
+from mmdora.models.new_tokens import scaled
 
 
 class AdaptedEmbedding(AdapterLayer, nn.Embedding):
@@ -52,9 +53,3 @@ class AdaptedEmbedding(AdapterLayer, nn.Embedding):
         return F.embedding(
             x, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
-
-
-def scaled(table: nn.Module, y: Tensor) -> Tensor:
-    """Embeddings times what transformers multiplies those of some models with."""
-    scale = getattr(table, "embed_scale", None)
-    return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)

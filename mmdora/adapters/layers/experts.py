@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdora.adapters.functional import MergedWeightFunction
-from mmdora.adapters.layer import AdapterLayer, Shapes
+from mmdora.adapters.layers.base import AdapterLayer, Shapes
+from mmdora.adapters.ops.functional import MergedWeightFunction
 from mmdora.core.deepspeed import true_shape
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, Plan
-from mmdora.adapters.lora import LOW_RANK, LoRA
-from mmdora.adapters.magnitude import MAGNITUDE
+from mmdora.adapters.methods.base import ADAPTERS, PartPlan
+from mmdora.adapters.methods.lora import LOW_RANK, LoRA
+from mmdora.adapters.methods.magnitude import MAGNITUDE
 from mmdora.adapters.targets import resolve_targets
 from mmdora.core.config import PartConfig
 from mmdora.models.architectures import Region
@@ -24,11 +24,11 @@ class DoRA(LoRA):
 
     settings = LOW_RANK | {"magnitude_targets", "peft_dropout"}
 
-    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
         specs = super().plan(model, part, region, config).layers
         magnitudes = list(specs)
         if config.magnitude_targets is not None:
             magnitudes = resolve_targets(model, part, region, config, "magnitude_targets")
         for layer in magnitudes:
             specs[layer] = replace(specs.get(layer, MAGNITUDE), use_dora=True, peft_dropout=config.peft_dropout)
-        return Plan(specs)
+        return PartPlan(specs)

@@ -11,12 +11,13 @@ import math
 import torch
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, LowRankSpec, Plan
-from mmdora.adapters.layer import Projection
-from mmdora.adapters.linear import LinearLayer
-from mmdora.adapters.lora import LoRA, layer_seed
+from mmdora.adapters.layers.base import Projection
+from mmdora.adapters.layers.linear import LinearLayer
+from mmdora.adapters.layers.wrapping import layer_kind, wrap
+from mmdora.adapters.methods.base import ADAPTERS, RATES, PartPlan
+from mmdora.adapters.methods.lora import LoRA, layer_seed
+from mmdora.adapters.spec import LowRankSpec
 from mmdora.adapters.targets import resolve_targets
-from mmdora.adapters.wrapping import layer_kind, wrap
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region
@@ -26,7 +27,7 @@ from mmdora.models.architectures import Region
 class DVoRA(LoRA):
     settings = RATES | {"rank", "dropout", "targets", "exclude", "last_blocks", "peft_dropout", "forward"}
 
-    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
         # Alpha is the rank: VeRA has no scale of its own.
         spec = LowRankSpec(
             rank=config.rank,
@@ -43,7 +44,7 @@ class DVoRA(LoRA):
             kind = layer_kind(modules[layer]) if layer in modules else None
             if kind is None or not issubclass(kind, LinearLayer):
                 raise UserError(f"parts.{part}.targets: dvora shares A and B among linear layers; {layer} is none")
-        return Plan(plan)
+        return PartPlan(plan)
 
     def apply(self, model: nn.Module, region: Region, layers: dict[str, LowRankSpec], name: str) -> None:
         wrapped = {layer: wrap(model, layer) for layer in layers}

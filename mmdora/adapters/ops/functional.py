@@ -35,9 +35,10 @@ def dora_norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scal
     if lora_a is None or lora_b is None:
         return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32)
     if weight.is_cuda and weight.dim() == 2 and has_triton():
-        from mmdora.adapters import kernels
+        from mmdora.adapters.ops import triton_kernels
 
-        return kernels.norm(weight, lora_a.float(), lora_b.float(), scale)  # dense, and no branch that waits for a GPU
+        # Dense, and without a branch that would wait for the GPU.
+        return triton_kernels.norm(weight, lora_a.float(), lora_b.float(), scale)
     a, b = lora_a.float(), lora_b.float()
     w2 = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
     cross = (_times_transposed(weight, a) * b).sum(-1)

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
-from mmdora.adapters.base import Plan
-from mmdora.adapters.siblings import share_reads
+from mmdora.adapters.layers.siblings import share_reads
+from mmdora.adapters.methods.base import PartPlan
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.core.config import PartConfig
 from mmdora.core.deepspeed import numel
@@ -115,7 +115,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
-def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, Region], dict[str, Plan]]:
+def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, Region], dict[str, PartPlan]]:
     """Where every part lives, and what becomes of it.
 
     Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
@@ -225,7 +225,7 @@ def _explicit(model: nn.Module, region: Region) -> None:
         explicit_attention(module)
 
 
-def _check_disjoint(plans: dict[str, Plan]) -> None:
+def _check_disjoint(plans: dict[str, PartPlan]) -> None:
     owner: dict[str, str] = {}
     for part, plan in plans.items():
         for path in plan.layers:
@@ -243,7 +243,7 @@ def _check_disjoint(plans: dict[str, Plan]) -> None:
 
 
 def _report(
-    model: nn.Module, configs: dict[str, PartConfig], regions: dict[str, Region], plans: dict[str, Plan]
+    model: nn.Module, configs: dict[str, PartConfig], regions: dict[str, Region], plans: dict[str, PartPlan]
 ) -> InjectionReport:
     reports = []
     for part, config in configs.items():

@@ -13,8 +13,8 @@ from typing import Any
 import bitsandbytes as bnb
 from torch import Tensor, nn
 
-from mmdora.adapters.layer import AdapterLayer
-from mmdora.adapters.linear import AdaptedLinear
+from mmdora.adapters.layers.base import AdapterLayer
+from mmdora.adapters.layers.linear import AdaptedLinear
 
 
 class QuantizedLinear(AdaptedLinear):

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mmdora.adapters.base import LowRankSpec
-from mmdora.adapters.convolution import AdaptedConv1d, AdaptedConv2d, AdaptedConv3d
-from mmdora.adapters.embedding import AdaptedEmbedding
-from mmdora.adapters.experts import AdaptedExperts, adopt_experts, expert_parameters, expert_shapes
-from mmdora.adapters.layer import AdapterLayer, Shape, become
-from mmdora.adapters.linear import AdaptedConv1D, AdaptedLinear
+from mmdora.adapters.layers.base import AdapterLayer, Shape, become
+from mmdora.adapters.layers.convolution import AdaptedConv1d, AdaptedConv2d, AdaptedConv3d
+from mmdora.adapters.layers.embedding import AdaptedEmbedding
+from mmdora.adapters.layers.experts import AdaptedExperts, adopt_experts, expert_parameters, expert_shapes
+from mmdora.adapters.layers.linear import AdaptedConv1D, AdaptedLinear
+from mmdora.adapters.spec import LowRankSpec
 
 LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
     nn.Linear: AdaptedLinear,
@@ -32,7 +32,7 @@ def layer_kind(module: nn.Module) -> type[AdapterLayer] | None:
     if isinstance(module, AdapterLayer):
         return type(module)
     if type(module).__module__.startswith("bitsandbytes."):
-        from mmdora.adapters.quantized import quantized_kind
+        from mmdora.adapters.layers.quantized import quantized_kind
 
         return quantized_kind(module)
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmdora.adapters import norms
-from mmdora.adapters.functional import LEAST_GAIN, dora_gain, has_triton
+from mmdora.adapters.ops import norm_cache
+from mmdora.adapters.ops.functional import LEAST_GAIN, dora_gain, has_triton
 
 ROWS = 256  # of an activation at once, where a pass over it has temporaries
 
@@ -72,7 +72,7 @@ class AdaptedLinearFunction(torch.autograd.Function):
             u = rows @ weight.to(dtype).T
             gain = norm = None
             if t.magnitude is not None:
-                norm = norms.norm(weight, a, b, form.scale, form.key)
+                norm = norm_cache.norm(weight, a, b, form.scale, form.key)
                 gain = dora_gain(t.magnitude, norm)
                 gain.masked_fill_(gain == 0, LEAST_GAIN)
             b = None if b is None else (form.scale * b).to(dtype)
@@ -224,7 +224,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, gain: Tensor | None) -> Tensor:
 def passes(device: torch.device) -> Any:
     """Where `epilogue`, `gradients` and `merge` for this device are: here, or fused in Triton for a GPU."""
     if device.type == "cuda" and has_triton():
-        from mmdora.adapters import kernels
+        from mmdora.adapters.ops import triton_kernels
 
-        return kernels
+        return triton_kernels
     return sys.modules[__name__]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdora.adapters.linear import LinearLayer, linear_outputs
+from mmdora.adapters.layers.linear import LinearLayer, linear_outputs
 from mmdora.core.deepspeed import is_partitioned
 
 CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

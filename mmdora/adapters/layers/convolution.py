@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from mmdora.adapters.layer import AdapterLayer, Shapes
+from mmdora.adapters.layers.base import AdapterLayer, Shapes
 
 
 class AdaptedConv(AdapterLayer, _ConvNd):

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, LowRankSpec, Plan
+from mmdora.adapters.layers.wrapping import takes_dropout, wrap
+from mmdora.adapters.methods.base import ADAPTERS, RATES, AdapterMethod, PartPlan
+from mmdora.adapters.spec import LowRankSpec
 from mmdora.adapters.targets import pattern_value, resolve_targets
-from mmdora.adapters.wrapping import takes_dropout, wrap
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region
@@ -28,12 +29,12 @@ def layer_seed(path: str) -> int:
 class LoRA(AdapterMethod):
     settings = LOW_RANK
 
-    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
         spec = LowRankSpec(config.rank, config.alpha, config.dropout, config.use_rslora, forward=config.forward)
         layers = resolve_targets(model, part, region, config)
         if config.dropout and (deaf := [layer for layer in layers if not takes_dropout(model, layer)]):
             raise UserError(f"parts.{part}.dropout: {deaf[0]} has no input to drop; leave one of the two out")
-        return Plan(
+        return PartPlan(
             {
                 layer: replace(
                     spec,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmdora.adapters.functional import dora_norm
+from mmdora.adapters.ops.functional import dora_norm
 
 _kept: dict[int, Tensor] | None = None
 _keys = itertools.count(1)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from mmdora.adapters.layer import AdapterLayer, Shapes
-from mmdora.adapters.linear_function import AdaptedLinearFunction, LinearForm, LinearTerms, as_is, transposed
+from mmdora.adapters.layers.base import AdapterLayer, Shapes
+from mmdora.adapters.ops.linear_function import AdaptedLinearFunction, LinearForm, LinearTerms, as_is, transposed
 
 if TYPE_CHECKING:
-    from mmdora.adapters.siblings import Siblings
+    from mmdora.adapters.layers.siblings import Siblings
 
 
 class LinearLayer(AdapterLayer):

@@ -16,14 +16,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
-from mmdora.adapters.layer import Projection
+from mmdora.adapters.injection import AdapterRecord, check_new_name, records, set_adapter
+from mmdora.adapters.layers.base import Projection
+from mmdora.adapters.peft_format import (
+    MAGNITUDE,
+    PREFIX,
+    VALUES,
+    Adapter,
+    metadata,
+    own_config,
+    peft_config,
+    read_adapter,
+)
+from mmdora.adapters.token_rows import check_rows, load_rows, rows_contents, rows_of
 from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import gathered, in_full, true_shape
 from mmdora.core.errors import UserError
-from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
 from mmdora.models.attention import explicit_where_named
-from mmdora.models.new_tokens import check_rows, load_rows, new_tokens, rows_contents, rows_of, train_rows
-from mmdora.peft_format import MAGNITUDE, PREFIX, VALUES, Adapter, metadata, own_config, peft_config, read_adapter
+from mmdora.models.new_tokens import new_tokens, train_rows
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:

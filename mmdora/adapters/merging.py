@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
-from mmdora.adapters.experts import AdaptedExperts
-from mmdora.adapters.functional import dora_gain
-from mmdora.adapters.siblings import share_reads
-from mmdora.checkpoint import write_adapter
+from mmdora.adapters.injection import AdapterRecord, check_new_name, records, set_adapter
+from mmdora.adapters.layers.experts import AdaptedExperts
+from mmdora.adapters.layers.siblings import share_reads
+from mmdora.adapters.ops.functional import dora_gain
+from mmdora.adapters.peft_format import PREFIX, VALUES, metadata, peft_config
+from mmdora.adapters.save_load import write_adapter
+from mmdora.adapters.token_rows import rows_contents
 from mmdora.core.errors import UserError
-from mmdora.injection import AdapterRecord, check_new_name, records, set_adapter
-from mmdora.models.new_tokens import fold_rows, new_tokens, rows_contents, tied_embeddings, token_rows
-from mmdora.peft_format import PREFIX, VALUES, metadata, peft_config
+from mmdora.models.new_tokens import fold_rows, new_tokens, tied_embeddings, token_rows
 
 # A row whose weights the sum scales by less than this has no direction left to write the sum with.
 LEAST_SCALE = 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmdora.adapters.base import ADAPTERS, RATES, AdapterMethod, Plan
+from mmdora.adapters.methods.base import ADAPTERS, RATES, AdapterMethod, PartPlan
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, is_inside
@@ -15,7 +15,7 @@ from mmdora.models.blocks import last_blocks
 class Full(AdapterMethod):
     settings = RATES | {"last_blocks"}
 
-    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
         whole = region.whole_modules(model)
         if config.last_blocks is not None:
             whole = last_blocks(model, part, region, config.last_blocks)
@@ -28,12 +28,12 @@ class Full(AdapterMethod):
                 )
             if trained and not parameter.is_floating_point():
                 raise UserError(f"parts.{part}.method: {name} is quantized and cannot be trained in full")
-        return Plan(whole=whole)
+        return PartPlan(whole=whole)
 
 
 @ADAPTERS.register("frozen")
 class Frozen(AdapterMethod):
     settings = frozenset()
 
-    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> Plan:
-        return Plan()
+    def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
+        return PartPlan()

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdora.adapters import norms
-from mmdora.adapters.base import LowRankSpec
-from mmdora.adapters.functional import dora_gain, dora_norm, merged_weight
+from mmdora.adapters.ops import norm_cache
+from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
+from mmdora.adapters.spec import LowRankSpec
 from mmdora.core.deepspeed import gathered
 
 Shape = tuple[int, ...]
@@ -133,7 +133,7 @@ class AdapterLayer(nn.Module, ABC):
             with gathered([self.weight]), torch.no_grad():
                 norm = torch.linalg.vector_norm(self.matrix(), dim=-1, dtype=torch.float32)
             self._put("lora_magnitude_vector", name, nn.Parameter(norm.view(shapes.magnitude)))
-        self.specs[name], self.keys[name] = spec, norms.new_key()
+        self.specs[name], self.keys[name] = spec, norm_cache.new_key()
         self.active = name
 
     def initialize(self, a: Tensor, b: Tensor, generator: torch.Generator) -> None:
@@ -191,7 +191,7 @@ class AdapterLayer(nn.Module, ABC):
     def norm(self, name: str) -> Tensor:
         """‖W + sBA‖ [out] in fp32; inside `weights_fixed` it is computed once."""
         a, b = (None if f is None else f.detach() for f in self.factors(name))
-        return norms.norm(self.matrix().detach(), a, b, self.specs[name].scale, self.keys[name])
+        return norm_cache.norm(self.matrix().detach(), a, b, self.specs[name].scale, self.keys[name])
 
     def gain(self, name: str) -> Tensor:
         """g = m / ‖W + sBA‖ [out] in fp32, by which the adapter scales the output; its gradient reaches m alone."""
@@ -231,12 +231,12 @@ class AdapterLayer(nn.Module, ABC):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        new.keys = {name: norms.new_key() for name in self.keys}  # its norms are its own
+        new.keys = {name: norm_cache.new_key() for name in self.keys}  # its norms are its own
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.keys = {name: norms.new_key() for name in self.keys}
+        self.keys = {name: norm_cache.new_key() for name in self.keys}
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{n}: r={s.rank}{' dora' if s.use_dora else ''}" for n, s in self.specs.items())

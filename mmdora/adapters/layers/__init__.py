@@ -1,0 +1,1 @@
+"""Layers with adapters, one file per kind of layer."""
