@@ -5,7 +5,7 @@
 One thread; every round times all candidates in a new order; medians, and ratios of one run, since the machine is noisy.
 - `images`: a JPEG with a question and its answer, encoded for a LLaVA-1.5 (336 px), as a DataLoader's worker hands it
   over. The limit is Pillow's decoding and the processor alone, on a text that is rendered already; it makes no
-  labels. `memory kept`: by what we set where a worker starts (mmdora/training/workers.py).
+  labels. `memory kept`: by what we set where a worker starts (mmdora/training/loader_workers.py).
 - `conversations`: a question and its answer, encoded. Beside both: the way of LLaVA's own loader
   (LazySupervisedDataset), written down from what it does: open, pad to a square, preprocess, fill in a conversation
   template, tokenize it whole, and the question once more to find what is learnt.
@@ -39,7 +39,7 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
 from data_pipelines.video import load_video
 from mmdora.core.config import VideoConfig
-from mmdora.training.workers import start_worker
+from mmdora.training.loader_workers import start_worker
 
 Candidates = dict[str, Callable[[], object]]
 

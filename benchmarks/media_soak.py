@@ -31,7 +31,7 @@ from data_pipelines.images import load_image
 from data_pipelines.samples import MediaError
 from data_pipelines.video import isolation, load_video
 from mmdora.core.config import VideoConfig
-from mmdora.training.workers import start_worker
+from mmdora.training.loader_workers import start_worker
 
 CONFIG = VideoConfig(num_frames=8, timeout=60)
 DAMAGED = 100  # one video in so many

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from eval.digests import processor_digest, weights_digest
 from mmdora.core.config_files import find_path
+from mmdora.core.distributed import on_device
 from mmdora.core.errors import UserError
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
-from mmdora.rundir import on_device
 
 OPEN_CLIP = "open_clip:"  # open_clip:ViT-B-32/openai: an architecture, and a tag or a file of weights
 

@@ -13,7 +13,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger
 from mmdora.core.config import DataConfig, SourceConfig
-from mmdora.training.meter import PIXELS
+from mmdora.training.metrics import PIXELS
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

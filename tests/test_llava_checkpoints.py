@@ -22,8 +22,8 @@ from transformers import (
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
+from mmdora.conversion.llava import convert_llava
 from mmdora.core.errors import UserError
-from mmdora.llava_checkpoints import convert_llava
 from tests.llava_files import PATCH, ROWS, SIDE, WIDTH, Parts, run, write_base, write_checkpoint, write_tower
 from tests.media import write_image
 

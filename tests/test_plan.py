@@ -15,8 +15,8 @@ from mmdora.commands.plan import hidden_size, longest, stand_in
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import load_config
 from mmdora.models.loading import load_model, load_shape
-from mmdora.planning.engines import Run, deepspeed, plain, sizes_of
-from mmdora.planning.meter import Activations, measure
+from mmdora.planning.activations import Activations, measure
+from mmdora.planning.engine_memory import Run, deepspeed, plain, sizes_of
 from mmdora.training.arguments import read_deepspeed
 from tests.families import FAMILIES
 from tests.test_composed import TOWERS

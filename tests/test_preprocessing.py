@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, SiglipImageProcessor
 
+from mmdora.apps.load_target import load_target
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_model
 from mmdora.models.preprocessing import pad_to_square
-from mmdora.rundir import load_target
 from tests.families import CROPPED, FAMILIES
 from tests.media import picture, write_image
 from tests.test_composed import compose

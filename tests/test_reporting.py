@@ -21,7 +21,7 @@ from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.commands.logs import logged
 from mmdora.core.config_files import load_config
 from mmdora.training.flops import peak_flops, work_of
-from mmdora.training.meter import Counts, Meter
+from mmdora.training.metrics import Counts, Meter
 from mmdora.training.progress import TrainingDisplay
 from mmdora.training.reporting import MetricsFile, curves
 from tests.conftest import ROOT

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data_pipelines.dataset import read_source
 from mmdora.core.atomic import clear_leftovers, damage, write_manifest, written_aside
 from mmdora.core.config import SourceConfig
-from mmdora.rundir import RunDir
+from mmdora.core.run_directory import RunDir
 from mmdora.training.checkpoints import rotate, write_pieces
 from tests.conftest import ROOT
 from tests.test_runs import command

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmdora.apps.load_target import load_target
 from mmdora.commands import main
-from mmdora.rundir import RunDir, load_target
+from mmdora.core.run_directory import RunDir
 from tests.conftest import ROOT
 
 

@@ -22,13 +22,13 @@ from transformers import (
 import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text
+from mmdora.apps.load_target import load_target
 from mmdora.core.config import ModelConfig, VideoConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import find_parts
 from mmdora.models.loading import load_model, save_model
 from mmdora.models.new_tokens import token_rows
-from mmdora.rundir import load_target
 from mmdora.training.optimizer import optimizer_groups
 from tests.media import write_image
 from tests.tiny_models import write_tokenizer

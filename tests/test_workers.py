@@ -15,7 +15,7 @@ FAULTS = """
 import resource
 import sys
 import numpy as np
-from mmdora.training.workers import keep_freed_memory
+from mmdora.training.loader_workers import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mmdora.analysis.decomposition import analyze, correlation
+from mmdora.apps.load_target import load_target
 from mmdora.commands.console import make_console, make_table
 from mmdora.core.errors import UserError
-from mmdora.rundir import load_target
 
 
 def run(target: str, trust_remote_code: bool) -> None:

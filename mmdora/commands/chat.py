@@ -10,9 +10,9 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
 from eval.benchmarks import Question
 from eval.generation import generate
+from mmdora.apps.load_target import load_target
 from mmdora.commands.console import make_console
 from mmdora.core.errors import UserError
-from mmdora.rundir import load_target
 
 
 def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int, trust_remote_code: bool) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from mmdora.adapters.injection import InjectionReport
 from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
-from mmdora.rundir import RunDir
+from mmdora.core.run_directory import RunDir
 
 
 def is_main() -> bool:

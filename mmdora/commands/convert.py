@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmdora.commands.console import make_console
+from mmdora.conversion.llava import convert_llava
 from mmdora.core.errors import UserError
-from mmdora.llava_checkpoints import convert_llava
 from mmdora.models.loading import save_model
 
 

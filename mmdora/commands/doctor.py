@@ -26,7 +26,7 @@ from mmdora.core.errors import UserError
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches
-from mmdora.training.meter import PIXELS, frames_of
+from mmdora.training.metrics import PIXELS, frames_of
 from mmdora.training.packing import check_packing
 
 MOST_FILES = 1000  # on each side, compared by their looks

@@ -19,12 +19,13 @@ from eval.digests import weights_digest
 from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
+from mmdora.apps.load_target import load_target
 from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
 from mmdora.core.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.core.config_files import parse_section
 from mmdora.core.errors import UserError
 from mmdora.core.registry import nearest
-from mmdora.rundir import RunDir, load_target
+from mmdora.core.run_directory import RunDir
 
 log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=30)  # of a process that has answered its share, for the others

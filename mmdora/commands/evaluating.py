@@ -22,7 +22,7 @@ from mmdora.commands.console import is_main
 from mmdora.core.config import RunConfig, VideoConfig
 from mmdora.core.deepspeed import give_back
 from mmdora.core.errors import UserError
-from mmdora.rundir import RunDir
+from mmdora.core.run_directory import RunDir
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import Prediction
 from mmdora.training.trainer import AdapterTrainer

@@ -12,10 +12,10 @@ from transformers import AutoModelForImageTextToText
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
 from mmdora.adapters.merging import export_lora, merge_adapters
+from mmdora.apps.load_target import load_target
 from mmdora.commands.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.models.loading import needs_mmdora, save_model, to_plain_transformers
-from mmdora.rundir import load_target
 
 
 def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:

@@ -22,8 +22,8 @@ from mmdora.core.config import RunConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_shape
-from mmdora.planning.engines import Memory, Run, Sizes, deepspeed, half, plain, sizes_of
-from mmdora.planning.meter import Activations, measure
+from mmdora.planning.activations import Activations, measure
+from mmdora.planning.engine_memory import Memory, Run, Sizes, deepspeed, half, plain, sizes_of
 from mmdora.training.arguments import micro_batches, read_deepspeed
 from mmdora.training.packing import packed_inputs, row_length
 

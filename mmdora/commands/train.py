@@ -31,6 +31,7 @@ from mmdora.adapters import ADAPTERS
 from mmdora.adapters.injection import inject_adapters, resolve_parts
 from mmdora.adapters.save_load import save_adapter
 from mmdora.analysis.plots import plot_loss
+from mmdora.apps.load_target import load_target
 from mmdora.commands.console import (
     import_plugins,
     is_main,
@@ -45,10 +46,10 @@ from mmdora.commands.evaluating import Evaluator, Questions, check_scored, sampl
 from mmdora.commands.logs import RunLogs, logged
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config
-from mmdora.core.distributed import from_main
+from mmdora.core.distributed import from_main, on_device
 from mmdora.core.errors import UserError
+from mmdora.core.run_directory import RunDir, check_space
 from mmdora.models.loading import load_model
-from mmdora.rundir import RunDir, check_space, load_target, on_device
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches
 from mmdora.training.callbacks import EvaluateEvery, RunLog

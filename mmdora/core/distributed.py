@@ -46,3 +46,12 @@ def any_process(yes: bool) -> bool:
     """Whether any process says yes."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return which_in_any([yes], device)[0]
+
+
+def on_device(model: Any) -> Any:
+    """The model on this process's GPU, where there is one."""
+    import os
+
+    import torch
+
+    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}") if torch.cuda.is_available() else model

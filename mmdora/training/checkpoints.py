@@ -35,7 +35,7 @@ from mmdora.adapters.save_load import adapter_contents, load_weights, write_adap
 from mmdora.core.atomic import remove, write_manifest, written_aside
 from mmdora.core.distributed import from_main, objects_of_all
 from mmdora.core.errors import UserError
-from mmdora.rundir import checkpoints_in
+from mmdora.core.run_directory import checkpoints_in
 from mmdora.training.optimizer_state import MASTER, Kinds, state_of
 
 log = logging.getLogger(__name__)

@@ -22,18 +22,18 @@ from mmdora.adapters.ops.norm_cache import fix_weights
 from mmdora.adapters.save_load import save_adapter, save_best
 from mmdora.core.config import RunConfig
 from mmdora.core.deepspeed import begin_stage_0, give_back, partition, read_in_forward
+from mmdora.core.run_directory import RunDir
 from mmdora.models.new_tokens import NEW_TOKENS
-from mmdora.rundir import RunDir
 from mmdora.training.audit import AUDITED_STEPS, Audit
-from mmdora.training.average import Average
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
 from mmdora.training.batches import MicroBatches, batching
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
+from mmdora.training.ema import Average
 from mmdora.training.flops import work_of
-from mmdora.training.meter import IGNORED, Meter
+from mmdora.training.loader_workers import as_workers_said, start_worker
+from mmdora.training.metrics import IGNORED, Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
-from mmdora.training.workers import as_workers_said, start_worker
 
 # Before transformers had `loss_is_scaled_for_ga`, its Trainer divided the loss of some families by the micro-batches of
 # a step, whoever had scaled it.

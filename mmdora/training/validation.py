@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmdora.adapters.ops.norm_cache import weights_fixed
 from mmdora.core.distributed import figures_of_all
 from mmdora.core.errors import UserError
-from mmdora.training.meter import IGNORED
-from mmdora.training.workers import as_workers_said, start_worker
+from mmdora.training.loader_workers import as_workers_said, start_worker
+from mmdora.training.metrics import IGNORED
 
 
 @contextmanager

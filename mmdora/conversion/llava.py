@@ -27,9 +27,9 @@ from transformers import (
 
 from mmdora.adapters.merging import merge_adapters
 from mmdora.adapters.save_load import load_adapter
+from mmdora.conversion.llava_files import FEATURES, Tensors, check_tensors, read_config, read_layout
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
-from mmdora.llava_layout import FEATURES, Tensors, check_tensors, read_config, read_layout
 from mmdora.models.loading_errors import LOADING_ERRORS, why
 from mmdora.models.preprocessing import pad_to_square
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdora.planning.meter import Activations
+from mmdora.planning.activations import Activations
 
 FP32 = 4
 MOMENTS = 2  # AdamW's

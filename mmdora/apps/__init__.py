@@ -1,0 +1,1 @@
+"""What needs several rooms: training runs, evaluation, the doctor, chat, merging."""

@@ -1,0 +1,53 @@
+"""A model ready to answer: from a run, an adapter directory or a plain model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor
+
+from mmdora.adapters.peft_format import read_adapter
+from mmdora.adapters.save_load import load_adapter
+from mmdora.core.config import ModelConfig, RunConfig, VideoConfig
+from mmdora.core.distributed import on_device
+from mmdora.core.errors import UserError
+from mmdora.core.run_directory import RunDir
+from mmdora.models.loading import load_model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer, from a run, an adapter directory or a plain model."""
+
+    model: Any
+    processor: Any
+    video: VideoConfig
+    config: RunConfig | None  # of a run
+
+
+def load_target(target: str, trust_remote_code: bool = False, dtype: str | None = None) -> Loaded:
+    """Load a run directory, an adapter directory (on the base that it names) or a model. Raises UserError."""
+    run = RunDir(Path(target))
+    if run.config_file.is_file():
+        config = run.config(trust_remote_code)
+        if not run.adapter.is_dir():
+            raise UserError(f"{target}: the run has no adapter yet; it did not finish (mmdora train … --resume)")
+        model, _ = load_model(config.model)
+        load_adapter(model, run.adapter)
+        processor = AutoProcessor.from_pretrained(run.processor, trust_remote_code=trust_remote_code)
+        return Loaded(on_device(model).eval(), processor, config.data.video, config)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
+    if (run.path / "adapter_config.json").is_file():
+        about = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = about.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{target}: its adapter_config.json does not name the base model")
+        tokens = list(read_adapter(run.path).new_tokens)
+        model, processor = load_model(ModelConfig(path=base, new_tokens=tokens, **options))
+        load_adapter(model, run.path)
+        return Loaded(on_device(model).eval(), processor, VideoConfig(), None)
+    model, processor = load_model(ModelConfig(path=target, **options))
+    return Loaded(on_device(model), processor, VideoConfig(), None)
