@@ -2,7 +2,7 @@
 
 import sys
 
-from mmdora.commands import main
+from mmdora.cli import main
 
 if __name__ == "__main__":
     # The deepspeed launcher adds --local_rank=N; LOCAL_RANK in the environment says the same.

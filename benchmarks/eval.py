@@ -130,7 +130,7 @@ def commands(data: Path, size: int, rounds: int) -> tuple[dict[str, list[float]]
 
     def ours(folder: Path) -> Path:
         asked = ["--benchmark", "vqa", "--data", str(data), "--batch-size", str(size), "--out", str(folder)]
-        command = [sys.executable, "-m", "mmdora.commands", "eval", str(MODEL), *asked]
+        command = [sys.executable, "-m", "mmdora.cli", "eval", str(MODEL), *asked]
         start, answered = time.perf_counter(), folder / "vqa" / "responses.jsonl"
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (answered.exists() and answered.stat().st_size):

@@ -31,7 +31,7 @@ from data_pipelines.samples import Image, Message, Sample, Text
 from eval.benchmarks import Question
 from eval.metrics import cluster_bootstrap
 from eval.scoring import make_report, score_all, write_results
-from mmdora.commands.leaderboard import run as leaderboard
+from mmdora.cli.leaderboard import run as leaderboard
 from mmdora.core.config import EvaluationConfig
 
 WORDS = ("kitchen", "street", "table", "woman", "red", "blue", "cat", "dog", "left", "right", "under", "holding", "two")

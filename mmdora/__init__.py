@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mmdora.autoclasses import register_when_needed
+from mmdora import _moved
 
 if TYPE_CHECKING:
     from mmdora.adapters.injection import (
@@ -68,4 +68,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-register_when_needed()
+_moved.install()

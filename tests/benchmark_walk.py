@@ -15,8 +15,8 @@ from data_pipelines.encoding import Encoder
 from eval.benchmarks import BENCHMARKS, Question
 from eval.results import read_result
 from eval.run import evaluate, read_questions
-from mmdora.commands.score import run as score
-from mmdora.commands.submit import run as submit
+from mmdora.cli.score import run as score
+from mmdora.cli.submit import run as submit
 from mmdora.core.config import EvaluationConfig, ModelConfig, VideoConfig
 from mmdora.models.loading import load_model
 

@@ -70,9 +70,9 @@ def recording(trainer_class: type, folder: Path) -> type:
 
 
 def run(case: Case) -> str:
-    from mmdora.commands import main as command
+    from mmdora.cli import main as command
 
-    train: Any = importlib.import_module("mmdora.commands.train")  # as an attribute it is the command
+    train: Any = importlib.import_module("mmdora.cli.train")  # as an attribute it is the command
     plain = train.AdapterTrainer
     if case.record:
         train.AdapterTrainer = recording(plain, Path(case.output))

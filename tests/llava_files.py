@@ -18,7 +18,7 @@ from transformers import (
     LlamaTokenizer,
 )
 
-from mmdora.commands import main
+from mmdora.cli import main
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?'1234567890"
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdora.commands import main
+from mmdora.cli import main
 from tests.media import write_image
 
 

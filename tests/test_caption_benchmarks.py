@@ -12,8 +12,8 @@ import pytest
 from data_pipelines.encoding import Encoder
 from eval.captions_java import meteor_process
 from eval.run import evaluate, read_questions
-from mmdora.commands.score import run as score
-from mmdora.commands.submit import run as submit
+from mmdora.cli.score import run as score
+from mmdora.cli.submit import run as submit
 from mmdora.core.config import EvaluationConfig, VideoConfig
 from mmdora.core.errors import UserError
 from tests.families import qwen2_vl

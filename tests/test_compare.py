@@ -9,7 +9,7 @@ import pytest
 
 from eval.compare import BOOTSTRAP, EXACT
 from eval.metrics import mcnemar
-from mmdora.commands.compare import run
+from mmdora.cli.compare import run
 from mmdora.core.errors import UserError
 from tests.scored import command, edit, judge, right, scored, write_questions
 

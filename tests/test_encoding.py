@@ -10,7 +10,7 @@ from data_pipelines.collator import Collator
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.labels import align
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
-from mmdora.commands.chat import reply
+from mmdora.apps.chat import reply
 from mmdora.core.config import VideoConfig
 from mmdora.core.errors import UserError
 from tests.media import write_image, write_video

@@ -76,7 +76,7 @@ def test_killed_in_the_midst_it_asks_only_what_is_not_answered(data, alone, tmp_
     """SIGKILL while the third batch or a later one is answered, and a line that was half written."""
     environment = os.environ | {"END": "forward 8 KILL", "RANK": "0"}
     asked = arguments(data, tmp_path, "--plugin", "tests.killer")
-    killed = subprocess.run([sys.executable, "-m", "mmdora.commands", *asked], cwd=ROOT, env=environment, check=False)
+    killed = subprocess.run([sys.executable, "-m", "mmdora.cli", *asked], cwd=ROOT, env=environment, check=False)
     assert killed.returncode == -9
     own = tmp_path / "vqa" / "responses.jsonl"
     answered = {row["id"] for row in rows_of(own)}
@@ -104,7 +104,7 @@ def test_processes_share_the_questions_out(data, alone, tmp_path, monkeypatch):
     log = tmp_path / "asked"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("ASKED", str(log))
-    start = [*torchrun(), "-m", "mmdora.commands", *arguments(data, tmp_path, "--plugin", "watching_plugin")]
+    start = [*torchrun(), "-m", "mmdora.cli", *arguments(data, tmp_path, "--plugin", "watching_plugin")]
     result, torn = tmp_path / "vqa", data.parent / "3.png"
     whole = torn.read_bytes()
     torn.write_bytes(whole[:100])

@@ -24,8 +24,8 @@ from data_pipelines.dataset import read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import SampleError
 from mmdora.adapters.save_load import load_adapter
+from mmdora.apps.during_training import Evaluator
 from mmdora.apps.load_target import load_target
-from mmdora.commands.evaluating import Evaluator
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.core.resuming import check_resumable

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import typer
 
-from mmdora.commands import app
+from mmdora.cli import app
 from tests.conftest import ROOT
 from tests.media import write_image
 from tests.test_runs import command
@@ -24,7 +24,7 @@ COMMANDS = [line.partition("  #")[0] for line in LINE.findall(PAGE)]
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_of_the_page_can_be_given(line):
     known = typer.main.get_command(app).commands
-    name, *arguments = shlex.split(line.removeprefix("-m mmdora.commands").removeprefix("mmdora"))
+    name, *arguments = shlex.split(line.removeprefix("-m mmdora.cli").removeprefix("mmdora"))
     if name not in known:
         pytest.skip(f"{name} is not there yet")
     known[name].make_context(name, arguments)

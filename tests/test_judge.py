@@ -16,10 +16,10 @@ from eval.benchmarks import BENCHMARKS
 from eval.judge import judge_all
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
-from mmdora.commands.eval import Request, as_requested
-from mmdora.commands.evaluating import check_scored
-from mmdora.commands.score import run as score
-from mmdora.commands.submit import run as submit
+from mmdora.apps.during_training import check_scored
+from mmdora.apps.evaluate import Request, as_requested
+from mmdora.cli.score import run as score
+from mmdora.cli.submit import run as submit
 from mmdora.core.config import EvaluationConfig, JudgeConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import RunError, UserError

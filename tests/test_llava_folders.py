@@ -7,7 +7,7 @@ import pytest
 from eval.benchmarks import BENCHMARKS
 from eval.layout import find_folder, read_answers, read_answers_as
 from eval.run import read_questions
-from mmdora.commands.score import answers_to
+from mmdora.cli.score import answers_to
 from mmdora.core.config import EvaluationConfig
 from mmdora.core.errors import UserError
 from tests.media import write_image

@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 import mmdora
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoded, Encoder
-from mmdora.commands.plan import hidden_size, longest, stand_in
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import load_config
 from mmdora.models.loading import load_model, load_shape
 from mmdora.planning.activations import Activations, measure
 from mmdora.planning.engine_memory import Run, deepspeed, plain, sizes_of
+from mmdora.planning.planner import hidden_size, longest, stand_in
 from mmdora.training.arguments import read_deepspeed
 from tests.families import FAMILIES
 from tests.test_composed import TOWERS

@@ -18,8 +18,8 @@ import mmdora
 from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
-from mmdora.commands.logs import logged
 from mmdora.core.config_files import load_config
+from mmdora.core.logs import logged
 from mmdora.training.flops import peak_flops, work_of
 from mmdora.training.metrics import Counts, Meter
 from mmdora.training.progress import TrainingDisplay

@@ -22,9 +22,9 @@ from eval.dual_encoders import load_dual_encoder
 from eval.features import FRAMES
 from eval.retrieval import rank_figures, sentence_ranks, tied_ranks
 from eval.run import read_questions
-from mmdora.commands.eval import Request
-from mmdora.commands.eval import run as evaluate
-from mmdora.commands.score import run as score
+from mmdora.apps.evaluate import Request
+from mmdora.cli.evaluate import run as evaluate
+from mmdora.cli.score import run as score
 from mmdora.core.config import EvaluationConfig
 from mmdora.core.errors import UserError
 from tests.media import write_video

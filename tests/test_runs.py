@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmdora.apps.load_target import load_target
-from mmdora.commands import main
+from mmdora.cli import main
 from mmdora.core.run_directory import RunDir
 from tests.conftest import ROOT
 
@@ -225,16 +225,14 @@ def test_a_full_disk_is_one_clear_error(world, tmp_path, capsys, monkeypatch):
 
 def test_an_error_that_one_process_meets_is_told(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("mmdora.commands.SHARED_ERROR", 0.0)
+    monkeypatch.setattr("mmdora.cli.SHARED_ERROR", 0.0)
     assert command("train", "nowhere") == 2
     assert capsys.readouterr().err.startswith("error (rank 1): no config at 'nowhere'")
 
 
 def test_help_is_quick_to_import():
     """The command line imports neither torch nor pydantic before a command runs."""
-    code = (
-        "import sys, mmdora.commands; print(sorted({'torch', 'pydantic', 'rich', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, mmdora.cli; print(sorted({'torch', 'pydantic', 'rich', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -14,8 +14,8 @@ from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import VQA
 from eval.results import find_results, read_result
-from mmdora.commands.console import results_table
-from mmdora.commands.score import answers_to
+from mmdora.apps.tables import results_table
+from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
 from tests.media import write_image
 from tests.scored import command, edit, right, scored, write_answers, write_questions

@@ -13,12 +13,12 @@ from transformers import AutoModelForImageTextToText
 
 import mmdora
 from mmdora.adapters.injection import InjectionReport
-from mmdora.commands.plan import hidden_size, prepare
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config, shipped_path
 from mmdora.models.architectures import ARCHITECTURES, architecture_of
 from mmdora.planning.activations import Activations, measure
 from mmdora.planning.engine_memory import Memory, Run, deepspeed, half, plain, sizes_of
+from mmdora.planning.planner import hidden_size, prepare
 from mmdora.training.arguments import micro_batches, read_deepspeed
 from tests.conftest import ROOT
 from tests.published_sizes import PUBLISHED

@@ -15,8 +15,8 @@ from eval.benchmarks.textvqa import anls, edit_distance, question_in_llava_promp
 from eval.benchmarks.vizwiz import unanswerability
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
-from mmdora.commands.score import run as score
-from mmdora.commands.submit import run as submit
+from mmdora.cli.score import run as score
+from mmdora.cli.submit import run as submit
 from mmdora.core.config import EvaluationConfig, ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_model

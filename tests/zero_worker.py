@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mmdora.commands import main
+from mmdora.cli import main
 
 
 def until(step: int, run: Path, copy: Path) -> None:

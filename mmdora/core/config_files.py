@@ -172,3 +172,16 @@ def _index(items: list[Any], step: str, override: str) -> int:
     if not step.isdigit() or int(step) >= len(items):
         raise UserError(f"{override!r}: {step!r} is not an index into a list of {len(items)}")
     return int(step)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that results go into. Raises UserError that names the option where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
+
+
+def is_there(path: str) -> bool:
+    """Whether a path names something; a pattern of shards is looked into when it is read."""
+    return find_path(path).exists() or not {"*", "{"}.isdisjoint(path)

@@ -3,6 +3,7 @@ process that is alone gets its own back."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def any_process(yes: bool) -> bool:
 
 def on_device(model: Any) -> Any:
     """The model on this process's GPU, where there is one."""
-    import os
-
-    import torch
-
     return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}") if torch.cuda.is_available() else model
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

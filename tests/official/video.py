@@ -13,7 +13,7 @@ from eval.benchmarks.mvbench import check_ans
 from eval.benchmarks.videomme import VideoMME, extract_letter
 from eval.options import LETTERS
 from eval.scoring import figure, score_all
-from mmdora.commands.score import answers_to
+from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
 from tests.official import official
 

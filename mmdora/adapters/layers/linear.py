@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
 from mmdora.adapters.ops.linear_function import AdaptedLinearFunction, LinearForm, LinearTerms, as_is, transposed
 
-if TYPE_CHECKING:
-    from mmdora.adapters.layers.siblings import Siblings
-
 
 class LinearLayer(AdapterLayer):
     """What is linear in x."""
 
     read: Any = staticmethod(as_is)  # how the autograd function sees the weight as a matrix [out, in]
-    siblings: Siblings | None = None  # layers that are handed the same x, and do part of the work together
+    siblings: Any = None  # `Siblings`: layers that are handed the same x, and do part of the work together
 
     def matrix(self) -> Tensor:
         return self.read(self.weight)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS
 from eval.results import read_result
-from mmdora.commands.console import import_plugins, make_console, make_folder
+from mmdora.core.config_files import make_folder
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
+from mmdora.core.registry import import_plugins
 
 
 def run(folders: list[Path], out: Path, plugins: list[str]) -> None:

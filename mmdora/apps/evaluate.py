@@ -20,9 +20,10 @@ from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
 from mmdora.apps.load_target import load_target
-from mmdora.commands.console import import_plugins, make_console, progress_bar, results_table
+from mmdora.apps.tables import results_table
 from mmdora.core.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.core.config_files import parse_section
+from mmdora.core.console import make_console, progress_bar
 from mmdora.core.errors import UserError
 from mmdora.core.registry import nearest
 from mmdora.core.run_directory import RunDir
@@ -49,8 +50,7 @@ class Request:
     judge: JudgeConfig | None = None
 
 
-def run(request: Request, trust_remote_code: bool, plugins: list[str]) -> None:
-    import_plugins(plugins)
+def run(request: Request, trust_remote_code: bool) -> None:
     console = make_console()
     run_dir = RunDir(Path(request.target))
     config = run_dir.config() if run_dir.config_file.is_file() else None

@@ -13,7 +13,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
 from mmdora.adapters.merging import export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
-from mmdora.commands.console import make_console
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.models.loading import needs_mmdora, save_model, to_plain_transformers
 

@@ -18,10 +18,9 @@ from data_pipelines.ledger import Ledger, by_reason, from_rejected
 from eval.benchmarks import Question
 from eval.contamination import Asked, Overlap, find_overlaps
 from eval.run import read_questions
-from mmdora.commands.console import import_plugins, make_console, make_table, progress_bar
-from mmdora.commands.train import check_names
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import find_path, load_config
+from mmdora.core.config_files import find_path
+from mmdora.core.console import make_console, make_table, progress_bar
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
@@ -43,12 +42,9 @@ class Problem:
     setting: str
 
 
-def run(name: str, overrides: list[str], samples: int, html: Path | None) -> int:
+def examine(config: RunConfig, samples: int, html: Path | None) -> int:
     """Print what was found. Returns 1 where a problem is an error, else 0. Raises UserError for a config that no run
     could begin with."""
-    config = load_config(name, overrides)
-    import_plugins(config.plugins)
-    check_names(config)
     console = make_console()
     console.record = html is not None
     training = [read_source(source, config.training.seed) for source in config.data.train]

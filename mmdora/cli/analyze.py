@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmdora.analysis.decomposition import analyze, correlation
 from mmdora.apps.load_target import load_target
-from mmdora.commands.console import make_console, make_table
+from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
 
 

@@ -15,9 +15,12 @@ from eval.judge import describe_judge, judge_all
 from eval.results import many_rows
 from eval.run import ask_nothing_twice
 from eval.scoring import make_report, score_all, write_results
-from mmdora.commands.console import import_plugins, make_console, make_folder, results_table
+from mmdora.apps.tables import results_table
 from mmdora.core.config import EvaluationConfig, JudgeConfig
+from mmdora.core.config_files import make_folder
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
+from mmdora.core.registry import import_plugins
 
 log = logging.getLogger(__name__)
 

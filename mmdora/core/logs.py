@@ -12,7 +12,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
-from mmdora.commands.console import is_main
+from mmdora.core.distributed import is_main
 
 OURS = ("mmdora", "data_pipelines", "eval")  # whose notes are kept too; of others warnings are
 TALKATIVE = ("transformers", "accelerate", "DeepSpeed")  # on the terminal only their errors

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from eval.compare import EXACT, Comparison, adjusted, compare, flipped, matched, unlike
 from eval.results import Result, find_results, many_rows, read_result
-from mmdora.commands.console import import_plugins, make_console, make_table
+from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
+from mmdora.core.registry import import_plugins
 
 log = logging.getLogger(__name__)
 

@@ -1,79 +1,18 @@
-"""What the commands share on the terminal: one console that only rank 0 speaks on, tables, and quieter libraries."""
+"""The tables that commands print."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
-import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mmdora.adapters.injection import InjectionReport
+from mmdora.core.console import make_table
 from mmdora.core.deepspeed import numel
-from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
-
-
-def is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def make_console() -> Console:
-    """Rank 0's console; silent in the other processes. Libraries' progress bars and notes are turned down."""
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"torch|deepspeed|transformers|accelerate")
-    return Console(quiet=not is_main(), highlight=False, markup=False)  # file names may hold brackets
-
-
-def import_plugins(names: list[str]) -> None:
-    """Import the modules that register what a config then names. Raises UserError for one that cannot be found."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"plugins: cannot import {name!r} ({error})") from error
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Make a folder that results go into. Raises UserError that names the option where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
-
-
-@contextmanager
-def progress_bar(console: Console, label: str, total: int) -> Iterator[Any]:
-    """A bar that yields its `advance(n)`."""
-    columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda n: progress.advance(task, n)
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """A table with rules under its head only, which stays inside 80 columns where a boxed one wraps its figures."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
 
 
 def estimate(scores: dict[str, float | None] | None) -> str:

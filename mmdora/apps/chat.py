@@ -11,7 +11,7 @@ from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
 from eval.benchmarks import Question
 from eval.generation import generate
 from mmdora.apps.load_target import load_target
-from mmdora.commands.console import make_console
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
 
 

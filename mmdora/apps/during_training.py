@@ -18,9 +18,9 @@ from eval.report import shown, thumbnails
 from eval.results import read_scores
 from eval.run import evaluate
 from mmdora.adapters.save_load import adapter_contents
-from mmdora.commands.console import is_main
 from mmdora.core.config import RunConfig, VideoConfig
 from mmdora.core.deepspeed import give_back
+from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
 from mmdora.training.callbacks import RunLog

@@ -1,4 +1,4 @@
-"""`mmdora train`: the whole walk on one page: config → model → adapters → data → trainer → adapter → evaluation."""
+"""A training run on one page: config → model → adapters → data → trainer → adapter → evaluation."""
 
 from __future__ import annotations
 
@@ -17,37 +17,24 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from data_pipelines.collator import Collator
 from data_pipelines.dataset import Source, TrainDataset, ledger_names, read_source
 from data_pipelines.encoding import Encoder
-from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Ledger, from_rejected, mend
-from data_pipelines.video import VIDEO_READERS
-from eval.benchmarks import BENCHMARKS
 from eval.contamination import comparison
 from eval.digests import weights_digest
 from eval.report import write_report
 from eval.results import read_report
 from eval.run import evaluate, read_questions
-from mmdora.adapters import ADAPTERS
 from mmdora.adapters.injection import inject_adapters, resolve_parts
 from mmdora.adapters.save_load import save_adapter
 from mmdora.analysis.plots import plot_loss
+from mmdora.apps.during_training import Evaluator, Questions, check_scored, sample_predictions
 from mmdora.apps.load_target import load_target
-from mmdora.commands.console import (
-    import_plugins,
-    is_main,
-    make_console,
-    progress_bar,
-    results_table,
-    show_adapters,
-    show_best,
-    show_groups,
-)
-from mmdora.commands.evaluating import Evaluator, Questions, check_scored, sample_predictions
-from mmdora.commands.logs import RunLogs, logged
+from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import find_path, load_config
-from mmdora.core.distributed import from_main, on_device
+from mmdora.core.console import progress_bar
+from mmdora.core.distributed import from_main, is_main, on_device
 from mmdora.core.errors import UserError
+from mmdora.core.logs import RunLogs
 from mmdora.core.run_directory import RunDir, check_space
 from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
@@ -55,19 +42,9 @@ from mmdora.training.batches import check_batches
 from mmdora.training.callbacks import EvaluateEvery, RunLog
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import check_packing, row_length
-from mmdora.training.reporting import Reports, check_reports, open_reports
+from mmdora.training.reporting import Reports, open_reports
 from mmdora.training.signals import StopOnSigterm
 from mmdora.training.trainer import AdapterTrainer
-
-
-def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
-    config = load_config(name, overrides)
-    console = make_console()
-    with logged() as logs:
-        import_plugins(config.plugins)
-        check_names(config)
-        check_reports(config)
-        train(config, resume, overwrite, console, logs)
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, logs: RunLogs) -> None:
@@ -144,43 +121,6 @@ def tell_stopped(config: RunConfig, step: int) -> None:
     if is_main():
         sys.stderr.write(f"stopped by SIGTERM after step {step}; {saved}. The same command with --resume goes on\n")
     sys.exit(128 + signal.SIGTERM)
-
-
-def check_names(config: RunConfig) -> None:
-    """Every name and path of the config, before anything is loaded. Raises UserError that lists all that are wrong."""
-    problems: list[str] = []
-
-    def check(key: str, registry: Any, name: str | None) -> None:
-        try:
-            _ = None if name is None else registry[name]
-        except UserError as error:
-            problems.append(f"{key}: {error}")
-
-    for part, options in config.parts.items():
-        check(f"parts.{part}.method", ADAPTERS, options.method)
-    lists = {"train": config.data.train, "validation": config.data.validation}
-    for key, source in ((f"data.{name}.{i}", source) for name, all_ in lists.items() for i, source in enumerate(all_)):
-        check(f"{key}.format", DATASET_FORMATS, source.format)
-        if source.format != "shapes" and not is_there(source.path):
-            problems.append(f"{key}.path: no such file {source.path!r}")
-        if source.media is not None and not find_path(source.media).is_dir():
-            problems.append(f"{key}.media: no such folder {source.media!r}")
-    if config.data.video.reader != "auto":
-        check("data.video.reader", VIDEO_READERS, config.data.video.reader)
-    for i, entry in enumerate(config.evaluation):
-        check(f"evaluation.{i}.benchmark", BENCHMARKS, entry.benchmark)
-        check(f"evaluation.{i}.format", DATASET_FORMATS, entry.format)
-        if entry.format != "shapes" and not is_there(entry.data):
-            problems.append(f"evaluation.{i}.data: no such file or folder {entry.data!r}")
-        if entry.media is not None and not find_path(entry.media).is_dir():
-            problems.append(f"evaluation.{i}.media: no such folder {entry.media!r}")
-    if problems:
-        raise UserError("the config names what is not there:\n" + "\n".join(f"  {p}" for p in problems))
-
-
-def is_there(path: str) -> bool:
-    """Whether a path names something; a pattern of shards is looked into when it is read."""
-    return find_path(path).exists() or not {"*", "{"}.isdisjoint(path)
 
 
 def stop_tokens(model: Any, processor: Any) -> set[int]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from eval.leaderboard import arrange
 from eval.leaderboard_page import pictures_of_each, write_leaderboard
 from eval.results import Result, find_results, many_rows, read_result
-from mmdora.commands.console import import_plugins, make_console, make_folder, progress_bar
+from mmdora.core.config_files import make_folder
+from mmdora.core.console import make_console, progress_bar
 from mmdora.core.errors import UserError
+from mmdora.core.registry import import_plugins
 
 
 @many_rows()

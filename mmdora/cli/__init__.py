@@ -43,7 +43,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Move a run that is there aside.")] = False,
 ) -> None:
     """Tune a model as a config says, and score it before and after."""
-    from mmdora.commands.train import run
+    from mmdora.cli.train import run
 
     run(config, overrides or [], resume, overwrite)
 
@@ -56,7 +56,7 @@ def doctor(
     html: Annotated[Path | None, typer.Option(help="Write what is shown as a page, too.")] = None,
 ) -> None:
     """Show what a config's data becomes and what is wrong with it. Exits with 1 if a run would stop or go wrong."""
-    from mmdora.commands.doctor import run
+    from mmdora.cli.doctor import run
 
     raise typer.Exit(run(config, overrides or [], samples, html))
 
@@ -70,7 +70,7 @@ def plan(
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Of one node; 8, if not given.")] = None,
 ) -> None:
     """Show the memory that a run takes on each GPU, by ZeRO stage and offload. Exits with 1 if it fits under none."""
-    from mmdora.commands.plan import run
+    from mmdora.cli.plan import run
 
     raise typer.Exit(run(config, overrides or [], gpus, gpu_memory, gpus_per_node))
 
@@ -97,7 +97,8 @@ def evaluate(
     plugin: Plugins = None,
 ) -> None:
     """Score a run's own benchmarks, or any benchmark on any model."""
-    from mmdora.commands.eval import Request, run
+    from mmdora.apps.evaluate import Request
+    from mmdora.cli.evaluate import run
     from mmdora.core.config_files import judge_config
 
     judge = judge_config(judge_url, judge_model, verdicts)
@@ -122,7 +123,7 @@ def score(
     plugin: Plugins = None,
 ) -> None:
     """Score answers that are already there, without a model."""
-    from mmdora.commands.score import run
+    from mmdora.cli.score import run
     from mmdora.core.config_files import judge_config
 
     judge = judge_config(judge_url, judge_model, verdicts)
@@ -136,7 +137,7 @@ def submit(
     plugin: Plugins = None,
 ) -> None:
     """Write the file that a benchmark's leaderboard takes."""
-    from mmdora.commands.submit import run
+    from mmdora.cli.submit import run
 
     run(results, out, plugin or [])
 
@@ -149,7 +150,7 @@ def compare(
     plugin: Plugins = None,
 ) -> None:
     """Compare two models' answers question by question, and say whether the difference may be chance."""
-    from mmdora.commands.compare import run
+    from mmdora.cli.compare import run
 
     run(a, b, as_json, plugin or [])
 
@@ -163,7 +164,7 @@ def leaderboard(
     plugin: Plugins = None,
 ) -> None:
     """Write a page that ranks models, down to the single question."""
-    from mmdora.commands.leaderboard import run
+    from mmdora.cli.leaderboard import run
 
     run(results, html, plugin or [])
 
@@ -178,7 +179,7 @@ def merge(
     trust_remote_code: Trust = False,
 ) -> None:
     """Fold a run's adapter into a plain Hugging Face model, and print how far the two differ."""
-    from mmdora.commands.merge import run as merge_run
+    from mmdora.cli.merge import run as merge_run
 
     merge_run(run, out, lora_rank, trust_remote_code)
 
@@ -193,7 +194,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a checkpoint of LLaVA's own code, or a Llama that shall become a LLaVA, into a plain Hugging Face model."""
-    from mmdora.commands.convert import run
+    from mmdora.cli.convert import run
 
     run(folder, out, vision_tower, base)
 
@@ -207,7 +208,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a run or a model in the terminal."""
-    from mmdora.commands.chat import run
+    from mmdora.cli.chat import run
 
     run(target, image or [], video or [], max_new_tokens, trust_remote_code)
 
@@ -215,7 +216,7 @@ def chat(
 @app.command()
 def analyze(run: Target, trust_remote_code: Trust = False) -> None:
     """Show how far tuning moved each layer's magnitude and direction."""
-    from mmdora.commands.analyze import run as analyze_run
+    from mmdora.cli.analyze import run as analyze_run
 
     analyze_run(run, trust_remote_code)
 
@@ -229,7 +230,7 @@ def list_names(
 ) -> None:
     """List what a config can name."""
     # Not `commands/list.py`: a submodule of that name would hide the builtin from the annotations in this file.
-    from mmdora.commands.list_names import run
+    from mmdora.cli.list_names import run
 
     run(kind)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmdora.commands.console import make_console
 from mmdora.conversion.llava import convert_llava
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.models.loading import save_model
 

@@ -9,7 +9,7 @@ from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
 from mmdora.adapters import ADAPTERS
-from mmdora.commands.console import make_console
+from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.core.registry import nearest
 from mmdora.models.architectures import ARCHITECTURES
