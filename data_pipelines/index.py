@@ -26,6 +26,7 @@ import numpy as np
 from data_pipelines.formats.registry import Format, Place, Where, check_links, kept, printable
 from data_pipelines.rows import RowError
 from data_pipelines.samples import Image, Rejected, Sample, SampleError, Text
+from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 
 VERSION = 3  # of what an index holds; another version is built anew
@@ -258,7 +259,7 @@ def measure(sample: Sample) -> tuple[int, int, int]:
 @contextmanager
 def _progress(path: Path, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on the terminal of the first process, for large files; yields what moves it to so many bytes."""
-    if total < LARGE or os.environ.get("RANK", "0") != "0":
+    if total < LARGE or not is_main():
         yield lambda done: None
         return
     from rich.console import Console

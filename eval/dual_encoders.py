@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eval.digests import processor_digest, weights_digest
 from mmdora.core.config_files import find_path
-from mmdora.core.distributed import on_device
+from mmdora.core.distributed import to_local_device
 from mmdora.core.errors import UserError
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
 
@@ -52,7 +52,7 @@ def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncod
         raise UserError(f"cannot load {base!r} as a model with text and image features: {why(error, base)}") from error
     if about.is_file():
         load_adapter(model, folder)
-    return build(on_device(model).eval())
+    return build(to_local_device(model).eval())
 
 
 def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callable[[nn.Module], DualEncoder]]:

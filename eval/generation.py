@@ -15,9 +15,9 @@ from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoded, Encoder, MediaKind
 from data_pipelines.samples import Image, SampleError, Video
 from eval.benchmarks import Question
-from eval.responses import Responses, process_count, process_rank
+from eval.responses import Responses
 from mmdora.core.deepspeed import device_of, gathered, is_partitioned
-from mmdora.core.distributed import any_process
+from mmdora.core.distributed import any_rank, rank, world_size
 from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def answer_all(
     responses = Responses(folder, keys)
     advance(len(responses.known))
     left = sorted((q for q in questions if q.id not in responses.known), key=_size, reverse=True)
-    partitioned = process_count() > 1 and is_partitioned(next(model.parameters()))
+    partitioned = world_size() > 1 and is_partitioned(next(model.parameters()))
     kinds = media_of(questions) if partitioned else None
 
     def failed(question: Question, reason: str) -> None:
         responses.fail(question.id, reason)
         advance(1)
 
-    mine = left[process_rank() :: process_count()]
+    mine = left[rank() :: world_size()]
     for answers in answer_batches(model, encoder, mine, batch_size, max_new_tokens, kinds, failed):
         responses.add((question.id, text) for question, text in answers)
         advance(len(answers))
@@ -196,7 +196,7 @@ def _paired(batch: list[Row], texts: list[str]) -> list[tuple[Question, str]]:
 
 def _as_many(batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
     """This process's batches, and then empty ones as long as another has some left."""
-    while any_process(bool(batch := next(batches, []))):
+    while any_rank(bool(batch := next(batches, []))):
         yield batch
 
 

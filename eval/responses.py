@@ -21,6 +21,7 @@ from data_pipelines.samples import Image, Text, Video
 from data_pipelines.video import resolve_reader
 from eval.benchmarks import Question
 from eval.digests import media_digest, processor_digest
+from mmdora.core.distributed import rank
 from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Responses:
     def __init__(self, folder: Path, keys: Mapping[str, str]):
         self.folder, self.keys = folder, keys
         folder.mkdir(parents=True, exist_ok=True)
-        if process_rank() == 0:
+        if rank() == 0:
             _join(folder)
         _barrier()
         self.known = self._answers()
@@ -87,7 +88,7 @@ class Responses:
         _barrier()  # all have read before the files are joined
         asked = set(ids)
         assert asked == answers.keys() | failed.keys(), "some questions have neither an answer nor a reason"
-        if process_rank() == 0:
+        if rank() == 0:
             if failed:
                 _join(self.folder)
                 rows = [{"id": i, "reason": failed[i]} for i in ids if i in failed]
@@ -114,20 +115,12 @@ class Responses:
     def _write(self, kind: str, rows: list[Row]) -> None:
         """One write for all of them, brought to the disk at once: they came together."""
         if kind not in self._files:
-            name = f"{kind}.{process_rank()}.jsonl" if process_rank() else f"{kind}.jsonl"
+            name = f"{kind}.{rank()}.jsonl" if rank() else f"{kind}.jsonl"
             self._files[kind] = (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace")
         file = self._files[kind]
         file.write(_lines(rows))
         file.flush()
         os.fsync(file.fileno())
-
-
-def process_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _rows(folder: Path, kind: str) -> Iterator[Row]:

@@ -16,10 +16,10 @@ from eval.digests import weights_digest
 from eval.generation import answer_all
 from eval.judge import describe_judge, judge_all
 from eval.receipts import finished, receipt_of
-from eval.responses import process_rank, question_keys
+from eval.responses import question_keys
 from eval.scoring import make_report, score_all, write_results
 from mmdora.core.config import EvaluationConfig
-from mmdora.core.distributed import from_main
+from mmdora.core.distributed import from_main, is_main
 from mmdora.core.errors import UserError
 
 
@@ -91,12 +91,12 @@ def evaluate(
     if not overwrite and (report := finished(folder, config.benchmark, receipt)) is not None:
         advance(len(questions))
         return report
-    if process_rank() == 0:
+    if is_main():
         (folder / "report.json").unlink(missing_ok=True)  # of answers that are replaced now
     responses = answer_all(model, encoder, questions, keys, folder, *limits, advance)
     responses = {question_id: benchmark.prediction(said) for question_id, said in responses.items()}
     report = None
-    if process_rank() == 0:
+    if is_main():
         if contamination is not None:
             receipt["contamination"] = contamination()[config.name]
         scores, judged = score_all(config.benchmark, responses, questions), None

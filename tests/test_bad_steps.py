@@ -172,7 +172,7 @@ def test_a_sample_that_was_changed_is_told_of_its_bad_step_too(tmp_path):
 
 def test_a_process_refuses_what_another_does(monkeypatch):
     """Of gradients that only another's partition shows to be not finite."""
-    monkeypatch.setattr(bad_steps, "any_process", lambda mine: True)
+    monkeypatch.setattr(bad_steps, "any_rank", lambda mine: True)
     guard = BadSteps(3, 20.0, lambda indices, why: [])
     guard.on_step_begin(None, None, None)
     guard.saw(torch.tensor(5.0), torch.tensor([0]), last=True)

@@ -7,7 +7,6 @@ the whole directory, so beside DoRA a LoRA layer is written as DoRA with m = ‖
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from mmdora.adapters.peft_format import (
 from mmdora.adapters.token_rows import check_rows, load_rows, rows_contents, rows_of
 from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import gathered, in_full, true_shape
+from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 from mmdora.models.attention import explicit_where_named
 from mmdora.models.new_tokens import new_tokens, train_rows
@@ -44,14 +44,14 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     if name not in records(model):
         raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
     tensors, config, about = adapter_contents(model, name)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         write_adapter(Path(folder), tensors, config, about)
 
 
 def save_best(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
     """Write the adapter as `folder`/adapter beside `best.json`, both at once. Under ZeRO every rank calls it."""
     contents = adapter_contents(model, "default")
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         with written_aside(folder) as aside:
             write_adapter(aside / "adapter", *contents)
             (aside / "best.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from eval.run import evaluate
 from mmdora.adapters.save_load import adapter_contents
 from mmdora.core.config import RunConfig, VideoConfig
 from mmdora.core.deepspeed import give_back
-from mmdora.core.distributed import is_main
+from mmdora.core.distributed import is_main, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
 from mmdora.training.callbacks import RunLog
@@ -99,7 +98,7 @@ def check_scored(config: RunConfig, questions: Questions) -> None:
 
 def held_out_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:
     """Under several processes each runs the vision encoder in every batch, as in training."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = world_size() == 1
     fillers = {} if alone else encoder.fillers(dataset.media_kinds())
     return HeldOutCollator(Collator(encoder.pad_token_id, fillers=fillers), encoder.blank())
 

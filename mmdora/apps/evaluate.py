@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mmdora.apps.tables import results_table
 from mmdora.core.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.core.config_files import parse_section
 from mmdora.core.console import make_console, progress_bar
+from mmdora.core.distributed import is_main, local_rank, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.registry import nearest
 from mmdora.core.run_directory import RunDir
@@ -94,7 +94,7 @@ def run(request: Request, trust_remote_code: bool) -> None:
 def run_by_features(entry: EvaluationConfig, request: Request, trust_remote_code: bool, out: Path) -> None:
     """For a benchmark of retrieval: the target is a model with text and image features. It is quick, and under torchrun
     one process does it all."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_main():
         return
     asked, console, folder = read_questions(entry, by_features=True), make_console(), out / entry.name
     encoder = load_dual_encoder(request.target, trust_remote_code)
@@ -108,11 +108,11 @@ def run_by_features(entry: EvaluationConfig, request: Request, trust_remote_code
 @contextmanager
 def processes() -> Iterator[None]:
     """Under torchrun, make this process one of those that share the questions out, with a GPU of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)  # they only wait for each other; files say the rest
     try:
         yield

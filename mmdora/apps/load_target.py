@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from mmdora.adapters.peft_format import read_adapter
 from mmdora.adapters.save_load import load_adapter
 from mmdora.core.config import ModelConfig, RunConfig, VideoConfig
-from mmdora.core.distributed import on_device
+from mmdora.core.distributed import to_local_device
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
 from mmdora.models.loading import load_model
@@ -38,7 +38,7 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
         model, _ = load_model(config.model)
         load_adapter(model, run.adapter)
         processor = AutoProcessor.from_pretrained(run.processor, trust_remote_code=trust_remote_code)
-        return Loaded(on_device(model).eval(), processor, config.data.video, config)
+        return Loaded(to_local_device(model).eval(), processor, config.data.video, config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
     if (run.path / "adapter_config.json").is_file():
         about = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -48,6 +48,6 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
         tokens = list(read_adapter(run.path).new_tokens)
         model, processor = load_model(ModelConfig(path=base, new_tokens=tokens, **options))
         load_adapter(model, run.path)
-        return Loaded(on_device(model).eval(), processor, VideoConfig(), None)
+        return Loaded(to_local_device(model).eval(), processor, VideoConfig(), None)
     model, processor = load_model(ModelConfig(path=target, **options))
-    return Loaded(on_device(model), processor, VideoConfig(), None)
+    return Loaded(to_local_device(model), processor, VideoConfig(), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
 from dataclasses import replace
@@ -32,7 +31,7 @@ from mmdora.apps.load_target import load_target
 from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
 from mmdora.core.config import RunConfig
 from mmdora.core.console import progress_bar
-from mmdora.core.distributed import from_main, is_main, on_device
+from mmdora.core.distributed import from_main, is_main, to_local_device, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.logs import RunLogs
 from mmdora.core.run_directory import RunDir, check_space
@@ -137,7 +136,7 @@ def evaluate_base(
     whole that ZeRO-3 is to partition: it need not fit there."""
     partitioned = is_deepspeed_zero3_enabled()
     if not partitioned or any(entry.before for entry in config.evaluation):
-        on_device(model)
+        to_local_device(model)
     for entry in config.evaluation:
         folder = run_dir.result(entry.name, before=True)
         if entry.before:
@@ -162,7 +161,7 @@ def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source]
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
-    fillers = encoder.fillers(dataset.media_kinds()) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+    fillers = encoder.fillers(dataset.media_kinds()) if world_size() > 1 else {}
     trainer = AdapterTrainer(
         config,
         model=model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -257,8 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:  # most errors meet every process, and the launcher ends the others when the first has told it
+    from mmdora.core.distributed import rank
+
+    if rank():  # most errors meet every process, and the launcher ends the others when the first has told it
         time.sleep(SHARED_ERROR)
-    sys.stderr.write(f"error{f' (rank {rank})' if rank else ''}: {message}\n")
+    sys.stderr.write(f"error{f' (rank {rank()})' if rank() else ''}: {message}\n")
     sys.exit(code)

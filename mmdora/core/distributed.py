@@ -1,58 +1,86 @@
-"""What processes tell each other. Everything here is a collective: every process calls it, or all wait for ever. A
-process that is alone gets its own back."""
+"""Ranks, world size, and what processes exchange.
+
+`rank()`, `world_size()` and `local_rank()` read what torchrun and deepspeed set, before any process group exists. The
+other functions are collectives: every process must call them, and a process that is alone gets its own value back.
+torch is imported inside the functions, because the command line asks for ranks before it needs torch.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.distributed import ReduceOp
-
-
-def objects_of_all(mine: Any) -> list[Any]:
-    """What every process has, by rank; anything that can be pickled."""
-    if not torch.distributed.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
-def from_main(mine: Any) -> Any:
-    """What rank 0 has."""
-    return objects_of_all(mine)[0]
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
-def figures_of_all(mine: list[float], device: torch.device) -> Tensor:
-    """The same figures of every process, float64 [processes, figures], on the CPU."""
-    figures = torch.tensor(mine, dtype=torch.float64, device=device)
-    if not torch.distributed.is_initialized():
-        return figures[None].cpu()
-    everyone = [torch.empty_like(figures) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyone, figures)
-    return torch.stack(everyone).cpu()
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def which_in_any(flags: list[bool], device: torch.device) -> list[bool]:
-    """Of each flag, whether any process has it set."""
-    found = torch.tensor(flags, dtype=torch.float32, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found, ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
-
-
-def any_process(yes: bool) -> bool:
-    """Whether any process says yes."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return which_in_any([yes], device)[0]
-
-
-def on_device(model: Any) -> Any:
-    """The model on this process's GPU, where there is one."""
-    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}") if torch.cuda.is_available() else model
+def local_rank() -> int:
+    """The rank on this machine, which is also the index of this process's GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is rank 0, the only process that prints and writes results."""
+    return rank() == 0
+
+
+def to_local_device(model: Any) -> Any:
+    """Move a model to this process's GPU; without a GPU it stays where it is."""
+    import torch
+
+    return model.to(f"cuda:{local_rank()}") if torch.cuda.is_available() else model
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Return the picklable values of all processes, ordered by rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Return rank 0's value in every process."""
+    return all_gather_objects(value)[0]
+
+
+def all_gather_numbers(values: list[float], device: torch.device) -> Tensor:
+    """Return the same list of numbers from every process, float64 [processes, numbers], on the CPU."""
+    import torch
+
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    if not torch.distributed.is_initialized():
+        return mine[None].cpu()
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, mine)
+    return torch.stack(gathered).cpu()
+
+
+def any_rank_each(flags: list[bool], device: torch.device) -> list[bool]:
+    """Return for each flag whether it is set in any process."""
+    import torch
+
+    combined = torch.tensor(flags, dtype=torch.float32, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(combined, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in combined.tolist()]
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set in any process."""
+    import torch
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return any_rank_each([flag], device)[0]

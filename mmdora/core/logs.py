@@ -12,7 +12,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
-from mmdora.core.distributed import is_main
+from mmdora.core.distributed import is_main, rank, world_size
 
 OURS = ("mmdora", "data_pipelines", "eval")  # whose notes are kept too; of others warnings are
 TALKATIVE = ("transformers", "accelerate", "DeepSpeed")  # on the terminal only their errors
@@ -43,15 +43,14 @@ class RunLogs:
         self.file: logging.FileHandler | None = None
 
     def into(self, run: Path) -> None:
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         folder = run / "logs"
         folder.mkdir(exist_ok=True)
-        self.file = logging.FileHandler(folder / f"rank-{rank}.log", encoding="utf-8")
+        self.file = logging.FileHandler(folder / f"rank-{rank()}.log", encoding="utf-8")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.memory.setTarget(self.file)
         self.memory.flush()
         self.memory.capacity = 1  # from now on each record at once
-        log.info("process %s of %s, pid %d on %s", rank, world, os.getpid(), platform.node())
+        log.info("process %d of %d, pid %d on %s", rank(), world_size(), os.getpid(), platform.node())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from mmdora.core.config import RunConfig, TrainingConfig
 from mmdora.core.config_files import find_path, shipped_path
+from mmdora.core.distributed import world_size
 from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         raise UserError("model.quantization: ZeRO-3 cannot partition quantized weights; take zero2 or less")
     if settings.ema is not None and deepspeed and _on_nvme(deepspeed, "offload_param"):
         raise UserError("training.ema: weights that are kept on NVMe cannot be averaged; take zero3_offload, or no ema")
-    micro, accumulation = micro_batches(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    micro, accumulation = micro_batches(settings, world_size())
     half = config.model.dtype
     if half == "float16" and not deepspeed and not torch.cuda.is_available():
         half = "float32"  # no autocast: CPUs have it for bfloat16 alone

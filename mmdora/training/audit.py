@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.core.deepspeed import is_at_hand, local_shard
-from mmdora.core.distributed import which_in_any
+from mmdora.core.distributed import any_rank_each
 from mmdora.core.errors import RunError
 
 AUDITED_STEPS = 3  # B starts at zero, so A gets its first gradient a step after B's
@@ -60,4 +60,4 @@ class Audit:
         parameters, starts = dict(self.model.named_parameters()), self.starts[part]
         moved = [not torch.equal(local_shard(parameters[name]), starts[name]) for name in names]
         # Under ZeRO-3 a rank's share of a small tensor may be padding alone.
-        return {name for name, yes in zip(names, which_in_any(moved, self.device), strict=True) if yes}
+        return {name for name, yes in zip(names, any_rank_each(moved, self.device), strict=True) if yes}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mmdora.core.distributed import any_process
+from mmdora.core.distributed import any_rank
 from mmdora.core.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class BadSteps(TrainerCallback):
             return False  # DeepSpeed's own, at stage 0: see `begin_stage_0`
         if self.reason is None:
             self.reason = self._trouble()
-        if self.reason is None and any_process(trouble_of_gradients(parameters)):  # under ZeRO each sees its own
+        if self.reason is None and any_rank(trouble_of_gradients(parameters)):  # under ZeRO each sees its own
             self.reason = "its gradients are not finite"
         return self.reason is not None
 

@@ -33,7 +33,7 @@ from transformers import set_seed
 
 from mmdora.adapters.save_load import adapter_contents, load_weights, write_adapter
 from mmdora.core.atomic import remove, write_manifest, written_aside
-from mmdora.core.distributed import from_main, objects_of_all
+from mmdora.core.distributed import all_gather_objects, from_main
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import checkpoints_in
 from mmdora.training.optimizer_state import MASTER, Kinds, state_of
@@ -47,7 +47,7 @@ DEEPSPEED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresi
 
 def save_checkpoint(trainer: Any, folder: Path) -> None:
     """Write a checkpoint, whole or not at all. Raises UserError in every process where it cannot be written."""
-    about, ranks = _state(trainer), objects_of_all(_random_state())
+    about, ranks = _state(trainer), all_gather_objects(_random_state())
     weights = adapter_contents(trainer.model, "default")
     tensors = optimizer_tensors(trainer)
     problem = ""

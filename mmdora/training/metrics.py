@@ -11,10 +11,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from mmdora.core.distributed import figures_of_all
+from data_pipelines.encoding import IGNORED
+from mmdora.core.distributed import all_gather_numbers
 from mmdora.training.flops import Work, device_peak
 
-IGNORED = -100
 PIXELS = ("pixel_values", "pixel_values_videos")  # of pictures, of clips
 
 
@@ -107,7 +107,7 @@ class Meter:
         total, seconds = self.total, time.perf_counter() - self.start - self.paused
         flops = self.work.flops(total.tokens, total.squares, total.pixels)
         mine = [total.tokens, total.samples, total.frames, flops, self.waited, memory_gib(self.device)]
-        everyone = figures_of_all(mine, self.device)
+        everyone = all_gather_numbers(mine, self.device)
         tokens, samples, frames, flops = everyone[:, :4].sum(0).tolist()
         waited, memory = everyone[:, 4:].amax(0).tolist()
         self.restart()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from mmdora.core.distributed import any_process
+from mmdora.core.distributed import any_rank
 
 
 class StopOnSigterm(TrainerCallback):
@@ -30,7 +30,7 @@ class StopOnSigterm(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if any_process(self.received):  # a launcher may reach the processes in different steps
+        if any_rank(self.received):  # a launcher may reach the processes in different steps
             self.stopped = control.should_training_stop = True
             control.should_save = control.should_save or self.action == "save"
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from data_pipelines.encoding import IGNORED
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.ops.norm_cache import fix_weights
 from mmdora.adapters.save_load import save_adapter, save_best
@@ -31,7 +32,7 @@ from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.ema import Average
 from mmdora.training.flops import work_of
 from mmdora.training.loader_workers import as_workers_said, start_worker
-from mmdora.training.metrics import IGNORED, Meter
+from mmdora.training.metrics import Meter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
 

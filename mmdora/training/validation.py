@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipelines.encoding import IGNORED
 from mmdora.adapters.ops.norm_cache import weights_fixed
-from mmdora.core.distributed import figures_of_all
+from mmdora.core.distributed import all_gather_numbers
 from mmdora.core.errors import UserError
 from mmdora.training.loader_workers import as_workers_said, start_worker
-from mmdora.training.metrics import IGNORED
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def validation_loss(
             if count:  # else there is no mean to speak of: a batch for the others' sake
                 total, tokens = total + loss, tokens + count
             advance(min(at_once, samples - done * at_once))
-    total, tokens = figures_of_all([total, float(tokens)], args.device).sum(0).tolist()
+    total, tokens = all_gather_numbers([total, float(tokens)], args.device).sum(0).tolist()
     if not tokens:
         raise UserError("data.validation: none of its samples can be used; skipped.jsonl says why")
     return total / tokens, int(tokens)
