@@ -263,7 +263,7 @@ def test_grouping_and_packing_do_not_change_what_a_step_learns(tiny, tmp_path):
     [
         (["data.packing=true"], "'packing' needs 'max_length'"),
         (["data.packing=true", "data.max_length=9", "data.group_by=length"], "'group_by: length' saves padding"),
-        (["data.max_tokens=8", "data.max_length=9"], "'max_tokens' 8 has no room for a sample of 'max_length' 9"),
+        (["data.max_tokens=8", "data.max_length=9"], "'max_tokens' 8 is less than 'max_length' 9"),
     ],
 )
 def test_settings_that_mean_nothing_together_are_errors(overrides, message):

@@ -293,7 +293,7 @@ def test_evaluating_leaves_no_trace(tiny):
         (["training.best=loss"], r"'training.best' needs 'training.evaluate_every'"),
         (
             ["training.evaluate_every=2", "evaluation.0.during=true", "training.best=loss"],
-            r"'training.best' 'loss' is not evaluated during training. It may be: counting",
+            r"'training.best' 'loss' is not evaluated during training. Available: counting",
         ),
         (
             ["training.evaluate_every=2", "evaluation.0.during=true", "training.best=countin"],

@@ -275,9 +275,9 @@ def test_what_does_not_fit_is_an_error(folder):
         model(**row | cut)
     parts = {"vision_encoder": {"type": "clip", "name": "x"}, "language_model": {"path": "x"}}
     for settings, message in (
-        ({**parts, "num_queries": 8}, "'num_queries' is of 'projector: resampler', not of 'mlp2x_gelu'"),
-        ({"path": "x", "num_queries": 8}, "'num_queries' is of 'projector: resampler'"),
-        ({"path": "x", "projector": "resampler"}, "of a composed model"),
+        ({**parts, "num_queries": 8}, "'num_queries' belongs to 'projector: resampler', not to 'mlp2x_gelu'"),
+        ({"path": "x", "num_queries": 8}, "'num_queries' belongs to 'projector: resampler'"),
+        ({"path": "x", "projector": "resampler"}, "needs a composed model"),
         ({**parts, "projector": "resampler", "num_queries": 0}, "greater than or equal to 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,18 @@
+"""What all sections share: they are frozen, refuse unknown keys, and bound their numbers with the same few types."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A section of the YAML. Every key has a `Field` with a description: `make docs` prints them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
