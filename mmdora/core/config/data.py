@@ -11,7 +11,7 @@ from mmdora.core.config.section import Fraction, NonNegativeFloat, PositiveFloat
 
 
 class SourceConfig(Section):
-    """One dataset of `data.train` or `data.validation`. A plain path in the list is short for an entry with only `path`."""
+    """One dataset of `data.train` or `data.validation`. A plain path is short for an entry with only `path`."""
 
     path: str = Field(description="A file, a folder, or a pattern of shards ([data](data.md)).")
     format: str | None = Field(
