@@ -1,8 +1,10 @@
-# Two commands for a newcomer: `make quickstart` and `make test`. Each sets up .venv first.
+# Two commands for a newcomer: `make quickstart` and `make test`. Each sets up .venv first; `make setup` does only that.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint docs tiny-base lock
+.PHONY: setup quickstart test test-all lint docs tiny-base lock
+
+setup: .venv/ready
 
 quickstart: .venv/ready
 	$(BIN)/mmdora train configs/quickstart.yaml --overwrite
@@ -24,8 +26,8 @@ docs: .venv/ready
 tiny-base: .venv/ready
 	$(BIN)/python assets/tiny-llava/recipe.py configs/tiny_base.yaml
 
-# The lock holds names, versions and hashes, and no addresses. uv takes torch and torchvision as a matching pair, which plain pip
-# does not on every machine.
+# The lock holds names, versions and hashes, and no URLs. uv installs torch and torchvision as a matching pair, which plain
+# pip does not do on every machine.
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mmdora needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv

@@ -246,7 +246,17 @@ def test_wandb_records_offline(world, tmp_path):
 def test_real_media(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     output = tmp_path / "real"
-    arguments = ["real_media", f"training.output={output}", "training.epochs=4", "evaluation=[]"]
+    arguments = [
+        "quickstart",
+        f"data.train=[{shared}/media/instruct.json]",
+        "data.max_skipped=0.2",
+        f"training.output={output}",
+        "training.max_steps=null",
+        "training.epochs=4",
+        "training.batch_size=4",
+        "training.micro_batch_size=4",
+        "evaluation=[]",
+    ]
     assert command("train", *arguments) == 0
     assert "1 of 7 samples skipped" in capsys.readouterr().out
     (entry,) = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
@@ -259,6 +269,8 @@ def test_nlvr(shared, tmp_path, monkeypatch):
     output = tmp_path / "nlvr"
     arguments = [
         "nlvr",
+        f"data.train.0.path={shared}/nlvr/dev/dev.json",
+        f"evaluation.0.data={shared}/nlvr/dev",
         f"training.output={output}",
         "training.max_steps=2",
         "evaluation.0.limit=20",
