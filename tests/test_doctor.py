@@ -59,7 +59,7 @@ def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
     assert command("doctor", *config(messy), "--html", str(messy / "page.html")) == 1
     out = capsys.readouterr().out
     assert "over data.max_skipped 1.0%  [data.max_skipped]" in out
-    assert "1 of 21 rows lost: '../out.png' leaves the media folder" in out
+    assert "1 of 21 rows lost: '../out.png' is outside the media folder" in out
     assert "2 of 20 looked at lost: no such file" in out
     assert "torn.png, at stage 'media'" in out
     assert "1 of 20 samples repeat an earlier one" in out
