@@ -73,8 +73,8 @@ def _folder_files(path: Path) -> list[Path]:
     if not files:
         raise UserError(f"{path}: no data file in this folder; known: {', '.join(SHARDED)}")
     if len(named := {file.name.split("-")[0].split(".")[0] for file in files} & {*SPLITS}) > 1:
-        splits = ", ".join(sorted(named))
-        raise UserError(f"{path}: holds the splits {splits}; select one, for example {path}/train-*.parquet")
+        names = ", ".join(sorted(named))
+        raise UserError(f"{path}: holds the splits {names}; select one, for example {path}/train-*.parquet")
     return files
 
 
