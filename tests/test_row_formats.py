@@ -166,7 +166,7 @@ def test_vqa_rows_in_csv_and_tsv(tmp_path):
         assert texts(source[0]) == [("user", "Hm,\nreally?"), ("assistant", f'say "a"{mark}')]
         assert texts(source[1])[1] == ("assistant", "ß")
         assert "has 2 fields, but the header has 4" in source.rejected[0].reason
-        assert "'answer' must be a string" in source.rejected[1].reason
+        assert "'answer' must be a non-empty string" in source.rejected[1].reason
     (tmp_path / "t.csv").write_text("a,a\n1,2\n")
     with pytest.raises(UserError, match="two columns have the name 'a'"):
         read_source(SourceConfig(path=str(tmp_path / "t.csv"), format="vqa"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -273,7 +272,6 @@ def test_a_pickled_source_maps_the_index_and_holds_no_rows(tmp_path, name):
     ids, pickled = [s.id for s in source], pickle.dumps(source)
     assert len(pickled) < 40_000  # 8 bytes per selected sample
     del source
-    gc.collect()
     loaded = pickle.loads(pickled)
     maps = Path("/proc/self/maps")
     assert not maps.is_file() or f"{tmp_path}/cache/index/" in maps.read_text()
