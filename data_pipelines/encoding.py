@@ -1,6 +1,7 @@
-"""Encode samples for the model: input_ids, labels and media tensors. The only place that writes -100 into labels.
+"""Encode samples for the model: input_ids, labels and media tensors.
 
-Training, evaluation and chat all use `Encoder`, so that a conversation gives the same tensors everywhere.
+Training, evaluation and chat all use `Encoder`, so that a conversation gives the same tensors everywhere. It is the only
+place that labels tokens with -100 (IGNORED); the collator uses the same value for padding.
 """
 
 from __future__ import annotations

@@ -117,13 +117,6 @@ def from_change(sample: Sample, reason: str) -> Entry:
     return Entry(sample.id, sample.source, "encode", reason, changed=True)
 
 
-def read_ledger(path: Path) -> list[Entry]:
-    """Return the entries of a file, each sample once; a missing file is an empty ledger."""
-    ledger = Ledger(path, 0, 1.0)
-    ledger.refresh()
-    return list(ledger.entries.values())
-
-
 def by_reason(entries: Iterable[Entry]) -> list[tuple[int, Entry]]:
     """Count the entries of each reason, most common first, with an example. Reasons that differ only in names and
     numbers count as equal."""

@@ -11,9 +11,9 @@ import pytest
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.inspection import count_duplicates, decode_pieces
-from data_pipelines.ledger import read_ledger
 from data_pipelines.samples import Image, Message, Sample, Text
 from mmdora.core.config import SourceConfig
+from tests.ledgers import read_ledger
 from tests.media import write_image
 from tests.test_runs import command
 

@@ -10,12 +10,13 @@ import pytest
 from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import shapes
-from data_pipelines.ledger import Ledger, read_ledger
+from data_pipelines.ledger import Ledger
 from data_pipelines.samples import Image, Text, Video
 from data_pipelines.sources import guess_format, read_source
 from mmdora.core.config import SourceConfig
 from mmdora.core.errors import UserError
 from tests.conversations import tiny_processor
+from tests.ledgers import read_ledger
 from tests.media import write_image
 
 

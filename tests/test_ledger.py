@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.ledger import Entry, Ledger, by_reason, drop_incomplete_line, from_change, from_error, read_ledger
+from data_pipelines.ledger import Entry, Ledger, by_reason, drop_incomplete_line, from_change, from_error
 from data_pipelines.samples import Sample, SampleError
 from mmdora.core.errors import UserError
+from tests.ledgers import read_ledger
 
 
 def entry(name: str, reason: str = "no such file", **more) -> Entry:

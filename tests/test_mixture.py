@@ -9,12 +9,13 @@ import pytest
 
 from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
-from data_pipelines.ledger import Ledger, read_ledger
+from data_pipelines.ledger import Ledger
 from data_pipelines.mixture import epoch, shares, take
 from data_pipelines.sources import read_source
 from mmdora.core.config import SourceConfig
 from mmdora.core.errors import UserError
 from tests.conversations import tiny_processor
+from tests.ledgers import read_ledger
 from tests.media import write_image
 
 
