@@ -1,7 +1,7 @@
 """Encode samples for the model: input_ids, labels and media tensors.
 
-Training, evaluation and chat all use `Encoder`, so that a conversation gives the same tensors everywhere. It is the only
-place that labels tokens with -100 (IGNORED); the collator uses the same value for padding.
+Training, evaluation and chat all use `Encoder`, so that a conversation gives the same tensors everywhere. Only the
+encoder labels tokens with -100 (IGNORED); the collator pads labels with the same value.
 """
 
 from __future__ import annotations
