@@ -1,2 +1,1 @@
-"""From files that people have to tensors that models take: formats, media, encoding, batching, and the ledger of what
-was lost."""
+"""Data pipelines: dataset formats, media decoding, encoding, batching, and the ledger of skipped samples."""

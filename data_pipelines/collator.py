@@ -1,4 +1,4 @@
-"""Encoded samples as one batch: token sequences padded or packed, media tensors joined."""
+"""Collate encoded samples into one batch: pad or pack token sequences, concatenate media tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_pipelines.encoding import IGNORED, PER_TOKEN, Encoded
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows in, one batch out: `input_ids`, `labels`, `attention_mask` [rows, longest] and media tensors.
+    """Collates samples into `input_ids`, `labels`, `attention_mask` [sequences, longest] and media tensors.
 
-    `fillers` are rows that a batch without such media gets, by the key of the pixels that they bring (see
-    Encoder.filler). With `pack`, samples stand behind one another in rows of at most so many tokens: `position_ids`
-    start again at each, and there is no `attention_mask`, whose place they take (see mmdora.training.packing).
+    `fillers` are appended to a batch that lacks their kind of media; they are keyed by the pixel tensor that they
+    bring (see Encoder.filler). With `pack`, samples are concatenated into sequences of at most so many tokens. Then
+    `position_ids` restart at each sample and take the place of `attention_mask` (see mmdora.training.packing).
     """
 
     pad_token_id: int
@@ -27,18 +27,19 @@ class Collator:
     fillers: dict[str, Encoded] = field(default_factory=dict)
     pack: int | None = None  # tokens
 
-    def __call__(self, rows: Sequence[Encoded]) -> Encoded:
-        rows = list(rows)
-        rows += [filler for key, filler in self.fillers.items() if not any(key in row for row in rows)]
+    def __call__(self, samples: Sequence[Encoded]) -> Encoded:
+        samples = list(samples)
+        samples += [filler for key, filler in self.fillers.items() if not any(key in sample for sample in samples)]
+        sequences = samples
         if self.pack is not None:
-            lengths = [row["input_ids"].shape[1] for row in rows]
-            rows = [pack([rows[place] for place in places]) for places in first_fit(lengths, self.pack)]
-        length = max(row["input_ids"].shape[1] for row in rows)
+            lengths = [sample["input_ids"].shape[1] for sample in samples]
+            sequences = [pack([samples[i] for i in group]) for group in first_fit(lengths, self.pack)]
+        length = max(sequence["input_ids"].shape[1] for sequence in sequences)
         batch = {}
-        for key in sorted({key for row in rows for key in row}):
-            tensors = [row[key] for row in rows if key in row]
+        for key in sorted({key for sequence in sequences for key in sequence}):
+            tensors = [sequence[key] for sequence in sequences if key in sequence]
             if key == "position_ids":
-                # Positions of padding start again too: to the model it is one more sample.
+                # The positions of padding restart at 0 too: to the model, padding is one more sample.
                 batch[key] = torch.cat([torch.cat([t, torch.arange(length - t.shape[1])[None]], 1) for t in tensors])
             elif key in PER_TOKEN:
                 value = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(key, 0)
@@ -53,33 +54,34 @@ class Collator:
 
 
 def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Places of `lengths` by row: the longest first, each into the first row that has room for it. One longer than
-    `limit` has a row of its own."""
-    rows: list[list[int]] = []
+    """Group the indices of `lengths` by first-fit decreasing: longest first, each into the first group with room for
+    it. A length over `limit` gets a group of its own."""
+    groups: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        row = next((row for row, free in enumerate(room) if lengths[place] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        group = next((group for group, free in enumerate(room) if lengths[i] <= free), len(groups))
+        if group == len(groups):
+            groups.append([])
             room.append(limit)
-        rows[row].append(place)
-        room[row] -= lengths[place]
-    return rows
+        groups[group].append(i)
+        room[group] -= lengths[i]
+    return groups
 
 
 def pack(samples: Sequence[Encoded]) -> Encoded:
-    """Samples behind one another, as one row; media in the order of their samples."""
-    row = {}
+    """Concatenate samples into one sequence with `position_ids` that restart at each sample; media keep the order of
+    their samples."""
+    sequence = {}
     for key in sorted({key for sample in samples for key in sample} - {"attention_mask"}):
         tensors = [sample[key] for sample in samples if key in sample]
-        row[key] = torch.cat(tensors, dim=1) if key in PER_TOKEN else join(tensors)
-    row["position_ids"] = torch.cat([torch.arange(sample["input_ids"].shape[1]) for sample in samples])[None]
-    return row
+        sequence[key] = torch.cat(tensors, dim=1) if key in PER_TOKEN else join(tensors)
+    sequence["position_ids"] = torch.cat([torch.arange(sample["input_ids"].shape[1]) for sample in samples])[None]
+    return sequence
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    """Concatenated along the first dimension; the others (crops a picture, say) are padded with zeros to the
-    largest."""
+    """Concatenate along the first dimension. The other dimensions (crops per image, for example) are zero-padded to
+    the largest."""
     sizes = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].dim())]
     padded = []
     for tensor in tensors:

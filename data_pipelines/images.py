@@ -1,4 +1,4 @@
-"""One way to read a picture: fully decoded, upright, 8-bit RGB; or a MediaError that names the file."""
+"""Load images: fully decoded, upright, 8-bit RGB; or a MediaError that names the file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Of Pillow's formats, those that run another program or the system's own drawing code on the file.
+# The formats of Pillow that run another program or the system's drawing code on the file.
 UNSAFE = {"EPS", "WMF"}
-# Of the longer side to the shorter, Qwen's own limit: processors enlarge the shorter, and would take GBs for a line.
-MOST_ASPECT = 200
+# Longer side / shorter side; also Qwen's limit. Processors enlarge the shorter side: a line would take gigabytes.
+MAX_ASPECT_RATIO = 200
 
 
 def load_image(path: Path, data: bytes | None = None) -> Image.Image:
-    """The picture at `path` as RGB; alpha lies over white, EXIF orientation is applied, an animation gives its first
-    frame. `data` holds the file's bytes where it lies in a shard; `path` then only names it.
+    """Load an image as RGB: alpha is composited over white, the EXIF orientation is applied, and an animation gives its
+    first frame. If `data` holds the file's bytes, `path` only names it.
 
-    Raises MediaError for a missing, truncated or unreadable file, for one over Pillow's decompression-bomb limit and
-    for one that is all but a line.
+    Raises MediaError for a missing, truncated or unreadable file, for an image over Pillow's decompression-bomb limit,
+    and for an aspect ratio over MAX_ASPECT_RATIO.
     """
     if data is None:
         check_regular(path)
@@ -42,20 +42,21 @@ def load_image(path: Path, data: bytes | None = None) -> Image.Image:
         raise MediaError(path, "the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged tags, which we don't use
+            warnings.simplefilter("ignore")  # about damaged metadata, which is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as image:
-                image.load()  # all of it: `verify()` passes truncated JPEGs
-                turn = _orientation(image)
-                picture = _rgb(image)
+            with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as file:
+                file.load()  # decodes everything: `verify()` accepts truncated JPEGs
+                transpose = _orientation(file)
+                image = _rgb(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise MediaError(path, f"too large to decode safely ({error})") from error
-    except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's plugins raise any exception for damaged files
         reason = str(error).replace(repr(str(path)), "it") or type(error).__name__
-        raise MediaError(path, f"cannot be read as a picture ({reason})") from error
-    if max(picture.size) > MOST_ASPECT * min(picture.size):
-        raise MediaError(path, f"{picture.width} x {picture.height}: one side is over {MOST_ASPECT} x the other")
-    return picture if turn is None else picture.transpose(turn)
+        raise MediaError(path, f"cannot be read as an image ({reason})") from error
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        reason = f"{image.width} x {image.height} pixels: the aspect ratio is over {MAX_ASPECT_RATIO}"
+        raise MediaError(path, reason)
+    return image if transpose is None else image.transpose(transpose)
 
 
 @cache
@@ -65,8 +66,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What turns the picture upright, by its EXIF tags. Damaged tags say nothing of the pixels: the picture is then
-    taken as it is stored."""
+    """Return the operation that turns the image upright, by its EXIF tag. With damaged tags the image stays as it is
+    stored, since its pixels are still valid."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:
@@ -75,7 +76,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _grey(np.asarray(image).astype(np.float64), image.mode)
+        return _from_grey(np.asarray(image).astype(np.float64), image.mode)
     if image.mode == "LAB":
         return _from_lab(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -85,9 +86,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey(values: np.ndarray, mode: str) -> Image.Image:
-    """Grey of more than 8 bits, which `convert("RGB")` would clip at 255. White is 65535 for integers; for floats 1,
-    or 255 where one is above 1."""
+def _from_grey(values: np.ndarray, mode: str) -> Image.Image:
+    """Convert grey of more than 8 bits, which `convert("RGB")` would clip at 255. White is 65535 for integers; for
+    floats it is 1, or 255 if any value is above 1."""
     values = np.nan_to_num(values, nan=0.0)
     if mode == "F":
         scale = 255.0 if values.max() <= 1 else 1.0
@@ -97,8 +98,8 @@ def _grey(values: np.ndarray, mode: str) -> Image.Image:
 
 
 def _from_lab(image: Image.Image) -> Image.Image:
-    """CIE L*a*b*, which Pillow turns into RGB only by way of colour profiles."""
+    """Convert CIE L*a*b*, for which Pillow needs colour profiles."""
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    picture = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    assert picture is not None
-    return picture
+    converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    assert converted is not None
+    return converted

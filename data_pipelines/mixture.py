@@ -1,4 +1,4 @@
-"""How the samples of several sources make up an epoch: caps, weights and temperature."""
+"""How an epoch is mixed from several sources: caps (`take`), weights and temperature."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 
 
 def generator(*names: object) -> np.random.Generator:
-    """Random numbers that are the same for the same names, in every process."""
+    """Return a random generator seeded by names: the same names give the same numbers in every process."""
     digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def take(count: int, rule: str | None, seed: int, name: str) -> np.ndarray:
-    """The rows of `count` that a rule takes, in order: `first:N`, `random:N`, `random:P%`; null: all of them."""
+    """Return the indices, in ascending order, of the rows of `count` that a rule selects: `first:N`, `random:N`,
+    `random:P%`, or None for all of them."""
     if rule is None:
         return np.arange(count)
     how, _, amount = rule.partition(":")
@@ -27,10 +28,11 @@ def take(count: int, rule: str | None, seed: int, name: str) -> np.ndarray:
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[int]:
-    """Samples of each source in an epoch: size × weight, raised to 1 / temperature, with the epoch's length kept.
+    """Return the number of samples of each source in an epoch: size × weight, raised to the power 1 / temperature and
+    rescaled so that the length of the epoch does not change.
 
-    At 1 the sizes count as they are; above, small sources are shown more often, and large ones in part (mT5, T5:
-    arXiv 1910.10683, §3.5.2).
+    At temperature 1 each source has size × weight samples. At a higher temperature small sources are repeated more
+    often, and only a part of large ones is used (T5, arXiv 1910.10683, section 3.5.2).
     """
     amounts = np.array([size * weight for size, weight in zip(sizes, weights, strict=True)])
     raised = amounts ** (1 / temperature)
@@ -38,8 +40,10 @@ def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -
 
 
 def epoch(sizes: Sequence[int], amounts: Sequence[int], seed: int, names: Sequence[str]) -> np.ndarray:
-    """An epoch's samples, numbered over all sources: each source whole as often as its amount holds it, then the rest
-    drawn without repeating one. int64 [samples]."""
+    """Return the samples of an epoch, numbered over all sources, int64 [samples].
+
+    Each source is repeated whole as often as its amount allows; the rest is drawn without replacement.
+    """
     parts, start = [], 0
     for i, (size, amount, name) in enumerate(zip(sizes, amounts, names, strict=True)):
         whole, rest = divmod(amount, size)

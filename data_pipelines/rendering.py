@@ -1,4 +1,4 @@
-"""A conversation as the chat template writes it, and where in it the assistant speaks."""
+"""Render conversations with the chat template, and find the assistant's turns in the rendered text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from data_pipelines.samples import Image, Message, Part, Sample, SampleError, Text
 from mmdora.core.errors import UserError
 
-Span: TypeAlias = tuple[int, int]  # characters of the rendering, the second left out
+Span: TypeAlias = tuple[int, int]  # characters of the rendered text: start, end (exclusive)
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -21,24 +21,24 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def render(
     processor: Any, sample: Sample, add_generation_prompt: bool = False, continue_final_message: bool = False
 ) -> str:
-    """The conversation with one placeholder for each picture or video; `continue_final_message` leaves the last turn
-    open. Raises SampleError where the template refuses it."""
-    how = {"continue_final_message": True} if continue_final_message else {}
+    """Render a conversation with one placeholder per image or video. `continue_final_message` leaves the last turn
+    open. Raises SampleError if the template rejects the conversation."""
+    options = {"continue_final_message": True} if continue_final_message else {}
     try:
         return processor.apply_chat_template(
-            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt, **how
+            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except TemplateError as error:
-        raise _refused(sample, error) from error
+        raise _template_error(sample, error) from error
 
 
 def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | None]:
-    """`render`, and what the template itself marks as the assistant's with `{% generation %}` in the same rendering;
-    None where it has no such markers. Raises SampleError."""
+    """Render a conversation, and return the spans that the template marks with `{% generation %}` in the same
+    rendering; None if the template has no such markers. Raises SampleError."""
     template = processor.chat_template
-    # SmolVLM's processor has a way of its own, which takes another template for clips.
-    own_way = type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
-    if own_way or not isinstance(template, str) or not _MARKER.search(template):
+    # SmolVLM's processor overrides apply_chat_template: it uses another template for videos.
+    overridden = type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
+    if overridden or not isinstance(template, str) or not _MARKER.search(template):
         return render(processor, sample), None
     try:
         texts, spans = render_jinja_template(
@@ -48,45 +48,46 @@ def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | Non
             **processor.tokenizer.special_tokens_map,
         )
     except TemplateError as error:
-        raise _refused(sample, error) from error
+        raise _template_error(sample, error) from error
     return texts[0], spans[0]
 
 
 def answer_spans(processor: Any, sample: Sample, text: str, marked: list[Span] | None) -> list[Span]:
-    """Where in `text` each of the assistant's turns stands, with its end of sequence and without the white space
-    behind it.
+    """Return the span of each assistant turn in `text`, with its end-of-sequence token and without trailing white
+    space.
 
-    Markers are believed where there is one pair a turn and it holds the turn's words; else a turn is what it adds to
-    the rendering of everything before it. Raises UserError for a template that rewrites earlier turns.
+    The template's markers are used if there is one pair per turn and each contains the turn's text. Otherwise a turn is
+    what it adds to the rendering of the turns before it. Raises UserError for a template that rewrites earlier turns.
     """
     answers = [message for message in sample.messages if message.role == "assistant"]
     if marked is not None and len(marked) == len(answers):
         spans = [_with_end(text, span, processor.tokenizer.eos_token) for span in marked]
-        if all(_holds(text[low:high], message) for (low, high), message in zip(spans, answers, strict=True)):
+        if all(_contains(text[low:high], message) for (low, high), message in zip(spans, answers, strict=True)):
             return spans
-    return _differences(processor, sample, text)
+    return _prefix_differences(processor, sample, text)
 
 
 def placeholders(processor: Any) -> list[str]:
-    """What the chat template writes for a picture or a video, and the processor then expands."""
+    """Return the image and video placeholders, which the chat template writes and the processor expands."""
     tokens = (getattr(processor, name, None) for name in ("image_token", "video_token"))
     return [token for token in tokens if token]
 
 
 def _with_end(text: str, span: Span, end: str | None) -> Span:
-    """Some templates close their marker before the end of sequence, which must be learnt too."""
+    """Include the end-of-sequence token, which must be trained too: some templates close their marker before it."""
     low, high = span
     if end and text.startswith(end, high):
         high += len(end)
     return low, low + len(text[low:high].rstrip())
 
 
-def _holds(said: str, message: Message) -> bool:
-    """A marker inside a macro or a `set` block is told with the wrong place."""
-    return all(part.text.strip() in said for part in message.parts if isinstance(part, Text))
+def _contains(span_text: str, message: Message) -> bool:
+    """Whether a span contains the message's text. Jinja reports a wrong position for a marker inside a macro or a `set`
+    block."""
+    return all(part.text.strip() in span_text for part in message.parts if isinstance(part, Text))
 
 
-def _differences(processor: Any, sample: Sample, text: str) -> list[Span]:
+def _prefix_differences(processor: Any, sample: Sample, text: str) -> list[Span]:
     spans = []
     for index, message in enumerate(sample.messages):
         if message.role != "assistant":
@@ -95,8 +96,8 @@ def _differences(processor: Any, sample: Sample, text: str) -> list[Span]:
         after = render(processor, replace(sample, messages=sample.messages[: index + 1]))
         if not text.startswith(before) or not text.startswith(after.rstrip()):
             raise UserError(
-                "the chat template rewrites earlier turns when later ones follow, so that the assistant's words "
-                "cannot be found in it; give another with model.chat_template"
+                "the chat template rewrites earlier turns when later ones follow, so the assistant's turns cannot be "
+                "located; set model.chat_template to another template"
             )
         spans.append((len(before), max(len(before), len(after.rstrip()))))
     return spans
@@ -112,5 +113,5 @@ def _content(part: Part) -> dict[str, str]:
     return {"type": "image" if isinstance(part, Image) else "video"}
 
 
-def _refused(sample: Sample, error: TemplateError) -> SampleError:
-    return SampleError(sample.id, sample.source, f"the chat template refuses it ({error})", "encode")
+def _template_error(sample: Sample, error: TemplateError) -> SampleError:
+    return SampleError(sample.id, sample.source, f"the chat template rejects it ({error})", "encode")

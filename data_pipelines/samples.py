@@ -1,4 +1,4 @@
-"""What every dataset format is read into: a sample is a conversation whose messages hold text, images and videos."""
+"""The common form of all dataset formats: a sample is a conversation whose messages hold text, images and videos."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Text:
+    """A piece of text."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Image:
-    """A picture in a file, or in `data` (the file's bytes, from inside a shard), which `path` then only names."""
+    """An image file. If it lies inside a shard or a table, `data` holds the file's bytes and `path` only names it."""
 
     path: Path
     data: bytes | None = field(default=None, repr=False)
@@ -27,8 +29,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """As `Image`; or a clip of it, from `start` up to `end` (seconds; None: from its first frame, to its last).
-    `frames_fps` is the rate of a directory of pictures. What is given here goes before `data.video`."""
+    """A video file (`path` and `data` as in Image), or the span of it from `start` up to `end`.
+
+    `start` and `end` are in seconds; None stands for the first and the last frame. `frames_fps` is the frame rate of a
+    directory of images. These values override `data.video`.
+    """
 
     path: Path
     data: bytes | None = field(default=None, repr=False)
@@ -38,7 +43,7 @@ class Video:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Those that are given, by the name of their key in `data.video`."""
+        """The values of `start`, `end` and `frames_fps` that are given, keyed as in `data.video`."""
         named = {"start": self.start, "end": self.end, "frames_fps": self.frames_fps}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -48,19 +53,25 @@ Part: TypeAlias = Text | Image | Video
 
 @dataclass(frozen=True)
 class Message:
+    """One turn of a conversation. `train` says whether an assistant's turn is trained on; the others never are."""
+
     role: Role
     parts: tuple[Part, ...]
-    train: bool = True  # of the assistant's: whether its words are learnt, or only read
+    train: bool = True
 
     @property
     def text(self) -> str:
+        """The text parts, concatenated."""
         return "".join(p.text for p in self.parts if isinstance(p, Text))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `id` is unique inside its source, the file it was read from; `category` is the dataset's own
-    label; `answers` are all that annotators gave, where they are several and the conversation can hold only one."""
+    """One conversation.
+
+    `id` is unique inside `source`, the file that the sample was read from. `category` is the dataset's own label.
+    `answers` are the answers of all annotators, if there are several; the conversation holds only one of them.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -69,7 +80,7 @@ class Sample:
     answers: tuple[str, ...] = ()
 
     def media(self) -> Iterator[Image | Video]:
-        """Images and videos in the order in which the conversation shows them."""
+        """Iterate over the images and videos in the order of the conversation."""
         for message in self.messages:
             for part in message.parts:
                 if not isinstance(part, Text):
@@ -78,7 +89,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is no sample: it goes to the ledger with its reason, and the rest of the file is read on."""
+    """A row that is not a valid sample. It is recorded in the ledger, and the rest of the file is read."""
 
     id: str
     source: str
@@ -87,8 +98,7 @@ class Rejected:
 
 
 class SampleError(UserError):
-    """A sample that cannot be used. Names the sample; `media` is the file at fault, if one is; `stage` where it came
-    up."""
+    """A sample that cannot be used. `stage` is where the problem was found, `media` the file at fault, if any."""
 
     def __init__(self, sample_id: str, source: str, reason: str, stage: str, media: str | None = None):
         super().__init__(f"sample {sample_id!r} of {source}: {reason}")
@@ -102,7 +112,7 @@ class SampleError(UserError):
 
 
 class MediaError(UserError):
-    """An image or video file that cannot be read. The message names the file and says why."""
+    """An image or video file that cannot be read. The message names the file and the reason."""
 
     def __init__(self, path: Path | str, reason: str):
         super().__init__(f"{path}: {reason}")

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.dataset import Source, read_source
-from data_pipelines.inspection import readable
+from data_pipelines.inspection import readable_samples
 from data_pipelines.samples import Image, Sample, Video
+from data_pipelines.sources import Source, read_source
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.benchmarks.choice import LETTER_PROMPT
 from eval.digests import media_digest
@@ -108,7 +108,7 @@ def find_overlaps(
         seen: set[Path] = set()
         with_media = sum(int(((source.images > 0) | (source.videos > 0)).sum()) for source in sources)
         step, place, compared = max(1, -(-with_media // most)), 0, 0
-        for sample in (sample for source in sources for sample in readable(source)):
+        for sample in (sample for source in sources for sample in readable_samples(source)):
             advance(1)
             held_out.hear(sample, frames)
             media = list(sample.media())

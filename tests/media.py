@@ -1,4 +1,4 @@
-"""Small media files for the tests."""
+"""Small image and video files for the tests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from PIL import Image
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A smooth coloured picture of `size` (width, height)."""
+    """Return a smooth random image of `size` (width, height)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
+    """Save a random image and return its path."""
     picture(seed, size).save(path)
     return path
 
@@ -35,7 +36,7 @@ def write_video(
     times: Sequence[int] | None = None,
     **options: str,
 ) -> Path:
-    """A clip whose frames differ: frame i is picture(i). `times`: of each frame, in milliseconds."""
+    """Write a video whose frame i is picture(i). `times` are the times of the frames in milliseconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, pixels
@@ -55,7 +56,7 @@ def write_video(
 
 
 def turn_video(path: Path, matrix: Sequence[int]) -> Path:
-    """Write a display matrix, 2×2 of -1, 0 and 1, into an MP4's track header."""
+    """Write a display matrix (2×2 of -1, 0 and 1) into the track header of an MP4."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 44
     a, b, c, d = (step * 65536 for step in matrix)
@@ -65,6 +66,6 @@ def turn_video(path: Path, matrix: Sequence[int]) -> Path:
 
 
 def decode_all(path: Path) -> list[np.ndarray]:
-    """Every frame, decoded one after the other from the start."""
+    """Decode all frames in order from the start."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

@@ -1,4 +1,4 @@
-"""docs/data.md: every example on the page is what it says."""
+"""docs/data.md: every example on the page is read and encoded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_pipelines.dataset import TrainDataset, read_source
-from data_pipelines.encoding import Encoder
+from data_pipelines.dataset import TrainDataset
+from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.ledger import Ledger
+from data_pipelines.sources import read_source
 from mmdora.core.config import DataConfig, SourceConfig
 from mmdora.training.metrics import PIXELS
 from tests.conftest import ROOT
+from tests.conversations import tiny_processor
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(?:`([\w.]+)`:\n\n)?```(\w+)\n(.*?)```", re.DOTALL)
@@ -22,8 +24,8 @@ EXAMPLES = {section.split("\n")[0]: BLOCK.findall(section) for section in PAGE.s
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
-    """A folder with the media that the page's examples name; formats that an example adds are taken away again."""
+def folder(tmp_path, monkeypatch):
+    """The media that the page's examples name. Formats that an example registers are removed afterwards."""
     for name, color in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
         Image.new("RGB", (48, 48), color).save(tmp_path / f"{name}.png")
     (tmp_path / "clip").mkdir()
@@ -37,7 +39,7 @@ def desk(tmp_path, monkeypatch):
 
 
 def run(blocks) -> list[SourceConfig]:
-    """Write the files that blocks show, run their code, and gather their entries."""
+    """Write the files of the blocks, run their code, and return the entries of their YAML."""
     entries = []
     for name, language, text in blocks:
         if name:
@@ -56,21 +58,22 @@ def test_every_format_has_an_example():
 
 
 @pytest.mark.parametrize("section", [s for s in EXAMPLES if s != "Mixtures"])
-def test_an_example_is_read_and_encoded(section, desk, tiny):
+def test_an_example_is_read_and_encoded(section, folder):
     entries = run(EXAMPLES[section])
     assert entries
     for entry in entries:
         source = read_source(entry)
         assert source.rejected == []
-        dataset = TrainDataset([source], Encoder(tiny[1]), Ledger(desk / "skipped.jsonl", len(source), 0.0), seed=0)
+        ledger = Ledger(folder / "skipped.jsonl", len(source), 0.0)
+        dataset = TrainDataset([source], Encoder(tiny_processor()), ledger, seed=0)
         for i in range(len(dataset)):
             encoded = dataset[i]
-            assert (encoded["labels"] != -100).any()
-            shows = any(True for _ in dataset.sample(i).media())
-            assert any(key in encoded for key in PIXELS) == shows
+            assert (encoded["labels"] != IGNORED).any()
+            has_media = any(True for _ in dataset.sample(i).media())
+            assert any(key in encoded for key in PIXELS) == has_media
 
 
-def test_the_mixture_is_one(desk):
+def test_the_mixture_is_read(folder):
     sections = ("llava", "vqa", "Mixtures")
     *_, doubled, halved = run([block for section in sections for block in EXAMPLES[section]])
     assert (doubled.weight, halved.take) == (2.0, "random:50%")

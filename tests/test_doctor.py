@@ -10,10 +10,10 @@ import pytest
 
 from data_pipelines.dataset import read_source
 from data_pipelines.encoding import Encoder
-from data_pipelines.inspection import repeated, spelled
-from data_pipelines.ledger import read_ledger
+from data_pipelines.inspection import count_duplicates, decode_pieces
 from data_pipelines.samples import Image, Message, Sample, Text
 from mmdora.core.config import SourceConfig
+from tests.ledgers import read_ledger
 from tests.media import write_image
 from tests.test_runs import command
 
@@ -59,7 +59,7 @@ def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
     assert command("doctor", *config(messy), "--html", str(messy / "page.html")) == 1
     out = capsys.readouterr().out
     assert "over data.max_skipped 1.0%  [data.max_skipped]" in out
-    assert "1 of 21 rows lost: '../out.png' leaves the media folder" in out
+    assert "1 of 21 rows lost: '../out.png' is outside the media folder" in out
     assert "2 of 20 looked at lost: no such file" in out
     assert "torn.png, at stage 'media'" in out
     assert "1 of 20 samples repeat an earlier one" in out
@@ -171,14 +171,14 @@ def test_learnt_words_are_told_from_the_others(tiny, tmp_path):
     picture = Image(write_image(tmp_path / "a.png"))
     sample = Sample("s", (Message("user", (picture, Text("What?"))), Message("assistant", (Text("red"),))), "t")
     encoder = Encoder(tiny[1])
-    pieces = spelled(encoder, encoder.encode(sample))
+    pieces = decode_pieces(encoder, encoder.encode(sample))
     assert [text for text, learnt in pieces if learnt] == [" red</s>"]
     assert any(text.startswith("[<image> × ") for text, _ in pieces)
 
 
 def test_repeats_are_of_words_and_files(messy):
     source = read_source(SourceConfig(path=str(messy / "data.json")))
-    assert repeated(source) == 1
+    assert count_duplicates(source) == 1
 
 
 def test_repeats_of_embedded_pictures_are_found_by_content():
@@ -186,4 +186,4 @@ def test_repeats_of_embedded_pictures_are_found_by_content():
         parts = Image(Path(f"x.parquet/{row}/image"), data), Text("What?")
         return Sample(f"{row}", (Message("user", parts), Message("assistant", (Text("red"),))), "x.parquet")
 
-    assert repeated([sample(0, b"a"), sample(1, b"b"), sample(2, b"a")]) == 1
+    assert count_duplicates([sample(0, b"a"), sample(1, b"b"), sample(2, b"a")]) == 1

@@ -138,7 +138,7 @@ def test_a_picture_and_a_video_in_one_sample(name, samples):
     both = sample(picture, "and", clip, "What is it?")
     encoder = Encoder(processor, VideoConfig(num_frames=2))
     if name == "smolvlm":
-        with pytest.raises(SampleError, match="only one of the kinds"):
+        with pytest.raises(SampleError, match="only one kind"):
             encoder.encode(both)
         return
     labels = encoder.encode(both)["labels"][0]

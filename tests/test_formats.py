@@ -1,18 +1,22 @@
-"""Dataset formats: what they read, what they refuse, and that nothing is lost in silence."""
+"""LLaVA, NLVR and shapes: what they read and reject; skipped samples are recorded and replaced."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from data_pipelines.dataset import TrainDataset, guess_format, read_source
+from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import shapes
-from data_pipelines.ledger import Ledger, read_ledger
-from data_pipelines.samples import Image, Rejected, Sample, Text, Video
+from data_pipelines.ledger import Ledger
+from data_pipelines.samples import Image, Text, Video
+from data_pipelines.sources import guess_format, read_source
 from mmdora.core.config import SourceConfig
 from mmdora.core.errors import UserError
+from tests.conversations import tiny_processor
+from tests.ledgers import read_ledger
 from tests.media import write_image
 
 
@@ -26,11 +30,11 @@ def read(tmp_path, rows, **options):
     return read_source(SourceConfig(path=str(path), format="llava", **options))
 
 
-def test_llava_media_stand_where_their_placeholders_are(tmp_path):
+def test_llava_media_replace_their_placeholders(tmp_path):
     rows = [
         {"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "red")},
         {"id": "b", "image": ["a.png", "b.png"], "conversations": turns("One <image> two <image>?", "x")},
-        {"id": "c", "video": "c.mp4", "conversations": turns("<image>\nLLaVA-NeXT's way", "x")},
+        {"id": "c", "video": "c.mp4", "conversations": turns("<image>\nAs in LLaVA-NeXT", "x")},
         {"id": "d", "image": "a.png", "conversations": turns("No placeholder", "x")},
         {"id": "e", "conversations": [{"from": "system", "value": "Be brief."}, *turns("Text", "x")]},
     ]
@@ -51,15 +55,15 @@ def test_llava_media_stand_where_their_placeholders_are(tmp_path):
         ({"conversations": [{"from": "human"}]}, "string 'value'"),
         ({"conversations": turns("a", "b") + turns("c")[:0] + turns("d", "e")[1:]}, "turns must alternate"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "'from' is 'bot'"),
-        ({"image": "../secret.png", "conversations": turns("<image>", "b")}, "leaves the media folder"),
-        ({"image": "/etc/passwd", "conversations": turns("<image>", "b")}, "leaves the media folder"),
-        ({"image": "http://x/y.png", "conversations": turns("<image>", "b")}, "is an address"),
+        ({"image": "../secret.png", "conversations": turns("<image>", "b")}, "is outside the media folder"),
+        ({"image": "/etc/passwd", "conversations": turns("<image>", "b")}, "is outside the media folder"),
+        ({"image": "http://x/y.png", "conversations": turns("<image>", "b")}, "is a URL"),
         ({"image": 3, "conversations": turns("<image>", "b")}, "non-empty string"),
-        ({"conversations": turns("<image>", "b")}, "names no media, and its text holds a <image>"),
+        ({"conversations": turns("<image>", "b")}, "its text has a <image> placeholder, but the row names no media"),
         ({"image": ["a", "b"], "conversations": turns("<image>", "b")}, "have no <image>"),
     ],
 )
-def test_llava_rows_that_are_no_samples_are_rejected_with_a_reason(tmp_path, row, reason):
+def test_invalid_llava_rows_are_rejected_with_a_reason(tmp_path, row, reason):
     good = {"id": "good", "conversations": turns("a", "b")}
     source = read(tmp_path, [row, good])
     assert [s.id for s in source] == ["good"]
@@ -67,7 +71,7 @@ def test_llava_rows_that_are_no_samples_are_rejected_with_a_reason(tmp_path, row
     assert source.total == 2
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_an_unreadable_file_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "data.json"
     for text, message in [
         ("{", "not valid JSON"),
@@ -87,17 +91,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read_source(SourceConfig(path="gone.json", format="llava"))
 
 
-def test_where_keeps_rows_by_their_fields(tmp_path):
+def test_where_selects_rows_by_their_fields(tmp_path):
     rows = [{"id": str(i), "split": i % 2, "conversations": turns("a", "b")} for i in range(6)]
     assert [s.id for s in read(tmp_path, rows, where={"split": [1]})] == ["1", "3", "5"]
 
 
-def test_the_format_is_told_from_the_file(tmp_path):
+def test_the_format_is_guessed_from_the_file(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"conversations": turns("a", "b")}]))
     assert guess_format(path) == "llava"
     path.write_text(json.dumps([{"question": "?"}]))
-    with pytest.raises(UserError, match="cannot tell the format"):
+    with pytest.raises(UserError, match="cannot guess the format"):
         guess_format(path)
 
 
@@ -120,23 +124,24 @@ def test_nlvr_reads_the_official_layout(tmp_path):
     reasons = [r.reason for r in source.rejected]
     assert [
         word in reason for word, reason in zip(("none of its", "'label'", "numbers", "object"), reasons, strict=True)
-    ]
+    ] == [True] * 4
 
 
-def test_shapes_worlds_are_the_same_from_the_same_seed_and_share_no_scene(world, tmp_path):
-    scenes = {}
-    for stem in ("counting_held_out", "motion_held_out"):
-        first = read_source(SourceConfig(path=str(world / f"{stem}.json"), format="shapes"))
-        again = read_source(SourceConfig(path=str(tmp_path / f"{stem}.json"), format="shapes"))
-        assert [s.messages[1] for s in first] == [s.messages[1] for s in again]
-        rows = json.loads((world / f"{stem}.json").read_text())
-        scenes[stem] = [json.dumps(row["scene"]) for row in rows]
-        assert len(set(scenes[stem])) == len(rows)
-    for thing_rows in (json.loads((world / f"{s}.json").read_text()) for s in scenes):
-        for row in thing_rows:
-            things = tuple(shapes.Thing(**{**t, "to": tuple(t["to"]) if t["to"] else None}) for t in row["scene"])
-            assert shapes.split_of(things) == "held_out"
-    with pytest.raises(UserError, match="the shapes world has no such file"):
+def test_shapes_datasets_are_reproducible_and_share_no_scene(tmp_path, monkeypatch):
+    for task in ("counting", "motion"):
+        monkeypatch.setitem(shapes.TASKS, task, replace(shapes.TASKS[task], held_out=40))
+        path, other_path = (tmp_path / folder / f"{task}_held_out.json" for folder in ("first", "second"))
+        source, other = (read_source(SourceConfig(path=str(p), format="shapes")) for p in (path, other_path))
+        rows = json.loads(path.read_text())
+        assert rows == json.loads(other_path.read_text())
+        assert len({json.dumps(row["scene"]) for row in rows}) == len(rows) == len(source) == 40
+        for row in rows:
+            scene = tuple(shapes.Thing(**{**t, "to": tuple(t["to"]) if t["to"] else None}) for t in row["scene"])
+            assert shapes.split_of(scene) == "held_out"
+        for first, second in zip(source, other, strict=True):
+            (medium,), (other_medium,) = (list(sample.media()) for sample in (first, second))
+            assert medium.path.read_bytes() == other_medium.path.read_bytes()
+    with pytest.raises(UserError, match="the shapes dataset has no such file"):
         read_source(SourceConfig(path=str(tmp_path / "counting_trian.json"), format="shapes"))
 
 
@@ -146,12 +151,12 @@ def test_counting_answers_are_balanced(world):
     assert {a: answers.count(a) for a in set(answers)} == {"1": 96, "2": 96, "3": 96, "4": 96}
 
 
-def test_a_broken_sample_goes_to_the_ledger_and_is_replaced_the_same_way_each_time(tiny, tmp_path):
+def test_a_broken_sample_is_recorded_and_its_replacement_is_reproducible(tmp_path):
     write_image(tmp_path / "a.png")
     rows = [{"id": f"ok{i}", "conversations": turns(f"Question {i}?", "b")} for i in range(9)]
     rows.append({"id": "broken", "image": "gone.png", "conversations": turns("<image>", "b")})
     source = read(tmp_path, rows)
-    encoder = Encoder(tiny[1])
+    encoder = Encoder(tiny_processor())
 
     def tenth(name: str):
         ledger = Ledger(tmp_path / name, source.total, max_skipped=0.5)
@@ -167,27 +172,26 @@ def test_a_broken_sample_goes_to_the_ledger_and_is_replaced_the_same_way_each_ti
     assert ledger.summary().startswith("1 of 10 samples skipped: 1 × no such file (")
 
 
-def test_too_many_broken_samples_stop_the_run(tiny, tmp_path):
+def test_too_many_broken_samples_stop_the_run(tmp_path):
     rows = [{"id": f"x{i}", "image": "gone.png", "conversations": turns("<image>", "b")} for i in range(5)]
     ledger = Ledger(tmp_path / "skipped.jsonl", 5, max_skipped=0.2)
-    dataset = TrainDataset([read(tmp_path, rows)], Encoder(tiny[1]), ledger, seed=0)
+    dataset = TrainDataset([read(tmp_path, rows)], Encoder(tiny_processor()), ledger, seed=0)
     with pytest.raises(UserError, match=r"more than data.max_skipped 20.0% allows.*gone\.png"):
         list(map(dataset.__getitem__, range(5)))
 
 
-def test_weight_repeats_samples(tiny, tmp_path):
+def test_weight_repeats_samples(tmp_path):
     rows = [{"id": str(i), "conversations": turns("a", "b")} for i in range(4)]
     ledger = Ledger(tmp_path / "skipped.jsonl", 4, 0.0)
     for weight, expected in ((1, 4), (2.5, 10), (0.5, 2)):
-        assert len(TrainDataset([read(tmp_path, rows, weight=weight)], Encoder(tiny[1]), ledger, 0)) == expected
+        assert len(TrainDataset([read(tmp_path, rows, weight=weight)], None, ledger, 0)) == expected
 
 
-def test_repeated_ids_stay_apart(tmp_path):
+def test_repeated_ids_are_made_unique(tmp_path):
     rows = [
         {"id": "same", "conversations": turns("a", "b")},
         {"id": "same", "conversations": turns("c", "d")},
     ]
-    samples = read(tmp_path, rows)
-    assert len({s.id for s in samples}) == 2
-    assert not any(isinstance(s, Rejected) for s in samples)
-    assert all(isinstance(s, Sample) for s in samples)
+    source = read(tmp_path, rows)
+    assert [s.id for s in source] == ["same", "same#1"]
+    assert source.rejected == []

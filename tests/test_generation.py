@@ -147,7 +147,7 @@ def test_what_fails_is_named_and_the_rest_is_kept(tiny, kinds, tmp_path, monkeyp
         answers()
     failed = {row["id"]: row["reason"] for row in map(json.loads, (folder / "failed.jsonl").open())}
     assert list(failed) == ["torn", "odd", "long"]
-    assert "literal one" in failed["odd"]
+    assert "literal placeholder" in failed["odd"]
     assert failed["long"] == "the model refuses it (no such length)"
     assert len((folder / "responses.jsonl").read_text().splitlines()) == 4
     assert {path.name for path in folder.iterdir()} == {"failed.jsonl", "responses.jsonl"}

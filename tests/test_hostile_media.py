@@ -1,4 +1,4 @@
-"""Media that were damaged on purpose: each is read or refused by name, and the one after it is read."""
+"""Damaged media files: each is read, or rejected with an error that names it, and the next file is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_pipelines.video import isolation, load_video
 from mmdora.core.config import VideoConfig
 from tests.media import picture, write_image, write_video
 
-PICTURES = ("png", "jpg", "gif", "webp", "bmp", "tif", "ppm", "ico", "tga", "jp2")
+IMAGES = ("png", "jpg", "gif", "webp", "bmp", "tif", "ppm", "ico", "tga", "jp2")
 VIDEOS = {
     "a.mp4": {},
     "a.mkv": {},
@@ -29,7 +29,7 @@ VIDEOS = {
     "a.gif": {"codec": "gif", "pixels": "rgb8"},
     "a.mov": {"codec": "mjpeg", "pixels": "yuvj420p"},
 }
-HASTY = VideoConfig(num_frames=3, timeout=20)
+THREE_FRAMES = VideoConfig(num_frames=3, timeout=20)
 
 Load = Callable[[Path], object]
 
@@ -41,14 +41,14 @@ def flip(data: bytearray, rng: random.Random) -> bytes:
 
 
 def flip_head(data: bytearray, rng: random.Random) -> bytes:
-    """Where the sizes, rates and durations stand."""
+    """Damage the head, which holds sizes, rates and durations."""
     for _ in range(rng.choice((1, 3, 9))):
         data[rng.randrange(min(len(data), 512))] = rng.choice((0, 1, 127, 128, 255))
     return bytes(data)
 
 
 def flip_tail(data: bytearray, rng: random.Random) -> bytes:
-    """Where MP4 keeps its index."""
+    """Damage the tail, which holds the index of an MP4."""
     low = max(0, len(data) - 1200)
     for _ in range(rng.choice((1, 3, 9))):
         data[rng.randrange(low, len(data))] = rng.choice((0, 1, 127, 128, 255))
@@ -68,7 +68,7 @@ MUTATIONS = (flip, flip_head, flip_tail, cut, hole)
 
 
 def mutants(originals: list[bytes], count: int, seed: int) -> Iterator[bytes]:
-    """`count` damaged files, each kind of damage in turn; some wear another's header."""
+    """Yield `count` damaged files, with each kind of damage in turn; some have the header of another file."""
     rng = random.Random(seed)
     for number in range(count):
         data = bytearray(originals[number % len(originals)])
@@ -77,9 +77,9 @@ def mutants(originals: list[bytes], count: int, seed: int) -> Iterator[bytes]:
         yield MUTATIONS[number % len(MUTATIONS)](data, rng)
 
 
-def run(load: Load, folder: Path, suffixes: list[str], files: Iterator[bytes]) -> tuple[int, int]:
-    """How many were read and how many refused; anything but a MediaError that names the file goes through."""
-    read = refused = 0
+def count_outcomes(load: Load, folder: Path, suffixes: list[str], files: Iterator[bytes]) -> tuple[int, int]:
+    """Count the files that are read, and those rejected with a MediaError that names the file."""
+    read = rejected = 0
     for number, data in enumerate(files):
         path = folder / f"m{number}.{suffixes[number % len(suffixes)]}"
         path.write_bytes(data)
@@ -87,60 +87,60 @@ def run(load: Load, folder: Path, suffixes: list[str], files: Iterator[bytes]) -
             load(path)
             read += 1
         except MediaError as error:
-            refused += str(path) in str(error)
+            rejected += str(path) in str(error)
         path.unlink()
-    return read, refused
+    return read, rejected
 
 
-def test_damaged_pictures(tmp_path):
-    good = [write_image(tmp_path / f"good.{suffix}").read_bytes() for suffix in PICTURES]
+def test_damaged_images_are_read_or_rejected(tmp_path):
+    good = [write_image(tmp_path / f"good.{suffix}").read_bytes() for suffix in IMAGES]
 
     def load(path: Path) -> None:
-        found = load_image(path)
-        assert found.mode == "RGB"
-        assert min(found.size) > 0
+        image = load_image(path)
+        assert image.mode == "RGB"
+        assert min(image.size) > 0
 
-    # Every seventh wears a wrong extension, since seven and ten have no common factor.
-    read, refused = run(load, tmp_path, [*PICTURES[:7]], mutants(good, 700, seed=1))
-    assert read + refused == 700
+    # Seven suffixes for ten formats: most files have the suffix of another format.
+    read, rejected = count_outcomes(load, tmp_path, [*IMAGES[:7]], mutants(good, 700, seed=1))
+    assert read + rejected == 700
     assert read > 50
-    assert refused > 200
+    assert rejected > 200
     load(tmp_path / "good.png")
 
 
-def test_damaged_videos(tmp_path):
+def test_damaged_videos_are_read_or_rejected(tmp_path):
     good = [write_video(tmp_path / f"good{name}", 8, **how).read_bytes() for name, how in VIDEOS.items()]
 
     def load(path: Path) -> None:
-        clip = load_video(path, HASTY)
-        assert clip.frames.shape[0] == len(clip.indices)
-        assert np.isfinite(clip.fps)
+        video = load_video(path, THREE_FRAMES)
+        assert video.frames.shape[0] == len(video.indices)
+        assert np.isfinite(video.fps)
 
     suffixes = [name.removeprefix("a.") for name in VIDEOS]
-    read, refused = run(load, tmp_path, [*suffixes, "mp4"], mutants(good, 400, seed=2))
-    assert read + refused == 400
+    read, rejected = count_outcomes(load, tmp_path, [*suffixes, "mp4"], mutants(good, 400, seed=2))
+    assert read + rejected == 400
     assert read > 20
-    assert refused > 100
+    assert rejected > 100
     load(tmp_path / "gooda.mp4")
     isolation.stop()
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_not_regular_files_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name in ("pipe", "folder", "loop", "dangling", "nothing", "x" * 300, "a\0b", "pipe/inside"):
-        for load in (load_image, lambda path: load_video(path, HASTY)):
+        for load in (load_image, lambda path: load_video(path, THREE_FRAMES)):
             with pytest.raises(MediaError):
                 load(tmp_path / name)
     for device in ("/dev/zero", "/dev/null"):
-        with pytest.raises(MediaError, match="no regular file"):
-            load_video(Path(device), HASTY)
+        with pytest.raises(MediaError, match="not a regular file"):
+            load_video(Path(device), THREE_FRAMES)
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG whose header promises more than is there."""
+    """Return a PNG whose header claims more pixels than it has."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -154,20 +154,20 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("width", "height"), [(2**31 - 1, 2**31 - 1), (100_000, 100_000), (2**31 - 1, 1), (0, 5), (9000, 9000)]
 )
-def test_gigantic_pictures_are_refused_by_their_header(tmp_path, width, height):
+def test_gigantic_images_are_rejected_by_their_header(tmp_path, width, height):
     (tmp_path / "a.png").write_bytes(png(width, height))
     with pytest.raises(MediaError, match=r"a\.png: (too large|cannot be read)"):
         load_image(tmp_path / "a.png")
 
 
-def test_a_picture_over_the_limit_is_refused_whole_or_not(tmp_path):
-    Image.new("1", (10_000, 9_500)).save(tmp_path / "bomb.png")  # a few KiB that become 285 MB
+def test_an_undamaged_image_over_the_limit_is_rejected(tmp_path):
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "bomb.png")  # a few KiB that decode to 285 MB
     with pytest.raises(MediaError, match=r"bomb\.png: too large to decode safely"):
         load_image(tmp_path / "bomb.png")
 
 
 def patched(path: Path, box: bytes, offset: int, value: bytes) -> Path:
-    """An MP4 with a field of one of its boxes overwritten."""
+    """Overwrite a field in a box of an MP4."""
     data = bytearray(path.read_bytes())
     at = data.index(box) + 4 + offset
     data[at : at + len(value)] = value
@@ -181,22 +181,23 @@ def patched(path: Path, box: bytes, offset: int, value: bytes) -> Path:
         (b"mvhd", 12, bytes(4)),  # a time scale of zero
         (b"mdhd", 12, bytes(4)),
         (b"mdhd", 12, b"\xff" * 4),
-        (b"mdhd", 16, b"\xff" * 4),  # a duration without end
+        (b"mdhd", 16, b"\xff" * 4),  # an endless duration
         (b"mvhd", 16, bytes(4)),
-        (b"stts", 8, bytes(4)),  # no frames; every frame of no duration; frames of 2³² units
+        (b"stts", 8, bytes(4)),  # no frames; frames without duration; frames of 2³² units
         (b"stts", 12, bytes(4)),
         (b"stts", 12, b"\xff" * 4),
-        (b"stsz", 8, b"\xff" * 4),  # four thousand million frames
+        (b"stsz", 8, b"\xff" * 4),  # 2³² frames
         (b"avc1", 24, b"\xff" * 4),  # 65535 × 65535 pixels
         (b"avc1", 24, bytes(4)),
     ],
 )
 @pytest.mark.parametrize("keys", [{}, {"sampling": "fps", "fps": 3.0}], ids=["uniform", "fps"])
-def test_clocks_and_sizes_that_make_no_sense(tmp_path, box, offset, value, keys):
+def test_invalid_times_and_sizes_are_read_or_rejected(tmp_path, box, offset, value, keys):
     path = patched(write_video(tmp_path / "a.mp4"), box, offset, value)
     try:
-        clip = load_video(path, VideoConfig(num_frames=3, timeout=20, **keys))
-    except MediaError:
+        video = load_video(path, VideoConfig(num_frames=3, timeout=20, **keys))
+    except MediaError as error:
+        assert str(path) in str(error)  # noqa: PT017
         return
-    assert np.isfinite(clip.fps)
-    assert clip.frames.shape[1:] == np.asarray(picture()).shape
+    assert np.isfinite(video.fps)
+    assert video.frames.shape[1:] == np.asarray(picture()).shape

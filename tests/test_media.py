@@ -1,4 +1,4 @@
-"""Pictures: read rightly, or refused by name."""
+"""Images: loaded as RGB, or rejected with an error that names the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipelines.samples import MediaError
 from tests.media import picture, write_image
 
 
-def test_alpha_lies_over_white(tmp_path):
+def test_alpha_is_composited_over_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
@@ -27,7 +27,7 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path):
 def test_exif_orientation_is_applied(tmp_path):
     image = picture(size=(40, 20))
     exif = image.getexif()
-    exif[274] = 6  # turned by a quarter
+    exif[274] = 6  # a quarter turn
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
 
@@ -46,7 +46,7 @@ def test_palette_with_transparency(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_truncated_jpeg_is_refused_by_name(tmp_path, share):
+def test_a_truncated_jpeg_is_an_error_that_names_the_file(tmp_path, share):
     path = write_image(tmp_path / "cut.jpg")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
@@ -54,7 +54,7 @@ def test_truncated_jpeg_is_refused_by_name(tmp_path, share):
         load_image(path)
 
 
-def test_missing_and_bombs_are_refused_by_name(tmp_path, monkeypatch):
+def test_missing_files_and_decompression_bombs_are_errors_that_name_the_file(tmp_path, monkeypatch):
     with pytest.raises(MediaError, match=r"gone\.png: no such file"):
         load_image(tmp_path / "gone.png")
     path = write_image(tmp_path / "big.png")
@@ -63,22 +63,22 @@ def test_missing_and_bombs_are_refused_by_name(tmp_path, monkeypatch):
         load_image(path)
 
 
-def test_a_picture_that_is_all_but_a_line_is_refused(tmp_path):
+def test_an_extreme_aspect_ratio_is_an_error(tmp_path):
     for size in ((1, 201), (402, 2)):
         Image.new("RGB", size).save(tmp_path / "line.png")
-        with pytest.raises(MediaError, match=rf"line\.png: {size[0]} x {size[1]}: one side is over 200 x the other"):
+        with pytest.raises(MediaError, match=rf"line\.png: {size[0]} x {size[1]} pixels: the aspect ratio is over 200"):
             load_image(tmp_path / "line.png")
     Image.new("RGB", (1, 200)).save(tmp_path / "thin.png")
     assert load_image(tmp_path / "thin.png").size == (1, 200)
 
 
-def test_bytes_of_a_shard_are_read_and_named(tmp_path):
+def test_embedded_bytes_are_read_and_named(tmp_path):
     data = write_image(tmp_path / "a.png").read_bytes()
-    named = Path("shard.tar/a.png")
-    assert np.array_equal(load_image(named, data), load_image(tmp_path / "a.png"))
+    name = Path("shard.tar/a.png")
+    assert np.array_equal(load_image(name, data), load_image(tmp_path / "a.png"))
     for broken in (b"", data[:40]):
         with pytest.raises(MediaError, match=r"^shard\.tar/a\.png: "):
-            load_image(named, broken)
+            load_image(name, broken)
 
 
 RED = (255, 0, 0)
@@ -102,33 +102,33 @@ RED = (255, 0, 0)
         ("F", "tif", 100.0, (100, 100, 100)),
     ],
 )
-def test_every_mode_becomes_rgb(tmp_path, mode, suffix, color, expected):
+def test_every_mode_is_converted_to_rgb(tmp_path, mode, suffix, color, expected):
     path = tmp_path / f"a.{suffix}"
     Image.new(mode, (4, 4), color).save(path)
-    found = load_image(path)
-    assert found.mode == "RGB"
-    assert np.abs(np.subtract(found.getpixel((0, 0)), expected)).max() <= 3
+    image = load_image(path)
+    assert image.mode == "RGB"
+    assert np.abs(np.subtract(image.getpixel((0, 0)), expected)).max() <= 3
 
 
-def test_float_pixels_that_are_no_numbers_are_black(tmp_path):
+def test_nan_pixels_are_black(tmp_path):
     Image.fromarray(np.array([[np.nan, 1.0]], np.float32)).save(tmp_path / "a.tif")
     assert [load_image(tmp_path / "a.tif").getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
-def test_broken_exif_leaves_the_picture(tmp_path):
+def test_damaged_exif_does_not_change_the_image(tmp_path):
     path = tmp_path / "a.jpg"
     picture().save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(60)))
     expected = load_image(write_image(tmp_path / "plain.jpg"))
     assert np.array_equal(load_image(path), expected)
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_paths_that_are_not_regular_files_are_errors_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "empty.jpg").touch()
     for path, reason in (
-        (tmp_path / "pipe.jpg", "no regular file"),
-        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "pipe.jpg", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "folder.jpg", "directory"),
         (tmp_path / "empty.jpg", "empty"),
         (tmp_path / ("x" * 300), "cannot be opened"),

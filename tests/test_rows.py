@@ -1,4 +1,4 @@
-"""Rows by number and their index: found wherever they stand, cached, shared by processes, mended when damaged."""
+"""Row readers and the index: rows are located, cached, shared by processes, and re-indexed after damage."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.dataset import IMAGES, VIDEOS, Source, TrainDataset, read_source
+from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.formats import llava
 from data_pipelines.index import cache_folder
 from data_pipelines.ledger import Ledger
 from data_pipelines.rows import text
 from data_pipelines.samples import Image, SampleError, Video
+from data_pipelines.sources import IMAGES, VIDEOS, Source, read_source
 from mmdora.core.config import SourceConfig, VideoConfig
 from mmdora.core.errors import UserError
+from tests.conversations import tiny_processor
 from tests.media import write_image, write_video
 
 
@@ -37,7 +39,7 @@ def row(number: int, answer: str = "a", **more) -> dict:
 
 
 def write(path: Path, rows: list, age: float = 60) -> SourceConfig:
-    """A JSON list, or lines; last changed `age` seconds ago."""
+    """Write a JSON list or JSON lines, last modified `age` seconds ago."""
     texts = [json.dumps(r, ensure_ascii=False) for r in rows]
     path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{', '.join(texts)}]", encoding="utf-8")
     changed = path.stat().st_mtime - age
@@ -51,23 +53,23 @@ def answers(source: Source) -> list[str]:
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
-def test_rows_are_found_wherever_a_piece_of_the_file_ends(tmp_path, monkeypatch, name, chunk):
+def test_rows_are_located_wherever_a_chunk_of_the_file_ends(tmp_path, monkeypatch, name, chunk):
     monkeypatch.setattr(text, "CHUNK", chunk)
     rng = random.Random(chunk)
-    said = ["".join(rng.choices('ab"\\/é鳥🐦\n\t {}[],:', k=rng.randint(1, 30))) + "." for _ in range(40)]
-    rows = [row(i, answer, score=rng.choice([1, -2.5e10, True, None, 10**20])) for i, answer in enumerate(said)]
+    expected = ["".join(rng.choices('ab"\\/é鳥🐦\n\t {}[],:', k=rng.randint(1, 30))) + "." for _ in range(40)]
+    rows = [row(i, answer, score=rng.choice([1, -2.5e10, True, None, 10**20])) for i, answer in enumerate(expected)]
     source = read_source(write(tmp_path / name, rows))
-    assert answers(source) == said
+    assert answers(source) == expected
     assert [s.id for s in source] == [str(i) for i in range(40)]
 
 
-def test_json_may_be_written_in_any_way(tmp_path):
+def test_json_may_have_any_layout(tmp_path):
     path = tmp_path / "x.json"
     for written in (
         "\ufeff" + json.dumps([row(0), row(1)]),
         json.dumps([row(0), row(1)], indent=8),
         "\r\n [" + json.dumps(row(0)) + "\n,\n" + json.dumps(row(1)) + "] \n",
-        json.dumps(row(0)) + "\r\n\n" + json.dumps(row(1)),  # lines, whatever the name says
+        json.dumps(row(0)) + "\r\n\n" + json.dumps(row(1)),  # JSON lines in a file named .json
     ):
         path.write_text(written, encoding="utf-8")
         assert len(read_source(SourceConfig(path=str(path)))) == 2
@@ -76,17 +78,17 @@ def test_json_may_be_written_in_any_way(tmp_path):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("[1", "the list is cut off: line 1, byte 2"),
-        ("[{}\n,{}]\nx", "text after the list's end: line 3, byte 9"),
+        ("[1", "the list is not closed: line 1, byte 2"),
+        ("[{}\n,{}]\nx", "text after the end of the list: line 3, byte 9"),
         ("[{}\n,{},]", "Expecting value: line 2, byte 8"),
         ("[{} {}]", "expected ',' or ']': line 1, byte 4"),
         ('[{"é": "a]', "Unterminated string starting at: line 1, byte 8"),
         ('["é", {"a" 1}]', "Expecting ':' delimiter: line 1, byte 12"),
         ("[" * 5000, "nested too deeply: line 1, byte 1"),
-        ('{"a": [1]}', "expected a JSON list of samples, found dict"),
+        ('{"a": [1]}', "expected a JSON list of samples, not dict"),
     ],
 )
-def test_a_damaged_list_is_one_error_with_its_place(tmp_path, written, message):
+def test_a_damaged_list_is_an_error_with_its_position(tmp_path, written, message):
     (tmp_path / "x.json").write_text(written, encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_source(SourceConfig(path=str(tmp_path / "x.json"), format="llava"))
@@ -94,7 +96,7 @@ def test_a_damaged_list_is_one_error_with_its_place(tmp_path, written, message):
     assert message in str(error.value)
 
 
-def test_a_row_without_end_is_told_and_not_held(tmp_path, monkeypatch):
+def test_an_endless_row_is_an_error_and_not_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "MAX_ROW", 1000)
     monkeypatch.setattr(text, "CHUNK", 100)
     (tmp_path / "x.json").write_text('[{"a": "' + "x" * 5000)
@@ -110,14 +112,14 @@ def test_damaged_lines_are_rejected_and_the_rest_is_read(tmp_path):
     path.write_bytes(b"\n".join([lines[0], b"{", lines[1], b'{"id": "\xff"}', twice, huge, b"[" * 5000, lines[2]]))
     source = read_source(SourceConfig(path=str(path)))
     assert [s.id for s in source] == ["0", "1", "2"]
-    expected = ["line 2 is not", "line 4 is not", "'id' stands in it twice", "a number of 5000 digits", "line 7 is not"]
+    expected = ["line 2 is not", "line 4 is not", "duplicate key 'id'", "a number of 5000 digits", "line 7 is not"]
     reasons = [r.reason for r in source.rejected]
     assert [e in r for e, r in zip(expected, reasons, strict=True)] == [True] * 5
     assert [r.id for r in source.rejected] == ["line-2", "line-4", "row-4", "row-5", "line-7"]
     assert source.total == 8
 
 
-def test_lengths_and_kinds_are_known_without_parsing(tmp_path, monkeypatch):
+def test_lengths_and_kinds_come_from_the_index(tmp_path):
     long = row(3, "x" * 4000)
     rows = [row(0), row(1, image="a.png"), row(2, video="a.mp4"), long]
     source = read_source(write(tmp_path / "x.jsonl", rows))
@@ -131,22 +133,25 @@ def test_lengths_and_kinds_are_known_without_parsing(tmp_path, monkeypatch):
     assert TrainDataset([no_media], None, Ledger(tmp_path / "l", 4, 0.0), seed=0).media_kinds() == []
 
 
-def test_lengths_count_media_as_the_encoder_makes_them(tiny, tmp_path):
+def test_lengths_include_media_as_the_encoder_encodes_them(tmp_path):
     for i in range(3):
         write_image(tmp_path / f"{i}.png")
     write_video(tmp_path / "a.mp4")
-    pictures = [row(i, "x" * 400, image=f"{i}.png") for i in range(4)]  # the last one is not there
-    rows = [row(8), *pictures, row(9, image=["0.png", "1.png"]), row(10, video="a.mp4")]
-    encoder = Encoder(tiny[1], VideoConfig(num_frames=4), max_length=50)  # which does not bound what is measured
+    with_image = [row(i, "x" * 400, image=f"{i}.png") for i in range(4)]  # the last image does not exist
+    rows = [row(8), *with_image, row(9, image=["0.png", "1.png"]), row(10, video="a.mp4")]
+    processor = tiny_processor()
+    encoder = Encoder(processor, VideoConfig(num_frames=4), max_length=50)  # does not apply to the estimate
     source = read_source(write(tmp_path / "x.jsonl", rows))
     dataset = TrainDataset([source], encoder, Ledger(tmp_path / "l", 7, 0.0), seed=0)
     assert "lengths" not in vars(dataset)
     unbounded = replace(encoder, max_length=None)
-    picture, clip = (
+    image, video = (
         int((unbounded.encode(source[at])["input_ids"] == token).sum())
-        for at, token in ((1, tiny[0].config.image_token_id), (6, tiny[0].config.video_token_id))
+        for at, token in ((1, processor.image_token_id), (6, processor.video_token_id))
     )
-    media = [0, picture, picture, picture, picture, 2 * picture, clip]
+    assert image > 0
+    assert video > 0
+    media = [0, image, image, image, image, 2 * image, video]
     assert (dataset.lengths - source.text).tolist() == media
     assert dataset.lengths.dtype == np.int64
     (tmp_path / "a.mp4").unlink()
@@ -154,7 +159,7 @@ def test_lengths_count_media_as_the_encoder_makes_them(tiny, tmp_path):
 
 
 def count_parses(monkeypatch) -> list[str]:
-    """The ids of the rows that are parsed from now on."""
+    """Return a list that collects the ids of the rows that are parsed from now on."""
     parsed: list[str] = []
     parse = llava.LLaVA.parse
     monkeypatch.setattr(
@@ -163,7 +168,7 @@ def count_parses(monkeypatch) -> list[str]:
     return parsed
 
 
-def test_a_file_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch, cache):
+def test_a_file_is_indexed_once_and_again_after_a_change(tmp_path, monkeypatch, cache):
     config = write(tmp_path / "x.json", [row(i) for i in range(5)])
     parsed = count_parses(monkeypatch)
     assert len(read_source(config)) == 5
@@ -171,17 +176,17 @@ def test_a_file_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch,
     source = read_source(config)
     assert len(parsed) == 5
     assert source[3].id == "3"
-    assert parsed[5:] == ["3"]  # parsed when it is wanted
+    assert parsed[5:] == ["3"]  # parsed on access
     read_source(config.model_copy(update={"where": {"id": ["1"]}}))
-    assert len(parsed) == 7  # another `where` is another index, and what it leaves out is not parsed
-    write(tmp_path / "x.json", [row(i, "b") for i in range(5)], age=30)  # same size, another time
+    assert len(parsed) == 7  # another `where` is another index, and rows that it excludes are not parsed
+    write(tmp_path / "x.json", [row(i, "b") for i in range(5)], age=30)  # same size, another time stamp
     assert answers(read_source(config)) == ["b"] * 5
-    assert len(list(cache.iterdir())) == 2  # the old one was replaced, and nothing is left aside
-    assert not list(tmp_path.glob("x.*[!n]"))  # nothing beside the user's file
+    assert len(list(cache.iterdir())) == 2  # the old index was replaced, and no temporary folder remains
+    assert not list(tmp_path.glob("x.*[!n]"))  # nothing next to the user's file
 
 
-def test_a_file_that_changed_a_moment_ago_is_read_anew(tmp_path):
-    """It may change again at the same time stamp and size."""
+def test_a_file_that_was_just_modified_is_indexed_again(tmp_path):
+    """It may change again with the same time stamp and size."""
     config = write(tmp_path / "x.json", [row(0, "a")], age=0)
     stamp = (tmp_path / "x.json").stat().st_mtime_ns
     assert answers(read_source(config)) == ["a"]
@@ -191,7 +196,7 @@ def test_a_file_that_changed_a_moment_ago_is_read_anew(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["number.npy", "begin.npy", "meta.json", "rejected.jsonl"])
-def test_a_damaged_index_is_built_anew(tmp_path, cache, name):
+def test_a_damaged_index_is_rebuilt(tmp_path, cache, name):
     config = write(tmp_path / "x.jsonl", [row(0), "no row", row(1)])
     read_source(config)
     (folder,) = cache.iterdir()
@@ -204,17 +209,17 @@ def test_a_damaged_index_is_built_anew(tmp_path, cache, name):
     assert answers(read_source(config)) == ["a", "a"]
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MMDORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="MMDORA_CACHE names a folder to cache in"):
+    with pytest.raises(UserError, match="MMDORA_CACHE sets the cache folder"):
         read_source(write(tmp_path / "x.jsonl", [row(0)]))
     monkeypatch.delenv("MMDORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own" / "mmdora" / "index"
 
 
-def test_a_row_that_changed_since_is_an_error_that_names_it(tmp_path):
+def test_a_row_that_changed_after_indexing_is_an_error(tmp_path):
     source = read_source(write(tmp_path / "x.jsonl", [row(0), row(1)]))
     (tmp_path / "x.jsonl").write_text("gone")
     with pytest.raises(SampleError, match="was the file changed meanwhile"):
@@ -222,7 +227,7 @@ def test_a_row_that_changed_since_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
-def test_an_arrow_table_that_goes_away_is_an_error_of_its_row(tmp_path, cache, suffix):
+def test_a_removed_arrow_table_is_an_error_of_its_rows(tmp_path, cache, suffix):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -235,7 +240,7 @@ def test_an_arrow_table_that_goes_away_is_an_error_of_its_row(tmp_path, cache, s
     file = path if suffix == "arrow" else next(cache.glob("*/*.arrow"))
     file.rename(tmp_path / "aside")
     for at in (0, 999):
-        with pytest.raises(SampleError, match=r"cannot be read any more .* was the file changed, or the cache deleted"):
+        with pytest.raises(SampleError, match=r"can no longer be read .* was the file changed, or the cache deleted"):
             source[at]
     (tmp_path / "aside").rename(file)
     assert source[999].id == "999"
@@ -247,7 +252,7 @@ def build_and_read(path: str, barrier) -> None:
     assert answers(source) == ["a"] * 200
 
 
-def test_processes_may_build_one_index_at_once(tmp_path, cache):
+def test_processes_may_build_the_same_index_at_the_same_time(tmp_path, cache):
     write(tmp_path / "x.jsonl", [row(i) for i in range(200)])
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
@@ -261,16 +266,20 @@ def test_processes_may_build_one_index_at_once(tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.arrow", "x.tar"])
-def test_a_spawned_process_maps_the_same_index(tmp_path, name):
-    source, fresh = source_of(tmp_path / name), None
-    sent = pickle.dumps(source)
-    assert len(sent) < 40_000  # 8 bytes a sample for what is taken, and no rows
-    fresh = pickle.loads(sent)
-    assert [s.id for s in fresh] == [s.id for s in source]
-    assert isinstance(fresh._index.number, np.memmap)
+def test_a_pickled_source_maps_the_index_and_holds_no_rows(tmp_path, name):
+    """Spawned processes get their sources this way."""
+    source = source_of(tmp_path / name)
+    ids, pickled = [s.id for s in source], pickle.dumps(source)
+    assert len(pickled) < 40_000  # 8 bytes per selected sample
+    del source
+    loaded = pickle.loads(pickled)
+    maps = Path("/proc/self/maps")
+    assert not maps.is_file() or f"{tmp_path}/cache/index/" in maps.read_text()
+    assert [s.id for s in loaded] == ids
 
 
 def source_of(path: Path) -> Source:
+    """Write 1000 rows to a .json, .arrow or .tar file and open it."""
     rows = [row(i, "a" * 100) for i in range(1000)]
     if path.suffix == ".json":
         return read_source(write(path, rows))

@@ -1,9 +1,11 @@
-"""Videos: the right frames from every reader, chosen as the settings say, or a refusal that names the file."""
+"""Videos: every reader gives the frames that the settings select, or an error that names the file."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -14,17 +16,18 @@ from pydantic import ValidationError
 from data_pipelines.samples import MediaError
 from data_pipelines.video import VIDEO_READERS, load_video, resolve_reader
 from data_pipelines.video.sampling import Sampling as S
-from data_pipelines.video.sampling import choose_indices, clip_span, fps_indices, thinned, uniform_indices
+from data_pipelines.video.sampling import fps_indices, frame_range, select_indices, thin_out, uniform_indices
 from mmdora.core.config import VideoConfig
 from mmdora.core.errors import UserError
+from tests.conftest import ROOT
 from tests.media import decode_all, picture, turn_video, write_image, write_video
 
 HAS_DECORD = importlib.util.find_spec("decord") is not None
 OPEN_GOP = {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}
 UNEVEN = [0, 40, 60, 260, 300, 330, 700, 720, 1000, 1010, 1500, 1600, 1640, 1700, 1800, 2400, 2440, 2500, 2600, 3000]
 
-# What each file is, how it is written, and whether decord reads it exactly.
-CLIPS = {
+# Per file: how it is written, and whether decord reads it exactly.
+VIDEOS = {
     "h264.mp4": ({"g": "10"}, True),
     "b_frames.mkv": ({"b_frames": 3, "g": "10"}, True),
     "mpeg4.mp4": ({"codec": "mpeg4"}, True),
@@ -51,10 +54,10 @@ FRAMES = 20
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clips")
-    for name, (how, _) in CLIPS.items():
-        write_video(folder / name, FRAMES, **how)
+def videos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for name, (options, _) in VIDEOS.items():
+        write_video(folder / name, FRAMES, **options)
     return folder
 
 
@@ -62,138 +65,137 @@ def config(**keys) -> VideoConfig:
     return VideoConfig(**{"timeout": None, **keys})
 
 
-@pytest.mark.parametrize("name", CLIPS)
-def test_readers_give_the_frames_that_a_walk_from_the_start_gives(clips, name):
-    expected = decode_all(clips / name)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_readers_give_the_frames_of_sequential_decoding(videos, name):
+    expected = decode_all(videos / name)
     assert len(expected) == FRAMES
-    readers = ["pyav", "auto", *(["decord"] if HAS_DECORD and CLIPS[name][1] else [])]
+    readers = ["pyav", "auto", *(["decord"] if HAS_DECORD and VIDEOS[name][1] else [])]
     for reader in readers:
         for count in (1, 3, 7, FRAMES + 5):
-            clip = load_video(clips / name, config(reader=reader, num_frames=count))
-            assert clip.indices == tuple(uniform_indices(FRAMES, count))
-            assert clip.total_frames == FRAMES
-            for frame, index in zip(clip.frames, clip.indices, strict=True):
+            video = load_video(videos / name, config(reader=reader, num_frames=count))
+            assert video.indices == tuple(uniform_indices(FRAMES, count))
+            assert video.total_frames == FRAMES
+            for frame, index in zip(video.frames, video.indices, strict=True):
                 assert np.array_equal(frame, expected[index]), (reader, index)
-    # the frames in any order, so that every one is sought
-    file = VIDEO_READERS["pyav"](clips / name)
+    # frames in random order, so that each needs a seek
+    file = VIDEO_READERS["pyav"](videos / name)
     for index in np.random.default_rng(0).integers(0, FRAMES, 2 * FRAMES).tolist():
         assert np.array_equal(file.read([index])[0], expected[index]), index
     file.close()
 
 
-def test_nothing_of_a_file_is_left_to_a_forked_process(clips):
-    """No thread while it is open, and nothing to collect once it is closed."""
+def test_an_open_file_has_no_thread_and_a_closed_one_no_reference(videos):
+    """Otherwise a forked process would wait for the threads of its parent, or free objects that it does not own."""
     tasks = Path("/proc/self/task")
     before = set(tasks.iterdir()) if tasks.is_dir() else None
-    file = VIDEO_READERS["pyav"](clips / "h264.mp4")
+    file = VIDEO_READERS["pyav"](videos / "h264.mp4")
     file.read([0, FRAMES - 1])
     assert before is None or set(tasks.iterdir()) == before
-    kept = weakref.ref(file)
+    reference = weakref.ref(file)
     file.close()
     del file
-    assert kept() is None
+    assert reference() is None
 
 
 @pytest.mark.parametrize("name", ["b_frames.mkv", "hevc.mp4"])
-def test_frames_that_no_other_needs_are_not_decoded(clips, name):
-    file = VIDEO_READERS["pyav"](clips / name)
+def test_unreferenced_frames_before_the_target_are_not_decoded(videos, name):
+    file = VIDEO_READERS["pyav"](videos / name)
     decoded = []
     every = file._decoded
     file._decoded = lambda: (decoded.append(frame.pts) or frame for frame in every())
-    expected = decode_all(clips / name)
+    expected = decode_all(videos / name)
     assert np.array_equal(file.read([FRAMES - 2])[0], expected[FRAMES - 2])
-    assert len(decoded) < FRAMES - 2 - 10  # those from the keyframe on
+    assert len(decoded) < FRAMES - 2 - 10  # only those from the keyframe on
     file.close()
 
 
 @pytest.mark.skipif(not HAS_DECORD, reason="decord has no wheel for this machine")
-@pytest.mark.parametrize("name", CLIPS)
-def test_decord_refuses_what_it_does_not_read_exactly(clips, name):
-    if CLIPS[name][1]:
-        assert load_video(clips / name, config(reader="decord", num_frames=3)).reader == "decord"
+@pytest.mark.parametrize("name", VIDEOS)
+def test_decord_rejects_files_that_it_does_not_read_exactly(videos, name):
+    if VIDEOS[name][1]:
+        assert load_video(videos / name, config(reader="decord", num_frames=3)).reader == "decord"
     else:
         with pytest.raises(MediaError, match=rf"{name}: decord"):
-            load_video(clips / name, config(reader="decord"))
-        assert load_video(clips / name, config(num_frames=3)).reader == "pyav"
+            load_video(videos / name, config(reader="decord"))
+        assert load_video(videos / name, config(num_frames=3)).reader == "pyav"
 
 
-def test_frames_are_the_pictures_that_went_in(clips):
-    clip = load_video(clips / "h264.mp4", config(num_frames=5))
-    pictures = [np.asarray(picture(i)).astype(int) for i in range(FRAMES)]
-    for frame, index in zip(clip.frames, clip.indices, strict=True):
-        assert np.argmin([np.abs(frame - p).mean() for p in pictures]) == index
+def test_frames_resemble_the_images_that_were_encoded(videos):
+    video = load_video(videos / "h264.mp4", config(num_frames=5))
+    images = [np.asarray(picture(i)).astype(int) for i in range(FRAMES)]
+    for frame, index in zip(video.frames, video.indices, strict=True):
+        assert np.argmin([np.abs(frame - image).mean() for image in images]) == index
 
 
 @pytest.mark.parametrize(
     ("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["right", "over", "left"]
 )
 @pytest.mark.parametrize("reader", ["pyav", "auto"])
-def test_a_turned_phone_gives_upright_frames(tmp_path, matrix, turns, reader):
+def test_rotated_videos_give_upright_frames(tmp_path, matrix, turns, reader):
     path = write_video(tmp_path / "a.mp4")
     plain = load_video(path, config(reader=reader)).frames
     turned = load_video(turn_video(path, matrix), config(reader=reader)).frames
     assert np.array_equal(turned, np.rot90(plain, turns, axes=(1, 2)))
 
 
-def test_torchcodec_gives_the_same_frames(clips):
+def test_torchcodec_gives_the_same_frames(videos):
     try:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError):
         pytest.skip("torchcodec is not installed, or finds no FFmpeg")
-    refused = []
-    for name in CLIPS:
+    rejected = []
+    for name in VIDEOS:
         try:
-            found = load_video(clips / name, config(reader="torchcodec")).frames
+            frames = load_video(videos / name, config(reader="torchcodec")).frames
         except MediaError:
-            refused.append(name)
+            rejected.append(name)
         else:
-            assert np.array_equal(found, load_video(clips / name, config(reader="pyav")).frames), name
-    assert set(refused) <= {name for name, (_, exact) in CLIPS.items() if not exact}
+            assert np.array_equal(frames, load_video(videos / name, config(reader="pyav")).frames), name
+    assert set(rejected) <= {name for name, (_, exact) in VIDEOS.items() if not exact}
 
 
 @pytest.mark.parametrize(
-    ("total", "wanted", "indices"),
+    ("total", "num_frames", "indices"),
     [(8, 4, [0, 2, 5, 7]), (1, 3, [0, 0, 0]), (10, 1, [4]), (3, 3, [0, 1, 2]), (2, 4, [0, 0, 1, 1])],
 )
-def test_uniform_indices(total, wanted, indices):
-    assert uniform_indices(total, wanted) == indices
+def test_uniform_indices_are_evenly_spaced(total, num_frames, indices):
+    assert uniform_indices(total, num_frames) == indices
 
 
-def test_sampling_by_rate_keyframe_and_span():
+def test_sampling_by_fps_keyframe_and_span():
     even = [i / 10 for i in range(40)]
     assert fps_indices(even, 2, 99) == [0, 5, 10, 15, 20, 25, 30, 35]
-    assert fps_indices(even, 2, 3) == [0, 20, 35]  # thinned over the whole, not cut off
+    assert fps_indices(even, 2, 3) == [0, 20, 35]  # thinned out evenly, not cut off
     assert fps_indices(even, 1000, 99) == list(range(40))
-    assert fps_indices([0, 0.1, 3, 3.1], 1, 9) == [0, 1, 2]  # uneven: what is on show at each second
+    assert fps_indices([0, 0.1, 3, 3.1], 1, 9) == [0, 1, 2]  # uneven times: the frame that is visible at each second
     assert fps_indices([0.0], 2, 9) == [0]
-    assert thinned([3, 4, 5], 5) == [3, 4, 5]
-    assert clip_span(even, 1, 2) == range(10, 20)
-    assert clip_span(even, None, None) == range(40)
+    assert thin_out([3, 4, 5], 5) == [3, 4, 5]
+    assert frame_range(even, 1, 2) == range(10, 20)
+    assert frame_range(even, None, None) == range(40)
     with pytest.raises(ValueError, match=r"no frame from 9 s"):
-        clip_span(even, 9, None)
-    assert choose_indices(S(3, start=1.0, end=2.0), even, [0]) == [10, 15, 19]
-    assert choose_indices(S(9, "fps", 2.0, start=3.0), even, [0]) == [30, 35]
-    assert choose_indices(S(2, "keyframe"), even, [0, 12, 24, 36]) == [0, 36]
-    assert choose_indices(S(9, "keyframe", start=1.0, end=3.0), even, [0, 12, 24, 36]) == [12, 24]
+        frame_range(even, 9, None)
+    assert select_indices(S(3, start=1.0, end=2.0), even, [0]) == [10, 15, 19]
+    assert select_indices(S(9, "fps", 2.0, start=3.0), even, [0]) == [30, 35]
+    assert select_indices(S(2, "keyframe"), even, [0, 12, 24, 36]) == [0, 36]
+    assert select_indices(S(9, "keyframe", start=1.0, end=3.0), even, [0, 12, 24, 36]) == [12, 24]
     with pytest.raises(ValueError, match="no keyframe"):
-        choose_indices(S(9, "keyframe", start=1.0, end=1.1), even, [0])
+        select_indices(S(9, "keyframe", start=1.0, end=1.1), even, [0])
 
 
 @pytest.mark.parametrize("reader", ["decord", "pyav"])
-def test_settings_choose_frames_of_a_file(clips, reader):
+def test_settings_select_the_frames_of_a_file(videos, reader):
     if reader == "decord" and not HAS_DECORD:
         pytest.skip("decord has no wheel for this machine")
 
     def indices(name="h264.mp4", **keys) -> tuple[int, ...]:
-        return load_video(clips / name, config(reader=reader, **keys)).indices
+        return load_video(videos / name, config(reader=reader, **keys)).indices
 
-    keys = indices(sampling="keyframe", num_frames=FRAMES)
-    with_av = [i for i, key in enumerate(_keyframes(clips / "h264.mp4")) if key]
-    assert list(keys) == with_av
-    assert len(with_av) > 1
-    assert indices(sampling="fps", fps=2, num_frames=99) == (0, 3, 6, 9, 12, 15, 18)  # of 6 a second
+    expected = [i for i, key in enumerate(_keyframes(videos / "h264.mp4")) if key]
+    assert len(expected) > 1
+    assert list(indices(sampling="keyframe", num_frames=FRAMES)) == expected
+    assert indices(sampling="fps", fps=2, num_frames=99) == (0, 3, 6, 9, 12, 15, 18)  # the file has 6 frames per second
     assert indices(start=1, end=2, num_frames=2) == (6, 11)
-    assert indices("uneven.mkv", sampling="fps", fps=1, num_frames=9) == (0, 8, 14, 19)  # by time, not by count
+    assert indices("uneven.mkv", sampling="fps", fps=1, num_frames=9) == (0, 8, 14, 19)  # by time, not by index
 
 
 def _keyframes(path: Path) -> list[bool]:
@@ -203,49 +205,49 @@ def _keyframes(path: Path) -> list[bool]:
         return [bool(frame.key_frame) for frame in container.decode(video=0)]
 
 
-def test_a_clip_tells_where_its_frames_stood(clips):
-    clip = load_video(clips / "h264.mp4", config(num_frames=2))
-    assert (clip.indices, clip.total_frames, clip.fps) == ((0, 19), 20, 6.0)
-    assert clip.duration == pytest.approx(20 / 6)
+def test_sampled_videos_have_indices_rate_and_duration(videos):
+    video = load_video(videos / "h264.mp4", config(num_frames=2))
+    assert (video.indices, video.total_frames, video.fps) == ((0, 19), 20, 6.0)
+    assert video.duration == pytest.approx(20 / 6)
 
 
-def test_a_directory_of_pictures_is_a_video(tmp_path):
+def test_a_directory_of_images_is_a_video(tmp_path):
     for i in range(12):
         write_image(tmp_path / f"frame_{i}.png", seed=i)
-    (tmp_path / "notes.txt").write_text("not a picture")
-    clip = load_video(tmp_path, config(num_frames=3))
-    assert (clip.reader, clip.indices, clip.fps, clip.total_frames) == ("frames", (0, 6, 11), 1.0, 12)
-    for frame, index in zip(clip.frames, clip.indices, strict=True):
+    (tmp_path / "notes.txt").write_text("not an image")
+    video = load_video(tmp_path, config(num_frames=3))
+    assert (video.reader, video.indices, video.fps, video.total_frames) == ("frames", (0, 6, 11), 1.0, 12)
+    for frame, index in zip(video.frames, video.indices, strict=True):
         assert np.array_equal(frame, np.asarray(picture(index)))
     fast = load_video(tmp_path, config(reader="frames", sampling="fps", fps=2, frames_fps=4, num_frames=9))
     assert fast.indices == (0, 2, 4, 6, 8, 10)
     assert fast.duration == 3.0
     write_image(tmp_path / "frame_3.png", size=(10, 10))
-    with pytest.raises(MediaError, match=r"frame_3\.png: 10×10 pixels, where the first of its directory has 64×48"):
+    with pytest.raises(MediaError, match=r"frame_3\.png: 10×10 pixels, but the first image has 64×48"):
         load_video(tmp_path, config(num_frames=12))
     (tmp_path / "none").mkdir()
-    with pytest.raises(MediaError, match=r"none: the directory holds no pictures"):
+    with pytest.raises(MediaError, match=r"none: the directory has no images"):
         load_video(tmp_path / "none", config())
-    with pytest.raises(MediaError, match=r"is a directory, which data\.video\.reader pyav does not read"):
+    with pytest.raises(MediaError, match=r"is a directory, which data\.video\.reader=pyav cannot read"):
         load_video(tmp_path, config(reader="pyav"))
-    with pytest.raises(MediaError, match="is no directory"):
+    with pytest.raises(MediaError, match="is not a directory"):
         load_video(tmp_path / "frame_0.png", config(reader="frames"))
 
 
 @pytest.mark.parametrize("timeout", [None, 60])
-def test_bytes_of_a_shard_are_read_and_named(clips, timeout):
-    data = (clips / "h264.mp4").read_bytes()
-    named = Path("shard.tar/a.mp4")
-    clip = load_video(named, config(timeout=timeout), data)
-    assert np.array_equal(clip.frames, load_video(clips / "h264.mp4", config()).frames)
+def test_embedded_bytes_are_read_and_named(videos, timeout):
+    data = (videos / "h264.mp4").read_bytes()
+    name = Path("shard.tar/a.mp4")
+    video = load_video(name, config(timeout=timeout), data)
+    assert np.array_equal(video.frames, load_video(videos / "h264.mp4", config()).frames)
     for broken in (b"", data[: len(data) // 2]):
         with pytest.raises(MediaError, match=r"^shard\.tar/a\.mp4: "):
-            load_video(named, config(timeout=timeout), broken)
+            load_video(name, config(timeout=timeout), broken)
 
 
 @pytest.mark.parametrize("reader", ["decord", "pyav", "auto"])
-@pytest.mark.parametrize("kind", ["empty", "noise", "truncated", "missing", "pipe", "sound"])
-def test_broken_videos_are_refused_by_name(tmp_path, reader, kind):
+@pytest.mark.parametrize("kind", ["empty", "noise", "truncated", "missing", "pipe", "audio"])
+def test_broken_videos_are_errors_that_name_the_file(tmp_path, reader, kind):
     if reader == "decord" and not HAS_DECORD:
         pytest.skip("decord has no wheel for this machine")
     path = tmp_path / "bad.mp4"
@@ -254,15 +256,15 @@ def test_broken_videos_are_refused_by_name(tmp_path, reader, kind):
         path.write_bytes(data[: len(data) // 2])
     elif kind == "pipe":
         os.mkfifo(path)
-    elif kind == "sound":
-        _write_sound(path)
+    elif kind == "audio":
+        _write_audio(path)
     elif kind != "missing":
         path.write_bytes(b"" if kind == "empty" else bytes(range(256)) * 40)
     with pytest.raises(MediaError, match=r"bad\.mp4"):
         load_video(path, config(reader=reader))
 
 
-def _write_sound(path: Path) -> None:
+def _write_audio(path: Path) -> None:
     import av
 
     with av.open(str(path), "w") as container:
@@ -273,19 +275,48 @@ def _write_sound(path: Path) -> None:
             container.mux(packet)
 
 
-def test_too_many_pixels_are_refused_before_they_are_decoded(clips, monkeypatch):
+def test_too_many_pixels_are_an_error_before_decoding(videos, monkeypatch):
     monkeypatch.setattr("data_pipelines.video.decoding.MAX_BYTES", 64 * 48 * 3 * 4)
-    load_video(clips / "h264.mp4", config(num_frames=4))
-    with pytest.raises(MediaError, match=r"5 frames of 64×48 take .* lower data\.video\.num_frames"):
-        load_video(clips / "h264.mp4", config(num_frames=5))
+    load_video(videos / "h264.mp4", config(num_frames=4))
+    with pytest.raises(MediaError, match=r"5 frames of 64×48 pixels take .* lower data\.video\.num_frames"):
+        load_video(videos / "h264.mp4", config(num_frames=5))
     monkeypatch.setattr("data_pipelines.video.decoding.MAX_PIXELS", 1000)
     with pytest.raises(MediaError, match=r"64×48 pixels are too large"):
-        load_video(clips / "h264.mp4", config(num_frames=1))
+        load_video(videos / "h264.mp4", config(num_frames=1))
 
 
-def test_a_reader_that_is_not_installed_says_so(monkeypatch):
+def test_only_the_named_reader_imports_its_library(tmp_path):
+    """The registries import no reader's library, nor torch; `auto` does not import decord."""
+    write_video(tmp_path / "a.mp4", frames=3)
+    code = """
+import sys
+from pathlib import Path
+import data_pipelines.formats, data_pipelines.samples, data_pipelines.video
+from data_pipelines.video import load_video
+
+heavy = {"torch", "transformers", "decord", "torchcodec", "av", "PIL", "pydantic"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+import data_pipelines.sources
+assert not (heavy - {"pydantic"}) & set(sys.modules), heavy & set(sys.modules)
+from mmdora.core.config import VideoConfig
+
+path, has_decord = Path(sys.argv[1]), sys.argv[2] == "True"
+for reader in ("auto", "pyav"):
+    load_video(path, VideoConfig(reader=reader, timeout=None))
+assert "av" in sys.modules
+assert not {"decord", "torchcodec", "torch"} & set(sys.modules)
+if has_decord:
+    load_video(path, VideoConfig(reader="decord", timeout=None))
+    assert "decord" in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "a.mp4"), str(HAS_DECORD)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_whose_package_is_missing_is_an_error(monkeypatch):
     monkeypatch.setattr("data_pipelines.video.PACKAGES", {"torchcodec": "no_such_package"})
-    with pytest.raises(UserError, match=r"torchcodec is not installed here; pip install no_such_package"):
+    with pytest.raises(UserError, match=r"torchcodec is not installed; pip install no_such_package"):
         resolve_reader("torchcodec")
 
 
@@ -299,6 +330,6 @@ def test_a_reader_that_is_not_installed_says_so(monkeypatch):
         ({"timeout": 0}, "greater than 0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(keys, message):
+def test_contradictory_settings_are_errors(keys, message):
     with pytest.raises(ValidationError, match=message):
         VideoConfig(**keys)

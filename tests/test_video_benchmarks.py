@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.samples import Message, Sample, Text, Video
-from data_pipelines.video.sampling import clip_span
+from data_pipelines.video.sampling import frame_range
 from eval import wordnet
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.nextqa import lemmas, tokens, wups
@@ -183,9 +183,9 @@ def test_a_clip_is_part_of_the_sample(small, tmp_path):
     bounds = [{}, {"start": 1.0}, {"start": 1.0, "end": 2.0}, {"start": 1.0, "end": 2.0, "frames_fps": 3.0}]
     keys = {question_keys([Question("q", sample(**b), (), "c")], encoder, 2, "weights")["q"] for b in bounds}
     assert len(keys) == len(bounds)
-    assert clip_span([0, 1, 2, 3], 1.2, 1.4) == range(1, 2)  # between two frames: the one on show
+    assert frame_range([0, 1, 2, 3], 1.2, 1.4) == range(1, 2)  # between two frames: the one on show
     with pytest.raises(ValueError, match=r"no frame from 3\.5 s"):
-        clip_span([0, 1, 2, 3], 3.5, 3.6)
+        frame_range([0, 1, 2, 3], 3.5, 3.6)
 
 
 def test_a_turn_that_the_model_goes_on_with(small):

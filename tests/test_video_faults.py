@@ -1,4 +1,4 @@
-"""Files that are not as they should be: each is read all the same, or told of in one UserError, never a traceback."""
+"""Malformed benchmark files: each is read, or rejected with a UserError that names it; there is never a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdora.core.errors import UserError
 from tests import test_nlvr, test_video_benchmarks, test_video_choices
 from tests.benchmark_walk import config, lines, write
 
-ODD = (None, [], {}, "x", "", -1, 1.5, True, ["x"], {"x": 1})
+UNEXPECTED = (None, [], {}, "x", "", -1, 1.5, True, ["x"], {"x": 1})
 OPEN = {name: entry[:2] for name, entry in test_video_benchmarks.OFFICIAL.items()}
 CHOICES = {name: entry[:2] for name, entry in test_video_choices.OFFICIAL.items()}
 ALL: dict[str, Any] = OPEN | CHOICES | {
@@ -24,17 +24,17 @@ ALL: dict[str, Any] = OPEN | CHOICES | {
 }  # fmt: skip
 QUESTION = {"question_id": "1-1", "task_type": "t", "question": "q", "options": ["A. x"], "answer": "A"}
 VIDEO = {"video_id": "1", "duration": "short", "domain": "d", "sub_category": "s"}
-VARIANTS: dict[str, dict[str, Any]] = {  # further files of the same kinds
+VARIANTS: dict[str, dict[str, Any]] = {  # further valid files
     "videomme": {"v.json": [VIDEO | {"questions": [QUESTION | {"response": "A"}]}]},
     "tvqa": {"s.json": {"solution": {"show": {"7": 1}}}},
 }
 
 
-def changed(value: Any) -> Iterator[Any]:
-    """The value with each of its parts, in turn, replaced by each ODD one."""
-    yield from ODD
+def mutations(value: Any) -> Iterator[Any]:
+    """Yield the value with each of its parts, in turn, replaced by each UNEXPECTED value or removed."""
+    yield from UNEXPECTED
     for key in range(len(value)) if isinstance(value, list) else list(value) if isinstance(value, dict) else []:
-        for part in changed(value[key]):
+        for part in mutations(value[key]):
             other = copy.copy(value)
             other[key] = part
             yield other
@@ -42,8 +42,8 @@ def changed(value: Any) -> Iterator[Any]:
             yield {k: v for k, v in value.items() if k != key}
 
 
-def forms(path: Path) -> Iterator[str]:
-    """The file's text with its parts replaced."""
+def mutated_texts(path: Path) -> Iterator[str]:
+    """Yield the file's text with its parts replaced."""
     text = path.read_text()
     yield from ("", "{", "nonsense", '"', "[1]")
     rows = text.split("\n")
@@ -55,46 +55,46 @@ def forms(path: Path) -> Iterator[str]:
     except ValueError:
         if text.startswith("{"):
             first, *rest = [json.loads(row) for row in text.split("\n") if row]
-            yield from (lines([other, *rest]) for other in changed(first))
+            yield from (lines([other, *rest]) for other in mutations(first))
         return
-    yield from map(json.dumps, changed(value))
+    yield from map(json.dumps, mutations(value))
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_odd_files_are_read_or_refused(name, tmp_path):
+def test_malformed_files_are_read_or_rejected(name, tmp_path):
     make, predictions = ALL[name]
-    clip = write(tmp_path / "clip.mp4", "no video: none is opened")
-    path = make(tmp_path / "data", clip)
-    benchmark, asked = BENCHMARKS[name](), config(name, path if name == "nlvr" else tmp_path / "data")
-    benchmark.questions(asked)
+    video = write(tmp_path / "clip.mp4", "not a video; it is never opened")
+    path = make(tmp_path / "data", video)
+    benchmark, entry = BENCHMARKS[name](), config(name, path if name == "nlvr" else tmp_path / "data")
+    benchmark.questions(entry)
     files = [p for p in (tmp_path / "data").rglob("*") if p.suffix in (".json", ".jsonl", ".csv", ".txt")]
     files += [write(tmp_path / file, value) for file, value in VARIANTS.get(name, {}).items()]
     assert files or name == "videomme"
-    refused = 0
+    rejected = 0
     for path in files:
-        whole = path.read_text()
-        entry = asked if path.is_relative_to(tmp_path / "data") else config(name, path)
-        for text in forms(path):
+        original = path.read_text()
+        used = entry if path.is_relative_to(tmp_path / "data") else config(name, path)
+        for text in mutated_texts(path):
             path.write_text(text)
-            refused += tried(lambda entry=entry: benchmark.questions(entry), tmp_path) is None
-        path.write_text(whole)
-    assert refused
-    questions = benchmark.questions(asked)
+            rejected += read_or_none(lambda used=used: benchmark.questions(used), tmp_path) is None
+        path.write_text(original)
+    assert rejected
+    questions = benchmark.questions(entry)
     saved = write(tmp_path / "predictions.json", predictions if isinstance(predictions, dict | list) else [])
     csv = write(tmp_path / "predictions.csv", "q_uid,answer\nx,0\n")
     for path in (saved, csv):
-        for text in forms(path):
+        for text in mutated_texts(path):
             path.write_text(text)
-            pairs = tried(lambda path=path: benchmark.read_predictions(path, questions), path) or []
+            pairs = read_or_none(lambda path=path: benchmark.read_predictions(path, questions), path) or []
             assert all(isinstance(part, str) for pair in pairs for part in pair)
 
 
-def tried(read: Callable[[], Any], named: Path) -> Any:
-    """What is read; None where it is refused in an error that names the file."""
-    told = ""
+def read_or_none(read: Callable[[], Any], path: Path) -> Any:
+    """Return what is read, or None if it raises a UserError that names the path."""
+    message = ""
     try:
         return read()
     except UserError as error:
-        told = str(error)
-    assert str(named) in told
+        message = str(error)
+    assert str(path) in message
     return None

@@ -1,4 +1,4 @@
-"""A plugin's video reader that does what decoders do at their worst; the file's first line says which."""
+"""A plugin's video reader that hangs or crashes; the first line of the file says how."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from data_pipelines.video.registry import VIDEO_READERS
 
 @VIDEO_READERS.register("troubled")
 def open_troubled(path: Path) -> PyAVFile:
-    """Hangs, hangs with the interpreter's lock, crashes, ends, or decodes what it is given."""
-    words = path.read_bytes()[:20].partition(b"\n")[0]
-    if words == b"hang":
+    """Hang, hang while holding the interpreter lock, crash, exit, raise, or decode the file."""
+    behaviour = path.read_bytes()[:20].partition(b"\n")[0]
+    if behaviour == b"hang":
         time.sleep(1000)
-    if words == b"hold":
-        ctypes.PyDLL(None).sleep(1000)  # with the interpreter's lock, as a decoder's own call may
-    if words == b"crash":
+    if behaviour == b"hold":
+        ctypes.PyDLL(None).sleep(1000)  # holds the interpreter lock, as a call into a decoder may
+    if behaviour == b"crash":
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGSEGV)
-    if words == b"exit":
+    if behaviour == b"exit":
         os._exit(3)
-    if words == b"odd":
-        raise KeyError("a decoder's own mistake")
+    if behaviour == b"raise":
+        raise KeyError("an error inside the decoder")
     return PyAVFile(path)

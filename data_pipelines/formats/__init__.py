@@ -1,4 +1,4 @@
-"""Dataset formats, one file each; importing the package registers them all."""
+"""Dataset formats, one file each. Importing the package registers all of them; it imports neither torch nor PIL."""
 
 from data_pipelines.formats import (
     alpaca,

@@ -1,9 +1,9 @@
-"""Alpaca's form: `instruction`, `input` and `output`, with `history` and `system`; with pictures too.
+"""Alpaca: `instruction`, `input` and `output`, optionally `history`, `system` and media.
 
     {"instruction": "Answer with true or false.", "input": "Is water wet?", "output": "true"}
 
-`history` is a list of [question, answer] that came before. commonsense_170k is in this form; its `answer` beside is not
-read. Source: https://github.com/tatsu-lab/stanford_alpaca#data-release
+`history` is a list of earlier [question, answer] pairs. commonsense_170k has this format; its additional `answer` key
+is ignored. Source: https://github.com/tatsu-lab/stanford_alpaca#data-release
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_pipelines.samples import Sample
 
 @DATASET_FORMATS.register("alpaca")
 class Alpaca(Format):
-    """Alpaca's form: `instruction`, `input` and `output`, with `history` and `system`."""
+    """Alpaca: `instruction`, `input` and `output`, optionally `history` and `system`."""
 
     @classmethod
     def fits(cls, row: dict[str, Any]) -> bool:
@@ -27,15 +27,15 @@ class Alpaca(Format):
 
     def parse(self, row: Any, place: Place) -> Sample:
         if not isinstance(row, dict):
-            raise RowError(f"expected an object with 'instruction' and 'output', found {type(row).__name__}")
+            raise RowError(f"expected an object with 'instruction' and 'output', not {type(row).__name__}")
         system = text_of(row, "system", "")
         turns: Turns = [("system", system, True)] if system else []
         history = row.get("history") or []
         if not isinstance(history, list):
-            raise RowError("'history' must be a list of [question, answer]")
+            raise RowError("'history' must be a list of [question, answer] pairs")
         for pair in history:
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                raise RowError("'history' must be a list of [question, answer], both strings")
+                raise RowError("'history' must be a list of [question, answer] pairs of strings")
             turns += [("user", pair[0], True), ("assistant", pair[1], True)]
         question = "\n".join(t for t in (text_of(row, "instruction"), text_of(row, "input", "")) if t)
         turns += [("user", question, True), ("assistant", text_of(row, "output"), True)]

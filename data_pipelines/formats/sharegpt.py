@@ -1,4 +1,4 @@
-"""ShareGPT's form as LLaMA-Factory writes it: `conversations` as LLaVA's, `images`/`videos` lists, `system` beside.
+"""ShareGPT as LLaMA-Factory defines it: `conversations` as in LLaVA, lists `images` and `videos`, and `system`.
 
     {"conversations": [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}],
      "system": "Be brief.", "images": ["cat.jpg"]}
@@ -16,7 +16,7 @@ from data_pipelines.formats.registry import DATASET_FORMATS
 
 @DATASET_FORMATS.register("sharegpt")
 class ShareGPT(LLaVA):
-    """ShareGPT's form as LLaMA-Factory writes it: `conversations`, with `images`, `videos` and `system` beside."""
+    """ShareGPT as LLaMA-Factory defines it: `conversations`, with `images`, `videos` and `system`."""
 
     @classmethod
     def fits(cls, row: dict[str, Any]) -> bool:

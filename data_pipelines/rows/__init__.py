@@ -1,4 +1,4 @@
-"""Rows of the files that people have, by number and without holding them: JSON, CSV, Arrow, Parquet, tar shards."""
+"""Readers of data files: rows of JSON, CSV, Arrow, Parquet and tar shards, read by number and not held in memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import json
 import re
 from pathlib import Path
 
-from data_pipelines.rows.arrow import ArrowRows
-from data_pipelines.rows.base import Blob, RowError, Rows
-from data_pipelines.rows.tar import TarRows
-from data_pipelines.rows.text import JsonLines, JsonList, Table
+from data_pipelines.rows.arrow import ArrowReader
+from data_pipelines.rows.base import Blob, RowError, RowReader
+from data_pipelines.rows.tar import TarReader
+from data_pipelines.rows.text import JsonLinesReader, JsonListReader, TableReader
 from mmdora.core.errors import UserError
 
-__all__ = ["Blob", "JsonLines", "RowError", "Rows", "data_files", "rows_class"]
+__all__ = ["Blob", "JsonLinesReader", "RowError", "RowReader", "data_files", "reader_class"]
 
-KINDS: dict[str, type[Rows]] = {
-    ".json": JsonList,
-    ".jsonl": JsonLines,
-    ".csv": Table,
-    ".tsv": Table,
-    ".arrow": ArrowRows,
-    ".parquet": ArrowRows,
-    ".tar": TarRows,
+READERS: dict[str, type[RowReader]] = {
+    ".json": JsonListReader,
+    ".jsonl": JsonLinesReader,
+    ".csv": TableReader,
+    ".tsv": TableReader,
+    ".arrow": ArrowReader,
+    ".parquet": ArrowReader,
+    ".tar": TarReader,
 }
 SHARDED = (".arrow", ".parquet", ".tar")
 MAX_FILES = 100_000
@@ -30,50 +30,51 @@ SPLITS = ("train", "test", "validation", "val", "dev")
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files that a `path` names: itself, those of a folder, or those of a pattern (`shards-{0000..0009}.tar`,
-    `part-*.parquet`), in order. Raises UserError where one is missing."""
+    """Return the files that a path stands for, in order: the file itself, the files of a folder, or the files of a
+    pattern (`shards-{0000..0009}.tar`, `part-*.parquet`). Raises UserError if one is missing."""
     if path.is_file():
         return [path]
     if path.is_dir():
-        return _folder(path)
+        return _folder_files(path)
     files = []
-    for name in _braces(str(path)):
-        one = Path(name)
-        found = sorted(one.parent.glob(one.name)) if "*" in one.name else [one] if one.is_file() else []
-        if not found:
-            raise UserError(f"{name}: no such data file" + (f" (of {path})" if name != str(path) else ""))
-        files += found
+    for name in _expand_braces(str(path)):
+        file = Path(name)
+        matches = sorted(file.parent.glob(file.name)) if "*" in file.name else [file] if file.is_file() else []
+        if not matches:
+            raise UserError(f"{name}: no such data file" + (f" (from {path})" if name != str(path) else ""))
+        files += matches
     return files
 
 
-def rows_class(files: list[Path]) -> type[Rows]:
-    """How these files are read. Raises UserError for a kind that is unknown, and for several kinds at once."""
+def reader_class(files: list[Path]) -> type[RowReader]:
+    """Return the reader of the files' type. Raises UserError if the type is unknown, or if there are several types."""
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1:
-        raise UserError(f"{files[0].parent}: holds files of several kinds ({', '.join(sorted(suffixes))}); name one")
+        raise UserError(f"{files[0].parent}: files of several types ({', '.join(sorted(suffixes))}); select one type")
     (suffix,) = suffixes
-    if suffix not in KINDS:
-        raise UserError(f"{files[0]}: a data file ends in one of {', '.join(KINDS)}")
+    if suffix not in READERS:
+        raise UserError(f"{files[0]}: unknown file type; known: {', '.join(READERS)}")
     if len(files) > 1 and suffix not in SHARDED:
-        raise UserError(f"{files[0]}: several {suffix} files are several entries; join them, or name each of its own")
+        raise UserError(f"{files[0]}: one of several {suffix} files; merge them, or list each as an entry of its own")
     if suffix == ".json" and _holds_lines(files[0]):
-        return JsonLines
-    return KINDS[suffix]
+        return JsonLinesReader
+    return READERS[suffix]
 
 
-def _folder(path: Path) -> list[Path]:
+def _folder_files(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise UserError(f"{path}: holds the splits {', '.join(splits)}; give one of these folders")
+        raise UserError(f"{path}: holds the splits {', '.join(splits)}; set the path to one of these folders")
     files = sorted(p for p in path.rglob("*") if p.suffix in SHARDED and p.is_file())
-    if (path / "state.json").is_file():  # datasets.save_to_disk; what else lies there is a cache of it
+    if (path / "state.json").is_file():  # datasets.save_to_disk; other Arrow files there are its cache
         files = [path / Path(name).name for name in _saved_files(path / "state.json")]
         if missing := [f for f in files if not f.is_file()]:
-            raise UserError(f"{missing[0]}: is missing, and {path}/state.json names it")
+            raise UserError(f"{missing[0]}: file is missing, but listed in {path}/state.json")
     if not files:
-        raise UserError(f"{path}: no data file in it; looked for {', '.join(SHARDED)}")
+        raise UserError(f"{path}: no data file in this folder; known: {', '.join(SHARDED)}")
     if len(named := {file.name.split("-")[0].split(".")[0] for file in files} & {*SPLITS}) > 1:
-        raise UserError(f"{path}: holds the splits {', '.join(sorted(named))}; name one, as {path}/train-*.parquet")
+        names = ", ".join(sorted(named))
+        raise UserError(f"{path}: holds the splits {names}; select one, for example {path}/train-*.parquet")
     return files
 
 
@@ -81,17 +82,17 @@ def _saved_files(state: Path) -> list[str]:
     try:
         return [str(entry["filename"]) for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{state}: does not say which files the dataset has ({error!r})") from error
+        raise UserError(f"{state}: does not list the files of the dataset ({error!r})") from error
 
 
-def _braces(pattern: str) -> list[str]:
-    """`a-{00..02}.tar` → `a-00.tar`, `a-01.tar`, `a-02.tar`; `{a,b}` likewise."""
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand `a-{00..02}.tar` to `a-00.tar`, `a-01.tar`, `a-02.tar`, and `{a,b}` likewise."""
     pieces: list[list[str]] = []
     for piece in re.split(r"(\{[^{}]*\})", pattern):
         if span := re.fullmatch(r"\{(\d{1,9})\.\.(\d{1,9})\}", piece):
             low, high = span.groups()
             if not int(low) <= int(high) < int(low) + MAX_FILES:
-                raise UserError(f"{pattern}: {piece} must count up, to at most {MAX_FILES} files")
+                raise UserError(f"{pattern}: {piece} must be ascending, with at most {MAX_FILES} files")
             pieces.append([str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)])
         elif piece.startswith("{") and "," in piece:
             pieces.append(piece[1:-1].split(","))
@@ -101,7 +102,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a file named .json has a JSON object a line, as those of `datasets` do."""
+    """Whether a file named .json has one JSON object per line, as `datasets` writes it."""
     with path.open("rb") as file:
         first = file.readline(2**20).strip().removeprefix(b"\xef\xbb\xbf")
         while not first and (line := file.readline(2**20)):

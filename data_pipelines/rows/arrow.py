@@ -1,6 +1,6 @@
-"""Rows of Arrow tables, mapped from disk; Parquet, which cannot be read row by row, is first written out as Arrow.
+"""Read rows of Arrow tables, memory-mapped; Parquet, which has no random access to rows, is first converted to Arrow.
 
-Both of Arrow's file forms are read: the stream that `datasets.save_to_disk` writes, and the one with a footer.
+Both file formats of Arrow are supported: streams, as `datasets.save_to_disk` writes them, and files with a footer.
 Source: https://arrow.apache.org/docs/format/Columnar.html
 """
 
@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.rows.base import Blob, RowError, Rows
+from data_pipelines.rows.base import Blob, RowError, RowReader
 
-PARQUET_ROWS = 128  # of a batch: some may hold pictures
-SLICE = 64  # rows that become Python objects at once
+PARQUET_ROWS = 128  # per batch; small, because rows may hold images
+SLICE = 64  # rows converted to Python objects at once
 
 
-class ArrowRows(Rows):
+class ArrowReader(RowReader):
+    """Rows of .arrow and .parquet files."""
+
     def __init__(self, files: list[Path], folder: Path):
         super().__init__(files, folder)
-        self._batches: dict[int, list[Any]] = {}  # by file; opened by each process for itself
+        self._batches: dict[int, list[Any]] = {}  # by file; each process opens its own
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_batches": {}}
@@ -36,7 +38,7 @@ class ArrowRows(Rows):
                 if isinstance(batch, RowError):
                     yield batch
                     number += 1
-                    place += not parquet  # what is damaged in Parquet is not written out
+                    place += not parquet  # damaged parts of Parquet are not converted
                     continue
                 starts.append(number)
                 files.append(f)
@@ -44,7 +46,7 @@ class ArrowRows(Rows):
                 place += 1
                 number += len(batch)
                 for begin in range(0, len(batch), SLICE):
-                    yield from self._tried(f, batch.slice(begin, SLICE), number - len(batch) + begin)
+                    yield from self._convertible_rows(f, batch.slice(begin, SLICE), number - len(batch) + begin)
             self.done += file.stat().st_size
         self.arrays = {
             name: np.array(a, np.int64) for name, a in (("start", starts), ("file", files), ("place", places))
@@ -53,39 +55,40 @@ class ArrowRows(Rows):
     def read(self, number: int) -> Any:
         at = int(np.searchsorted(self.arrays["start"], number, "right")) - 1
         f, place = int(self.arrays["file"][at]), int(self.arrays["place"][at])
-        batches = self._batches.get(f) or list(read_batches(self._mapped(f)))
-        batch = batches[place] if place < len(batches) else RowError(f"{self._mapped(f)} has no batch {place}")
+        batches = self._batches.get(f) or list(read_batches(self._arrow_file(f)))
+        batch = batches[place] if place < len(batches) else RowError(f"{self._arrow_file(f)} has no batch {place}")
         if isinstance(batch, RowError):
-            raise RowError(f"cannot be read any more ({batch}); was the file changed, or the cache deleted, meanwhile?")
+            raise RowError(f"can no longer be read ({batch}); was the file changed, or the cache deleted, meanwhile?")
         self._batches[f] = batches
         (row,) = self._rows(f, batch.slice(number - int(self.arrays["start"][at]), 1), number)
         return row
 
-    def _tried(self, f: int, batch: Any, number: int) -> list[Any]:
-        """The batch's rows, with a RowError for what Python has no value for: a date out of range, a name not UTF-8."""
+    def _convertible_rows(self, f: int, batch: Any, number: int) -> list[Any]:
+        """Return the rows of a batch, with a RowError for values that Python cannot represent, such as a date out of
+        range or text that is not UTF-8."""
         try:
             return list(self._rows(f, batch, number))
         except (ValueError, OverflowError, KeyError) as error:
             if len(batch) == 1:
                 return [RowError(f"cannot be read ({first_line(error)})", id=f"{self.files[f].name}/{number}")]
-            return [row for i in range(len(batch)) for row in self._tried(f, batch.slice(i, 1), number + i)]
+            return [row for i in range(len(batch)) for row in self._convertible_rows(f, batch.slice(i, 1), number + i)]
 
     def _rows(self, f: int, batch: Any, number: int) -> Iterator[dict[str, Any]]:
         for i, row in enumerate(batch.to_pylist()):
             yield {k: as_blobs(v, Path(self.files[f].name, f"{number + i}", k)) for k, v in row.items()}
 
-    def _mapped(self, f: int) -> Path:
+    def _arrow_file(self, f: int) -> Path:
         return self.folder / f"{f:05d}.arrow" if self.files[f].suffix == ".parquet" else self.files[f]
 
     def _convert(self, f: int) -> Iterator[Any]:
-        """Write a Parquet file as Arrow into the index's folder; its batches, as far as they can be read."""
+        """Convert a Parquet file to Arrow in the folder of the index. Yields its readable batches."""
         import pyarrow as pa
         from pyarrow import parquet
 
         try:
             with (
                 parquet.ParquetFile(self.files[f]) as table,
-                pa.OSFile(str(self._mapped(f)), "wb") as out,
+                pa.OSFile(str(self._arrow_file(f)), "wb") as out,
                 pa.ipc.new_stream(out, table.schema_arrow) as writer,
             ):
                 for group in range(table.num_row_groups):
@@ -107,8 +110,8 @@ class ArrowRows(Rows):
 
 
 def read_batches(file: Path) -> Iterator[Any]:
-    """The record batches of a file without copying; a RowError in the place of one that is damaged, and after it, where
-    the next cannot be found, nothing."""
+    """Iterate over the record batches of a file without copying. Yields a RowError for a damaged batch, and stops there
+    if the next one cannot be located."""
     import pyarrow as pa
 
     name, where = file.name, str(file)
@@ -122,7 +125,7 @@ def read_batches(file: Path) -> Iterator[Any]:
         while not footer or place < reader.num_record_batches:
             batch = reader.get_batch(place) if footer else reader.read_next_batch()
             try:
-                batch.validate(full=True)  # offsets of damaged batches would lead anywhere in memory
+                batch.validate(full=True)  # the offsets of a damaged batch could point anywhere in memory
                 yield batch
             except pa.ArrowInvalid as error:
                 yield RowError(f"batch {place} is damaged ({first_line(error)})", where, f"{name}/batch-{place}")
@@ -134,7 +137,7 @@ def read_batches(file: Path) -> Iterator[Any]:
 
 
 def as_blobs(value: Any, name: Path) -> Any:
-    """The value with each file inside it as a Blob: bytes alone, or `{bytes, path}`, as `datasets.Image` keeps them."""
+    """Replace the files inside a value by Blobs: plain bytes, or `{bytes, path}` as `datasets.Image` stores them."""
     if isinstance(value, bytes):
         return Blob(name, value)
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
@@ -148,4 +151,5 @@ def as_blobs(value: Any, name: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,8 +1,8 @@
-"""Rows of WebDataset shards: neighbouring members of a tar that share their name up to the first dot are one row.
+"""Read rows of WebDataset shards: adjacent members of a tar whose names are equal up to the first dot form one row.
 
-Nothing is unpacked: a scan reads the headers and the texts, and a row's files are then read where they lie. So a
-shard is read at random, and order, resuming and the split over processes are those of every other format. Source:
-https://github.com/webdataset/webdataset#the-webdataset-format
+Nothing is unpacked. A scan reads the headers and the text members; the files of a row are then read in place. This is
+random access, so order, resuming and the split over processes work as for every other format.
+Source: https://github.com/webdataset/webdataset#the-webdataset-format
 """
 
 from __future__ import annotations
@@ -16,34 +16,40 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.rows.base import Blob, RowDecoder, RowError, Rows
+from data_pipelines.rows.base import Blob, RowDecoder, RowError, RowReader
 from mmdora.core.errors import UserError
 
-BLOCK = 512  # bytes; a header is one, and data are padded to whole ones
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+BLOCK = 512  # bytes of a header; data are padded to whole blocks
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi")
 TEXTS = ("json", "txt", "cls")
 
 
 @dataclass(frozen=True)
 class Member:
+    """One file in a shard."""
+
     name: str
-    offset: int  # bytes, of its data in the shard
-    size: int
+    offset: int  # of its data in the shard, in bytes
+    size: int  # bytes
     fault: str | None = None
 
     @property
     def key(self) -> str:
+        """The name up to the first dot of the file name, which members of one row share."""
         folder, _, base = self.name.rpartition("/")
         stem = base.partition(".")[0]
         return f"{folder}/{stem}" if folder else stem
 
     @property
     def suffix(self) -> str:
+        """The part of the file name after the first dot, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
-class TarRows(Rows):
+class TarReader(RowReader):
+    """Rows of .tar files."""
+
     def __init__(self, files: list[Path], folder: Path):
         super().__init__(files, folder)
         self._decoder = RowDecoder()
@@ -54,7 +60,7 @@ class TarRows(Rows):
         for number, path in enumerate(self.files):
             with path.open("rb") as file:
                 if file.read(2) == b"\x1f\x8b":
-                    raise UserError(f"{path}: is compressed, so that it cannot be read at random; gunzip it")
+                    raise UserError(f"{path}: is compressed and has no random access; decompress it with gunzip")
                 for group in groups(file, path.stat().st_size):
                     columns["first"].append(len(columns["shard"]))
                     for member in group:
@@ -84,24 +90,24 @@ class TarRows(Rows):
             return self._row(file, path.name, group, scanning=False)
 
     def _row(self, file: BinaryIO, shard: str, group: list[Member], scanning: bool) -> dict[str, Any]:
-        """The row's fields: those of its JSON, its text and class, and its pictures and videos as Blobs."""
+        """Return the fields of a row: those of its JSON, its text and class, and its images and videos as Blobs."""
         key = f"{shard}/{group[0].key}"
         for member in group:
             if member.fault:
                 raise RowError(member.fault, f"{shard}/{member.name}", key)
         suffixes = [member.suffix for member in group]
         if doubled := [s for s in suffixes if suffixes.count(s) > 1]:
-            raise RowError(f"holds two files .{doubled[0]}", id=key)
+            raise RowError(f"has two files with the suffix .{doubled[0]}", id=key)
         row: dict[str, Any] = {}
         media: dict[str, list[Blob]] = {"image": [], "video": []}
         for member in sorted(group, key=lambda m: m.name):
             kind = member.suffix.rpartition(".")[2]
-            if kind in PICTURES or kind in VIDEOS:
+            if kind in IMAGES or kind in VIDEOS:
                 data = b"" if scanning else read_member(file, member)
-                media["image" if kind in PICTURES else "video"].append(Blob(Path(shard, member.name), data))
+                media["image" if kind in IMAGES else "video"].append(Blob(Path(shard, member.name), data))
             elif member.suffix in TEXTS:
                 row |= self._text(member, read_member(file, member), key)
-        if media["image"] or media["video"]:  # they are what a JSON's own names stand for
+        if media["image"] or media["video"]:  # they replace the media that the JSON names
             row = {k: v for k, v in row.items() if k not in ("image", "images", "video", "videos")}
             row |= {name: blobs for name, blobs in media.items() if blobs}
         return {"__key__": key} | row
@@ -121,15 +127,16 @@ class TarRows(Rows):
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
+    """Read the data of a member. Raises RowError if the shard ends before it."""
     file.seek(member.offset)
     data = file.read(member.size)
     if len(data) < member.size:
-        raise RowError(f"{member.name} is cut off", member.name)
+        raise RowError(f"{member.name} is truncated", member.name)
     return data
 
 
 def groups(file: BinaryIO, size: int) -> Iterator[list[Member]]:
-    """Neighbours that share their key. A damaged stretch is a group of its own."""
+    """Iterate over the rows: groups of adjacent members with one key. A damaged range is a group of its own."""
     group: list[Member] = []
     for member in members(file, size):
         if group and (member.key != group[0].key or member.fault or group[0].fault):
@@ -141,8 +148,8 @@ def groups(file: BinaryIO, size: int) -> Iterator[list[Member]]:
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The files in a shard of `size` bytes, and what stands in the way of reading one; after damage, on from the next
-    header that is whole."""
+    """Iterate over the files in a shard of `size` bytes. A damaged range is a member with a `fault`, and iteration
+    continues at the next valid header."""
     at = 0
     while at < size:
         file.seek(at)
@@ -150,39 +157,39 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         try:
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
                 while (info := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
                     reached = max(reached, info.offset)
                     if info.size < 0 or tar.offset <= info.offset:
-                        raise tarfile.ReadError("a size that cannot be")
+                        raise tarfile.ReadError("invalid size")
                     if not info.isdir():
                         yield _member(info, size)
                     reached = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, OSError):
-            pass  # `reached` is where; told below, once the damage's end is known
-        if reached >= size or _blank(file, reached):
+            pass  # `reached` is where the damage begins; it is yielded below, when its end is known
+        if reached >= size or _is_zero_block(file, reached):
             return
         at = _next_header(file, max(reached, at) + BLOCK, size)
         name = f"bytes {reached} to {at}"
-        yield Member(name, reached, 0, "the shard is damaged there")
+        yield Member(name, reached, 0, "the shard is damaged here")
 
 
 def _member(info: tarfile.TarInfo, size: int) -> Member:
     fault = None
     if not info.isreg() or info.sparse is not None:
-        fault = "is no regular file"
+        fault = "is not a regular file"
     elif info.offset_data + info.size > size:
-        fault = "is cut off by the shard's end"
+        fault = "is truncated by the end of the shard"
     return Member(info.name, info.offset_data, info.size, fault)
 
 
-def _blank(file: BinaryIO, at: int) -> bool:
-    """Whether the archive ends there, as it should: with a block of zeros."""
+def _is_zero_block(file: BinaryIO, at: int) -> bool:
+    """Whether there is a block of zeros, which marks the end of an archive."""
     file.seek(at)
     return not file.read(BLOCK).strip(b"\0")
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> int:
-    """Where the next header with a right checksum begins, or `size`."""
+    """Return the offset of the next header with a valid checksum, or `size`."""
     while at < size:
         file.seek(at)
         block = file.read(BLOCK)

@@ -1,6 +1,6 @@
-"""The process that decodes: `python -m data_pipelines.video.child SOCKET MEMORY`. See isolation.py, which starts it.
+"""The decoding process: `python -m data_pipelines.video.child SOCKET MEMORY`, started by isolation.py.
 
-Imports numpy and the readers, and never torch, so that it starts in a fraction of a second.
+It imports numpy and the readers, and never torch, so that it starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any
 from data_pipelines.samples import MediaError
 from data_pipelines.video.decoding import decode
 
-GRACE = 5.0  # seconds after which a request ends the process, whether or not its parent still lives to do so
+GRACE = 5.0  # seconds after the timeout at which the process ends itself, in case its parent is gone
 
 
 def main(socket: int, memory: int) -> None:
-    """Answer requests until the parent closes its end, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it closes the socket
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so is this: a run that ends after its step wants its frames
+    """Answer requests until the parent closes its end of the socket or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the socket
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a run that stops after the current step still needs its frames
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     connection = Connection(socket)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
     connection.send("ready")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decoders say of broken files; errors say what matters
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # silence the decoders; errors report what matters
     while True:
         limit, module, arguments = requests.get()
-        # By the kernel, whose signal ends even a decoder that holds the interpreter's lock.
+        # The signal of the kernel ends even a decoder that holds the interpreter lock.
         signal.setitimer(signal.ITIMER_REAL, limit + GRACE)
         answer = _answer(memory, module, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -41,7 +41,7 @@ def main(socket: int, memory: int) -> None:
 
 
 def _receive(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
-    """Hands requests on; a thread of its own, so that the parent's end is noticed in the midst of decoding."""
+    """Queue requests. Runs in a thread, so that the death of the parent is noticed while decoding."""
     while True:
         try:
             requests.put(connection.recv())
@@ -52,18 +52,18 @@ def _receive(connection: Connection, requests: queue.SimpleQueue[Any]) -> None:
 def _answer(memory: int, module: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     path: Path = arguments[0]
     try:
-        importlib.import_module(module)  # readers of plugins register themselves
-        clip = decode(*arguments)
-        write_all(memory, clip.frames.reshape(-1).data)
+        importlib.import_module(module)  # registers the reader of a plugin
+        video = decode(*arguments)
+        write_all(memory, video.frames.reshape(-1).data)
     except MediaError as error:
-        return "refused", error.path, error.reason
+        return "error", error.path, error.reason
     except Exception as error:
-        return "refused", str(path), f"cannot be decoded ({type(error).__name__}: {error})"
-    return "clip", clip.frames.shape, clip.indices, clip.fps, clip.total_frames, clip.reader
+        return "error", str(path), f"cannot be decoded ({type(error).__name__}: {error})"
+    return "video", video.frames.shape, video.indices, video.fps, video.total_frames, video.reader
 
 
 def write_all(memory: int, data: memoryview) -> None:
-    """All of `data` from the start of the file `memory`; the kernel takes at most 2 GiB at once."""
+    """Write all of `data` to the start of the file `memory`; the kernel writes at most 2 GiB at once."""
     done = 0
     while done < len(data):
         done += os.pwrite(memory, data[done:], done)

@@ -1,8 +1,8 @@
-"""Decoding in a process that can be killed: a decoder that hangs or crashes costs one video, not the run.
+"""Decode videos in a child process that can be killed: a decoder that hangs or crashes costs one video, not the run.
 
-One child a process, started when first needed and kept. DataLoader's workers are daemonic and may have no
-multiprocessing children, so it is a plain subprocess; requests go over a socket, frames come back through memory that
-both share and that has no name, so that nothing is left behind however either ends.
+Each process starts one child when it first needs it, and keeps it. The workers of a DataLoader are daemonic and may not
+have multiprocessing children, so the child is a plain subprocess. Requests are sent over a socket; frames come back
+through anonymous shared memory, which the kernel frees however the processes end.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.samples import MediaError
-from data_pipelines.video.registry import VIDEO_READERS, VideoClip
+from data_pipelines.video.registry import VIDEO_READERS, SampledVideo
 from data_pipelines.video.sampling import Sampling
 
 AVAILABLE = os.name == "posix"
-START_LIMIT = 120.0  # seconds; a child that takes longer to start says nothing of the video
-KEPT_BYTES = 2**27  # of shared memory between clips; a larger clip's is given back at once
+START_TIMEOUT = 120.0  # seconds; separate from the timeout of a video
+KEPT_BYTES = 2**27  # of shared memory between videos; more is freed at once
 
 
 class Decoder:
-    """The child of this process, and the memory that it shares."""
+    """A child process and the memory shared with it."""
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
+        self._connection, child_end = Pipe()
         self._memory = _shared_memory()
-        fds = (theirs.fileno(), self._memory)
-        # The child finds what its parent finds, plugins included; numpy needs no threads there.
+        fds = (child_end.fileno(), self._memory)
+        # The same import path as the parent, plugins included. numpy needs no threads in the child.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)}
         environment["OPENBLAS_NUM_THREADS"] = "1"
         self._process = subprocess.Popen(
@@ -45,65 +45,67 @@ class Decoder:
             pass_fds=fds,
             env=environment,
         )
-        theirs.close()
-        # Runs at the end of a process that multiprocessing started, where atexit does not.
+        child_end.close()
+        # Unlike atexit, this also runs at the end of a process that multiprocessing started.
         self._close = Finalize(self, _close, (self._process, self._connection, self._memory), exitpriority=0)
         if not self._started():
             self._close()
             raise RuntimeError(
-                "the decoding process does not start; what it says is above. data.video.timeout=null does without"
+                "the decoding process does not start; its output is above. data.video.timeout=null decodes without it"
             )
 
-    def decode(self, path: Path, reader: str, wanted: Sampling, timeout: float) -> VideoClip | None:
-        """The clip, or None where the child crashed. Raises MediaError for a video that cannot be decoded in `timeout`
-        seconds."""
+    def decode(self, path: Path, reader: str, sampling: Sampling, timeout: float) -> SampledVideo | None:
+        """Return the frames, or None if the child crashed. Raises MediaError for a video that cannot be decoded within
+        `timeout` seconds."""
         try:
-            self._connection.send((timeout, VIDEO_READERS[reader].__module__, (path, reader, wanted)))
+            self._connection.send((timeout, VIDEO_READERS[reader].__module__, (path, reader, sampling)))
             if not self._connection.poll(timeout):
-                raise MediaError(path, f"decoding took over {timeout:g} s (data.video.timeout)")
+                raise MediaError(path, f"decoding took more than {timeout:g} s (data.video.timeout)")
             answer = self._connection.recv()
         except (EOFError, OSError):
             self._close()
             return None
-        except BaseException:  # Ctrl-C: else the next request would get the answer to this one
+        except BaseException:  # such as Ctrl-C: the next request must not get the answer to this one
             self._close()
             raise
-        if answer[0] == "refused":
+        if answer[0] == "error":
             raise MediaError(*answer[1:])
         frames = np.empty(answer[1], np.uint8)
         _read_all(self._memory, frames.reshape(-1).data)
         if frames.nbytes > KEPT_BYTES:
             os.ftruncate(self._memory, 0)
-        return VideoClip(frames, *answer[2:])
+        return SampledVideo(frames, *answer[2:])
 
     @property
     def alive(self) -> bool:
+        """Whether the child can take requests."""
         return self._close.still_active()
 
     @property
-    def ending(self) -> str:
-        """How a child that is gone ended."""
+    def exit_reason(self) -> str:
+        """The signal or exit code with which the child ended."""
         code = self._process.returncode
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     @property
     def pid(self) -> int:
+        """The process id of the child."""
         return self._process.pid
 
     def close(self) -> None:
-        """End the child, and give back what it used."""
+        """End the child and free its resources."""
         self._close()
 
     def forget(self) -> None:
-        """In a process forked off: the child is the parent's; only the copies of its file descriptors go."""
+        """Close the copied file descriptors in a forked process; the child still belongs to the parent."""
         self._close.cancel()
         self._connection.close()
         os.close(self._memory)
-        self._process.returncode = 0  # nothing to wait for
+        self._process.returncode = 0  # this process must not wait for it
 
     def _started(self) -> bool:
         try:
-            return self._connection.poll(START_LIMIT) and self._connection.recv() == "ready"
+            return self._connection.poll(START_TIMEOUT) and self._connection.recv() == "ready"
         except (EOFError, OSError):
             return False
 
@@ -117,7 +119,7 @@ def _close(process: subprocess.Popen[bytes], connection: Connection, memory: int
 
 
 def _shared_memory() -> int:
-    """A file descriptor of memory without a name. Not in /dev/shm, which containers keep small."""
+    """Return a file descriptor of anonymous memory. /dev/shm is not used, because it is small in containers."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("mmdora-video")
     with tempfile.TemporaryFile() as file:
@@ -137,24 +139,25 @@ def _pread(memory: int, data: memoryview, start: int) -> int:
 
 
 _decoder: Decoder | None = None
-_lock = threading.Lock()  # threads take turns
+_lock = threading.Lock()  # one request at a time
 
 
-def decode_apart(path: Path, reader: str, wanted: Sampling, timeout: float) -> VideoClip:
-    """As `decoding.decode`, in this process's child, which is started anew after it ended. Raises MediaError."""
+def decode_in_child(path: Path, reader: str, sampling: Sampling, timeout: float) -> SampledVideo:
+    """Decode a video as `decoding.decode` does, in the child of this process, which is restarted if it has ended.
+    Raises MediaError."""
     global _decoder
     with _lock:
-        for _ in range(2):  # the first may have been killed by what has nothing to do with the file
+        for _ in range(2):  # the first child may have been killed for a reason unrelated to the file
             decoder = _decoder if _decoder is not None and _decoder.alive else Decoder()
             _decoder = decoder
-            clip = decoder.decode(path, reader, wanted, timeout)
-            if clip is not None:
-                return clip
-        raise MediaError(path, f"the decoder crashed ({decoder.ending})")
+            video = decoder.decode(path, reader, sampling, timeout)
+            if video is not None:
+                return video
+        raise MediaError(path, f"the decoder crashed ({decoder.exit_reason})")
 
 
 def stop() -> None:
-    """End this process's child, if it has one; the next video starts another."""
+    """End the child of this process, if any; the next video starts a new one."""
     global _decoder
     with _lock:
         if _decoder is not None:

@@ -1,4 +1,4 @@
-"""VIDEO_READERS: `data.video.reader` → what opens one file, tells its frames and fetches chosen ones."""
+"""VIDEO_READERS: the registry of `data.video.reader`, functions that open a file and read selected frames."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from mmdora.core.registry import Registry
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a file says of its frames without decoding them."""
+    """The frames of a file, known without decoding them."""
 
-    times: tuple[float, ...]  # seconds from the first frame to each, in the order in which they are shown
-    fps: float  # frames a second on average; 0: the file has no clock
-    keyframes: tuple[int, ...]  # indices of the frames that need no other
+    times: tuple[float, ...]  # seconds since the first frame, in presentation order
+    fps: float  # average frames per second; 0 if the file has no times
+    keyframes: tuple[int, ...]  # indices of the frames that can be decoded alone
     size: tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
-class VideoClip:
-    """Sampled frames, uint8 [frames, height, width, 3], and where in the file they stood: a processor that gets these
-    must not sample again."""
+class SampledVideo:
+    """Frames sampled from a video, and their positions in the file. A processor must not sample them again."""
 
-    frames: NDArray[np.uint8]
-    indices: tuple[int, ...]
-    fps: float  # of the file, not of the sample
-    total_frames: int
-    reader: str = ""  # the one that decoded it, where `auto` chose
+    frames: NDArray[np.uint8]  # [frames, height, width, 3]
+    indices: tuple[int, ...]  # of the frames in the file
+    fps: float  # of the file, not of the sampled frames
+    total_frames: int  # of the file
+    reader: str = ""  # the reader that decoded it, also if `auto` selected it
 
     @property
     def duration(self) -> float | None:
-        """Seconds of the whole file, or None where it has no clock."""
+        """The duration of the file in seconds, or None if it has no times."""
         return self.total_frames / self.fps if self.fps else None
 
 
 class VideoFile(Protocol):
-    """An open file. Whatever its methods raise becomes a MediaError that names the file."""
+    """An open file. Any exception of its methods is reported as a MediaError that names the file."""
 
     timeline: Timeline
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The frames at `indices`, in that order, upright RGB: uint8 [frames, height, width, 3]."""
+        """Return the frames at `indices`, in that order, as upright RGB: uint8 [frames, height, width, 3]."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
+        ...
 
 
 VideoReader = Callable[[Path], VideoFile]

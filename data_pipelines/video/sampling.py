@@ -1,4 +1,4 @@
-"""Which frames of a video to look at: pure functions from counts and times to indices."""
+"""Frame sampling: pure functions from frame counts and times to frame indices."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Readers round the times of frames: one that is late by less than this is on time.
-SLACK = 1e-3  # seconds
+TOLERANCE = 1e-3  # seconds; readers round the times of frames
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`data.video` as far as it chooses frames; mmdora.core.config.VideoConfig describes the keys."""
+    """The keys of `data.video` that select frames; mmdora.core.config.VideoConfig describes them."""
 
     num_frames: int = 8
     sampling: str = "uniform"
@@ -22,24 +21,24 @@ class Sampling:
     frames_fps: float | None = None
 
 
-def choose_indices(wanted: Sampling, times: Sequence[float], keyframes: Sequence[int]) -> list[int]:
-    """The frames that `wanted` asks for, of a file with frames at `times` (seconds). Raises ValueError where the span
-    holds none."""
-    span = clip_span(times, wanted.start, wanted.end)
-    if wanted.sampling == "fps":
-        assert wanted.fps is not None
-        chosen = fps_indices(times[span.start : span.stop], wanted.fps, wanted.num_frames)
-        return [span.start + i for i in chosen]
-    if wanted.sampling == "keyframe":
+def select_indices(sampling: Sampling, times: Sequence[float], keyframes: Sequence[int]) -> list[int]:
+    """Return the indices that `sampling` selects from frames at `times` (seconds). Raises ValueError if there are none
+    between `start` and `end`."""
+    span = frame_range(times, sampling.start, sampling.end)
+    if sampling.sampling == "fps":
+        assert sampling.fps is not None
+        selected = fps_indices(times[span.start : span.stop], sampling.fps, sampling.num_frames)
+        return [span.start + i for i in selected]
+    if sampling.sampling == "keyframe":
         inside = [k for k in keyframes if k in span]
         if not inside:
-            raise ValueError("the span from data.video.start to data.video.end holds no keyframe")
-        return thinned(inside, wanted.num_frames)
-    return [span.start + i for i in uniform_indices(len(span), wanted.num_frames)]
+            raise ValueError("it has no keyframe between data.video.start and data.video.end")
+        return thin_out(inside, sampling.num_frames)
+    return [span.start + i for i in uniform_indices(len(span), sampling.num_frames)]
 
 
 def uniform_indices(total_frames: int, num_frames: int) -> list[int]:
-    """`num_frames` indices from the first to the last frame at equal steps; a shorter video repeats some of its own.
+    """Return `num_frames` evenly spaced indices from the first to the last frame; a shorter video repeats some.
 
     >>> uniform_indices(8, 4)
     [0, 2, 5, 7]
@@ -52,43 +51,43 @@ def uniform_indices(total_frames: int, num_frames: int) -> list[int]:
     return [(2 * i * (total_frames - 1) + num_frames - 1) // (2 * (num_frames - 1)) for i in range(num_frames)]
 
 
-def thinned(indices: Sequence[int], most: int) -> list[int]:
-    """At most `most` of `indices`, at equal steps over them.
+def thin_out(indices: Sequence[int], limit: int) -> list[int]:
+    """Return at most `limit` of `indices`, evenly spaced.
 
-    >>> thinned([0, 10, 20, 30, 40], 3)
+    >>> thin_out([0, 10, 20, 30, 40], 3)
     [0, 20, 40]
     """
-    return list(indices) if len(indices) <= most else [indices[i] for i in uniform_indices(len(indices), most)]
+    return list(indices) if len(indices) <= limit else [indices[i] for i in uniform_indices(len(indices), limit)]
 
 
-def fps_indices(times: Sequence[float], fps: float, most: int) -> list[int]:
-    """The frame on show at every tick of a clock of `fps` ticks a second that starts with the first frame; at most
-    `most` of them, thinned over the whole. A frame that stays for several ticks is taken once.
+def fps_indices(times: Sequence[float], fps: float, limit: int) -> list[int]:
+    """Return the frames that are visible every 1 / `fps` seconds from the first frame on; at most `limit`, evenly
+    thinned out. A frame that is visible for several steps is returned once.
 
     >>> fps_indices([0, 0.25, 0.5, 0.75, 1.0, 1.25], 2, 8)
     [0, 2, 4]
     """
-    ticks = int((times[-1] - times[0] + SLACK) * fps) + 1
-    if ticks > 2 * len(times):  # more ticks than frames: every frame
-        return thinned(range(len(times)), most)
-    shown = (bisect_right(times, times[0] + tick / fps + SLACK) - 1 for tick in range(ticks))
-    return thinned(list(dict.fromkeys(shown)), most)
+    steps = int((times[-1] - times[0] + TOLERANCE) * fps) + 1
+    if steps > 2 * len(times):  # far more steps than frames: every frame
+        return thin_out(range(len(times)), limit)
+    visible = (bisect_right(times, times[0] + step / fps + TOLERANCE) - 1 for step in range(steps))
+    return thin_out(list(dict.fromkeys(visible)), limit)
 
 
-def clip_span(times: Sequence[float], start: float | None, end: float | None) -> range:
-    """The frames from `start` up to, not including, `end` (seconds; None: from the first, to the last); the one on show
-    at `start` where the span is shorter than a frame. Raises ValueError where there are none.
+def frame_range(times: Sequence[float], start: float | None, end: float | None) -> range:
+    """Return the frames from `start` up to but not including `end` (seconds; None for the first and the last frame). If
+    the span is shorter than a frame, this is the frame visible at `start`. Raises ValueError if there is none.
 
-    >>> clip_span([0, 0.5, 1, 1.5], 0.5, 1.5)
+    >>> frame_range([0, 0.5, 1, 1.5], 0.5, 1.5)
     range(1, 3)
-    >>> clip_span([0, 0.5, 1, 1.5], 0.7, 0.8)
+    >>> frame_range([0, 0.5, 1, 1.5], 0.7, 0.8)
     range(1, 2)
     """
-    low = 0 if start is None else bisect_left(times, start - SLACK)
-    high = len(times) if end is None else bisect_left(times, end - SLACK)
+    low = 0 if start is None else bisect_left(times, start - TOLERANCE)
+    high = len(times) if end is None else bisect_left(times, end - TOLERANCE)
     if 0 < low == high < len(times):
         low -= 1
     if low >= high:
-        shown = f"{0.0 if start is None else start:g} s to {'its end' if end is None else f'{end:g} s'}"
-        raise ValueError(f"it has no frame from {shown} (data.video.start and end); its last is at {times[-1]:.2f} s")
+        span = f"{0.0 if start is None else start:g} s to {'its end' if end is None else f'{end:g} s'}"
+        raise ValueError(f"it has no frame from {span} (data.video.start and end); the last is at {times[-1]:.2f} s")
     return range(low, high)

@@ -1,5 +1,4 @@
-"""TorchCodec: PyTorch's own reader, where it is installed (`pip install mmdora[torchcodec]`) and finds FFmpeg's
-libraries."""
+"""TorchCodec: PyTorch's video reader. Needs the `torchcodec` extra and FFmpeg's shared libraries."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from data_pipelines.video.registry import VIDEO_READERS
 
 @VIDEO_READERS.register("torchcodec")
 def open_torchcodec(path: Path) -> TorchCodecFile:
-    """What FFmpeg's shared libraries on this machine read; refuses what TorchCodec does not read exactly."""
+    """Formats of the FFmpeg libraries on this machine; rejects files that TorchCodec does not read exactly."""
     return TorchCodecFile(path)
 
 
 class TorchCodecFile:
-    """The frames by TorchCodec in its exact mode; their times by PyAV, since TorchCodec tells them only of decoded
-    ones."""
+    """Reads frames with TorchCodec in its exact mode, and their times with PyAV, because TorchCodec reports only those
+    of decoded frames."""
 
     def __init__(self, path: Path):
         import av
@@ -30,15 +29,17 @@ class TorchCodecFile:
 
         with av.open(str(path)) as container:
             packets = read_packets(container, container.streams.video[0]) if container.streams.video else None
-        # Found against a walk from the start: it loses frames in MPEG streams, and turns odd or deep pixels otherwise.
-        if packets is None or not packets.seekable or not packets.same_colours:
-            raise MediaError(path, "torchcodec cannot read it exactly; data.video.reader: pyav can")
+        # Compared with sequential decoding, TorchCodec loses frames in MPEG streams, and converts odd sizes and pixels
+        # of more than 8 bits to other RGB.
+        if packets is None or not packets.seekable or not packets.same_colors:
+            raise MediaError(path, "torchcodec cannot read it exactly; use data.video.reader=pyav")
         self.timeline = packets.timeline
         self._decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
 
     def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """uint8 [len(indices), height, width, 3]."""
+        """Return frames, uint8 [len(indices), height, width, 3]."""
         return self._decoder.get_frames_at(list(indices)).data.numpy()
 
     def close(self) -> None:
+        """Free the decoder."""
         del self._decoder

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.dataset import read_source
 from data_pipelines.formats.nlvr import PERMUTATIONS, PROMPT
 from data_pipelines.samples import Image
+from data_pipelines.sources import read_source
 from eval.benchmarks.base import BENCHMARKS, Benchmark, Question, Score, conversation
 from eval.benchmarks.nlvr2 import LABELS, OURS, csv_text, read_csv
 from eval.files import write_whole

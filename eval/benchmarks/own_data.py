@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data_pipelines.dataset import read_source
 from data_pipelines.samples import Message, Text
+from data_pipelines.sources import read_source
 from eval.benchmarks.base import Benchmark, Question
 from mmdora.core.config import EvaluationConfig, SourceConfig
 from mmdora.core.errors import UserError

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig, GenerationConfig
 
-from data_pipelines.dataset import Source, TrainDataset, read_source
+from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
-from data_pipelines.inspection import Look, look, readable, repeated, spelled
+from data_pipelines.inspection import Inspection, count_duplicates, decode_pieces, inspect_samples, readable_samples
 from data_pipelines.ledger import Ledger, by_reason, from_rejected
+from data_pipelines.sources import Source, read_source
 from eval.benchmarks import Question
 from eval.contamination import Asked, Overlap, find_overlaps
 from eval.run import read_questions
@@ -59,7 +60,7 @@ def examine(config: RunConfig, samples: int, html: Path | None) -> int:
     looks = []
     for source in sources:
         with progress_bar(console, f"looking at {source.path.name}", min(samples, len(source))) as advance:
-            looks.append(look(source, encoder, samples, advance, frames_in))
+            looks.append(inspect_samples(source, encoder, samples, advance, frames_in))
     for source, found in zip(sources, looks, strict=True):
         show_example(console, encoder, source, found)
     show_tables(console, sources, looks)
@@ -114,13 +115,13 @@ def plan_problems(config: RunConfig, sources: list[Source], encoder: Encoder) ->
     return problems
 
 
-def show_example(console: Console, encoder: Encoder, source: Source, found: Look) -> None:
+def show_example(console: Console, encoder: Encoder, source: Source, found: Inspection) -> None:
     """One conversation as the model will read it; what it learns to say is green."""
     if found.example is None:
         return
     sample, encoded = found.example
     text = Text()
-    for piece, said in spelled(encoder, encoded):
+    for piece, said in decode_pieces(encoder, encoded):
         text.append(piece, style="bold green" if said else "dim" if piece.startswith("[") else "")
     learnt = sum(label != IGNORED for label in encoded["labels"][0].tolist())
     console.rule(Text(f"{source.path.name}: sample {sample.id}"), align="left")
@@ -128,35 +129,35 @@ def show_example(console: Console, encoder: Encoder, source: Source, found: Look
     console.print(f"{encoded['input_ids'].shape[1]} tokens; the {learnt} in green are learnt", style="dim")
 
 
-def show_tables(console: Console, sources: list[Source], looks: list[Look]) -> None:
+def show_tables(console: Console, sources: list[Source], looks: list[Inspection]) -> None:
     columns = ("source", "looked at", "pictures", "clips", "frames", "tokens", "learnt")
     table = make_table("what the samples become", *columns)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a file's name may be long; figures stay whole
     for source, found in zip(sources, looks, strict=True):
-        pictures, clips = (sum(kind[i] for kind in found.kinds) for i in (0, 1))
+        pictures, clips = (sum(kind[i] for kind in found.media) for i in (0, 1))
         counted = (found.frames, found.lengths)
         frames, tokens = (f"{median(each):.0f}, ≤ {max(each)}" if each else "–" for each in counted)
         learnt = f"{sum(found.supervised) / sum(found.lengths):.1%}" if found.lengths else "–"
-        counts = [f"{found.looked} of {len(source):,}", str(pictures), str(clips)]
+        counts = [f"{found.inspected} of {len(source):,}", str(pictures), str(clips)]
         table.add_row(source.path.name, *counts, frames, tokens, learnt)
     console.print(table)
     for source, found in zip(sources, looks, strict=True):
         rejected = [from_rejected(row) for row in source.rejected]
-        for total, entries in ((f"{source.total} rows", rejected), (f"{found.looked} looked at", found.entries)):
+        for total, entries in ((f"{source.total} rows", rejected), (f"{found.inspected} looked at", found.entries)):
             for count, entry in by_reason(entries):
                 what = f"{source.path.name}: {count} of {total} {'changed' if entry.changed else 'lost'}: "
                 where = f" ({entry.file or entry.id}, at stage {entry.stage!r})"
                 console.print(Text(what + entry.reason + where), soft_wrap=True)
 
 
-def losses(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[Problem]:
+def losses(config: RunConfig, sources: list[Source], looks: list[Inspection]) -> list[Problem]:
     """What would not be used, and whether a run would stop for it."""
     total = sum(source.total for source in sources)
     rejected = sum(len(source.rejected) for source in sources)
     broken = sum(
-        len(source) * len(found.skipped) / found.looked
+        len(source) * len(found.skipped) / found.inspected
         for source, found in zip(sources, looks, strict=True)
-        if found.looked
+        if found.inspected
     )
     share = (rejected + broken) / total
     if not share:
@@ -168,7 +169,7 @@ def losses(config: RunConfig, sources: list[Source], looks: list[Look]) -> list[
     return [Problem("warning", f"{text}; they would be skipped", "data.train")]
 
 
-def lengths(config: RunConfig, sources: list[Source], looks: list[Look], settings: list[str]) -> list[Problem]:
+def lengths(config: RunConfig, sources: list[Source], looks: list[Inspection], settings: list[str]) -> list[Problem]:
     """Samples of which next to nothing is learnt, and a config that does not bound their length."""
     problems = []
     for source, found, setting in zip(sources, looks, settings, strict=True):
@@ -176,7 +177,7 @@ def lengths(config: RunConfig, sources: list[Source], looks: list[Look], setting
             share = sum(found.supervised) / sum(found.lengths)
             text = f"{source.path.name}: only {share:.1%} of the tokens are learnt; most of each step is reading"
             problems.append(Problem("note", text, setting))
-        if again := repeated(readable(source)):
+        if again := count_duplicates(readable_samples(source)):
             text = f"{source.path.name}: {again} of {len(source)} samples repeat an earlier one word for word"
             problems.append(Problem("warning", text, setting))
     longest = max((max(found.lengths) for found in looks if found.lengths), default=0)
@@ -189,7 +190,7 @@ def lengths(config: RunConfig, sources: list[Source], looks: list[Look], setting
 def as_questions(source: Source) -> list[Question]:
     """What held-out conversations ask last, without the answer."""
     found = []
-    for sample in readable(source):
+    for sample in readable_samples(source):
         last = max((i for i, message in enumerate(sample.messages) if message.role == "user"), default=None)
         if last is not None:
             found.append(Question(sample.id, replace(sample, messages=sample.messages[: last + 1]), (), sample.id))

@@ -14,10 +14,11 @@ from transformers import PrinterCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data_pipelines.collator import Collator
-from data_pipelines.dataset import Source, TrainDataset, ledger_names, read_source
+from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutDataset
-from data_pipelines.ledger import Ledger, from_rejected, mend
+from data_pipelines.ledger import Ledger, drop_incomplete_line, from_rejected
+from data_pipelines.sources import Source, ledger_names, read_source
 from eval.contamination import comparison
 from eval.digests import weights_digest
 from eval.report import write_report
@@ -152,7 +153,7 @@ def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source]
     total = sum(source.total for source in sources + held_out)
     ledger = Ledger(run_dir.skipped, total, config.data.max_skipped)
     if is_main():
-        mend(run_dir.skipped)
+        drop_incomplete_line(run_dir.skipped)
         names = ledger_names(sources) + ledger_names(held_out, "validation")
         named = zip(sources + held_out, names, strict=True)
         ledger.record(*(replace(from_rejected(row), source=name) for source, name in named for row in source.rejected))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from data_pipelines.collator import Collator
-from data_pipelines.dataset import read_source
 from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
+from data_pipelines.sources import read_source
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import is_there
 from mmdora.core.errors import UserError

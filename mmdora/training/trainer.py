@@ -92,7 +92,7 @@ class AdapterTrainer(Trainer):
         self.bad_steps = BadSteps(
             config.training.max_bad_steps,
             2 * math.log(vocabulary),
-            lambda indices, reason: dataset.not_learnt(indices, reason),
+            lambda indices, reason: dataset.record_untrained(indices, reason),
         )
         self.resumed: Resumed | None = None
         self.add_callback(NormsOnceAStep)
