@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
-from eval.benchmarks.pope import clearly
+from eval.benchmarks.pope import parse_strictly
 from mmdora.core.errors import UserError
 from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write_lines
 from tests.choice_files import ASK, mme_files, pope_files
@@ -124,7 +124,7 @@ def test_mme_scores_the_official_results_without_pictures(tmp_path):
     + [("", None), ("Maybe", None), ("None", None), ("It may be yes or no", None)],
 )
 def test_what_is_clearly_said(said, reading):
-    assert clearly(said) == reading
+    assert parse_strictly(said) == reading
 
 
 def test_pope_strict_wants_it_clearly_said(tmp_path):
