@@ -212,9 +212,8 @@ def _cells(line: str, path: Path, number: int, count: int) -> list[str]:
 
 def _pair(rows: list[Row], where: str) -> list[Row]:
     if len(rows) != 2 or rows[0].image != rows[1].image:
-        raise UserError(
-            f"{where}: expected 2 questions per image, found {len(rows)} for {rows[0].image if rows else 'none'}"
-        )
+        found = ", ".join(row.image for row in rows) or "none"
+        raise UserError(f"{where}: expected 2 questions about one image, found questions about: {found}")
     return rows
 
 

@@ -136,7 +136,15 @@ def read_captions(path: Path, layout: str) -> dict[str, list[list[str]]]:
     try:
         with path.open("rb") as file:
             captions = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+    ) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(captions, dict):
         raise UserError(f"{path}: expected a dict of captions by video")
