@@ -1,12 +1,12 @@
-"""What an adapter costs: forward + backward of a few Llama layers, as a multiple of the same layers without adapters.
+"""Measure the cost of an adapter: forward + backward of a few Llama layers, relative to frozen layers.
 
-    python benchmarks/adapter_step.py                                          # a CPU
-    python benchmarks/adapter_step.py --hidden 4096 --tokens 8192 --layers 2   # a GPU, at the shapes of a 7B model
+    python benchmarks/adapter_step.py                                          # on a CPU
+    python benchmarks/adapter_step.py --hidden 4096 --tokens 8192 --layers 2   # on a GPU, at the shapes of a 7B model
 
-Every round times all candidates in a new order, one step each; figures are medians over the rounds, and ratios to the
-frozen layers of the same run, since the machine is noisy. As in our trainer, DoRA's norms are computed once a step (our
-candidates' steps include that). Saved activations are what autograd keeps for the backward pass, beyond the weights and
-beyond what the frozen layers keep; the peak is that of a GPU's allocator over one step.
+Every round times one step of all candidates in a random order. Figures are medians over the rounds, and ratios to the
+frozen layers of the same run, since timings are noisy. As in mmdora's trainer, DoRA's norms are computed once per step
+(mmdora's timings include that). Saved activations are what autograd keeps for the backward pass, in addition to the
+weights and to what the frozen layers keep; the peak is that of the GPU's allocator over one step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def frozen(model: LlamaModel, rank: int) -> nn.Module:
 
 
 def with_peft(use_dora: bool, autocast_adapter_dtype: bool) -> Build:
-    """`autocast_adapter_dtype` is PEFT's default: adapters of a half-precision model are kept in fp32."""
+    """Use PEFT; by its default, `autocast_adapter_dtype`, adapters of a half-precision model are kept in fp32."""
 
     def build(model: LlamaModel, rank: int) -> nn.Module:
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora)
@@ -69,7 +69,7 @@ CANDIDATES: dict[str, Build] = {
 
 
 def step(model: nn.Module, x: Tensor) -> None:
-    """One forward and backward pass, down to the gradient of the input [1, tokens, hidden]."""
+    """Run one forward and backward pass, down to the gradient of the input [1, tokens, hidden]."""
     with weights_fixed():
         _step(model, x)
 
@@ -82,24 +82,24 @@ def _step(model: nn.Module, x: Tensor) -> None:
 
 
 def seconds(model: nn.Module, x: Tensor) -> float:
-    _wait(x)
+    _synchronize(x)
     start = time.perf_counter()
     step(model, x)
-    _wait(x)
+    _synchronize(x)
     return time.perf_counter() - start
 
 
 class Saved:
-    """What autograd holds of one tensor; alive as long as autograd holds it."""
+    """A tensor saved by autograd; alive as long as autograd holds it."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd saves for the backward pass; storages shared with a parameter or each other count once."""
+    """Return the bytes that autograd saves for the backward pass: each storage once, parameters excluded."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: weakref.WeakSet[Saved] = weakref.WeakSet()  # parts of the graph that die before the pass ends leave it
+    held: weakref.WeakSet[Saved] = weakref.WeakSet()  # tensors of a graph that is freed during the pass drop out
 
     def pack(tensor: Tensor) -> Saved:
         held.add(saved := Saved(tensor))
@@ -113,7 +113,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def peak_bytes(model: nn.Module, x: Tensor) -> int | None:
-    """The most that one step holds at once, weights included; None without a GPU."""
+    """Return the peak memory of one step, weights included; None without a GPU."""
     if not x.is_cuda:
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -121,7 +121,7 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def _wait(x: Tensor) -> None:
+def _synchronize(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
 
@@ -135,7 +135,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--checkpointing", action="store_true", help="recompute each layer's forward in the backward")
-    parser.add_argument("--only", nargs="*", choices=CANDIDATES, metavar="NAME", help="candidates besides the frozen")
+    parser.add_argument(
+        "--only", nargs="*", choices=CANDIDATES, metavar="NAME", help="candidates to measure besides `frozen`"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, such as benchmarks/results/NAME.json")
     return parser.parse_args()
@@ -153,8 +155,8 @@ def main() -> None:
         num_attention_heads=max(1, args.hidden // 128),
     )
     base = LlamaModel(config).to(device, dtype)
-    chosen = ["frozen", *args.only] if args.only else list(CANDIDATES)
-    models = {name: CANDIDATES[name](copy.deepcopy(base), args.rank).train() for name in chosen}
+    names = ["frozen", *args.only] if args.only else list(CANDIDATES)
+    models = {name: CANDIDATES[name](copy.deepcopy(base), args.rank).train() for name in names}
     if args.checkpointing:
         for model in models.values():
             layers = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -178,19 +180,19 @@ def main() -> None:
         }
         for name in models
     }
-    about = about_machine() | {
+    metadata = about_machine() | {
         "shape": {
             k: getattr(args, k) for k in ("hidden", "layers", "tokens", "rank", "dtype", "rounds", "checkpointing")
         },
         "frozen_ms": round(medians["frozen"] * 1000, 2),
     }
-    text = json.dumps(about | {"figures": figures}, indent=2)
+    text = json.dumps(metadata | {"figures": figures}, indent=2)
     if args.out is not None:
         args.out.write_text(text + "\n", encoding="utf-8")
     if args.json:
         print(text)
         return
-    print(f"{'':42} {'step':>6} {'saved, MiB':>11} {'peak, MiB':>10}   (step over frozen: {about['frozen_ms']} ms)")
+    print(f"{'':42} {'step':>6} {'saved, MiB':>11} {'peak, MiB':>10}   (step over frozen: {metadata['frozen_ms']} ms)")
     for name, row in figures.items():
         peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         print(f"{name:42} {row['step_over_frozen']:6.3f} {row['saved_over_frozen_mib']:11.1f} {peak:>10}")

@@ -1,14 +1,14 @@
-"""Answers a CPU second, against a plain loop over transformers; and the time from the command to the first answer.
+"""Measure answers per CPU second against a plain transformers loop, and the time from command to first answer.
 
     python benchmarks/eval.py --out benchmarks/results/eval.json
 
-The other side is what one writes oneself: the same pictures and prompts through the model's own processor, sorted by
-length, in batches padded on the left, `generate`, a line a question. It keeps no digests, is not gone on with after a
-kill, and knows no scores. Both compute in fp32 and must give the same answers.
-- `answers`: both loops in one process, over the same model, in turns; CPU seconds of all threads.
+The plain loop is a hand-written script: the same images and prompts through the model's own processor, sorted by
+length, in left-padded batches, with `generate` and one output line per question. It computes no digests, cannot be
+resumed and does not score. Both sides compute in fp32 and must give the same answers.
+- `answers`: both loops alternate in one process, over the same model; CPU seconds of all threads.
 - `commands`: `mmdora eval` with its scores and report, and the plain loop as a script; both from start to end, CPU
-  seconds of the processes. `first_answer_seconds` is wall clock until responses.jsonl has a line.
-Figures are medians over the rounds, and ratios of one run: above 1, ours is the quicker.
+  seconds of the processes. `first_answer_seconds` is wall-clock time until responses.jsonl has a line.
+Figures are medians over the rounds, and ratios within one run: above 1, mmdora is faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).parent.parent
-sys.path.remove(str(Path(__file__).parent))  # or this file would hide the package of its name
+sys.path.remove(str(Path(__file__).parent))  # else this file would shadow the package `eval`
 
 MODEL = ROOT / "assets" / "tiny-llava"
 NEW_TOKENS = 16
@@ -43,7 +43,7 @@ WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right"
 
 
 def write_questions(folder: Path, count: int) -> Path:
-    """Four questions of 3 to 30 words about each picture, a JPEG of 320 × 240, in LLaVA's layout."""
+    """Write four questions of 3 to 30 words per image, a JPEG of 320 × 240 pixels, in LLaVA's format."""
     rng, rows = np.random.default_rng(0), []
     for i in range(count):
         if i % 4 == 0:
@@ -65,9 +65,9 @@ def plain_loop(model: Any, processor: Any, data: Path, out: Path, size: int) -> 
             {"type": "text", "text": row["conversations"][0]["value"].removeprefix("<image>\n")},
         ]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        with PILImage.open(data.parent / row["image"]) as picture:
+        with PILImage.open(data.parent / row["image"]) as image:
             inputs = processor(
-                text=[text], images=[picture.convert("RGB")], return_tensors="pt", add_special_tokens=False
+                text=[text], images=[image.convert("RGB")], return_tensors="pt", add_special_tokens=False
             )
         rows.append((row["id"], inputs))
     rows.sort(key=lambda row: row[1]["input_ids"].shape[1], reverse=True)
@@ -87,7 +87,7 @@ def plain_loop(model: Any, processor: Any, data: Path, out: Path, size: int) -> 
 
 
 def load() -> tuple[Any, Any]:
-    import mmdora  # noqa: F401  (transformers learns of the model's vision encoder)
+    import mmdora.models  # noqa: F401  (registers the model's vision encoder in transformers)
 
     return AutoModelForImageTextToText.from_pretrained(
         MODEL, dtype=torch.float32
@@ -100,7 +100,7 @@ def answers(out: Path) -> dict[str, str]:
 
 
 def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each round."""
+    """Return the CPU seconds of each round."""
     from data_pipelines.encoding import Encoder
     from eval.digests import weights_digest
     from eval.generation import answer_all
@@ -111,63 +111,63 @@ def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
     model, processor = load()
     config = EvaluationConfig(name="vqa", benchmark="vqa", data=str(data))
 
-    def ours(folder: Path) -> Path:
+    def run_mmdora(folder: Path) -> Path:
         questions, encoder = read_questions(config), Encoder(processor)
         keys = question_keys(questions, encoder, NEW_TOKENS, weights_digest(model))
         answer_all(model, encoder, questions, keys, folder, size, NEW_TOKENS)
         return folder / "responses.jsonl"
 
-    def plain(folder: Path) -> Path:
+    def run_plain(folder: Path) -> Path:
         plain_loop(model, processor, data, folder / "answers.jsonl", size)
         return folder / "answers.jsonl"
 
-    return in_turns({"mmdora": ours, "plain loop": plain}, rounds, time.process_time)
+    return alternate({"mmdora": run_mmdora, "plain loop": run_plain}, rounds, time.process_time)
 
 
 def commands(data: Path, size: int, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-    """CPU seconds of each round, and the seconds to the first answer."""
+    """Return the CPU seconds of each round, and the seconds to the first answer."""
     first: list[float] = []
 
-    def ours(folder: Path) -> Path:
-        asked = ["--benchmark", "vqa", "--data", str(data), "--batch-size", str(size), "--out", str(folder)]
-        command = [sys.executable, "-m", "mmdora.cli", "eval", str(MODEL), *asked]
-        start, answered = time.perf_counter(), folder / "vqa" / "responses.jsonl"
+    def run_mmdora(folder: Path) -> Path:
+        options = ["--benchmark", "vqa", "--data", str(data), "--batch-size", str(size), "--out", str(folder)]
+        command = [sys.executable, "-m", "mmdora.cli", "eval", str(MODEL), *options]
+        start, responses = time.perf_counter(), folder / "vqa" / "responses.jsonl"
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (answered.exists() and answered.stat().st_size):
+        while process.poll() is None and not (responses.exists() and responses.stat().st_size):
             time.sleep(0.01)
         first.append(time.perf_counter() - start)
         if process.wait():
-            raise RuntimeError(f"mmdora eval ended with {process.returncode}")
+            raise RuntimeError(f"mmdora eval exited with code {process.returncode}")
         return folder / "vqa" / "responses.jsonl"
 
-    def plain(folder: Path) -> Path:
+    def run_plain(folder: Path) -> Path:
         out = folder / "answers.jsonl"
         command = [sys.executable, __file__, "--batch", str(size), "--plain", str(data), str(out)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return out
 
     def children() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
-    return in_turns({"mmdora": ours, "plain loop": plain}, rounds, children), first
+    return alternate({"mmdora": run_mmdora, "plain loop": run_plain}, rounds, children), first
 
 
-def in_turns(
+def alternate(
     candidates: dict[str, Callable[[Path], Path]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """The clock's seconds of each round, after one to warm up. Raises RuntimeError where answers differ."""
+    """Return the clock's seconds of each round after a warm-up round. Raise RuntimeError if the answers differ."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
-        found = []
+        results = []
         for name in random.sample(list(candidates), len(candidates)):
             with tempfile.TemporaryDirectory() as folder:
                 start = clock()
                 out = candidates[name](Path(folder))
                 seconds[name] += [clock() - start] if number else []
-                found.append(answers(out))
-        if found[0] != found[1]:
-            raise RuntimeError("the two sides answer differently")
+                results.append(answers(out))
+        if results[0] != results[1]:
+            raise RuntimeError("the two sides give different answers")
     return seconds
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=320)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plain", nargs=2, type=Path, metavar=("DATA", "OUT"), help="the plain loop alone")
+    parser.add_argument("--plain", nargs=2, type=Path, metavar=("DATA", "OUT"), help="run only the plain loop")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     if args.plain:
@@ -188,10 +188,10 @@ def main() -> None:
         in_process = loops(data, args.batch, args.rounds)
         whole, first = commands(data, args.batch, args.rounds)
     figures: dict[str, Any] = {}
-    for what, seconds in (("answers", in_process), ("commands", whole)):
+    for section, seconds in (("answers", in_process), ("commands", whole)):
         rates = {name: args.questions / statistics.median(values) for name, values in seconds.items()}
-        figures[what] = {f"{name}, questions a CPU second": round(rate, 2) for name, rate in rates.items()}
-        figures[what]["over the plain loop"] = round(rates["mmdora"] / rates["plain loop"], 3)
+        figures[section] = {f"{name}, questions a CPU second": round(rate, 2) for name, rate in rates.items()}
+        figures[section]["over the plain loop"] = round(rates["mmdora"] / rates["plain loop"], 3)
     figures["commands"]["first_answer_seconds"] = round(statistics.median(first[1:]), 2)
     print(json.dumps(figures, indent=2))
     if args.out is not None:

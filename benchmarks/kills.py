@@ -1,11 +1,11 @@
-"""Is a resumed run the run that nothing happened to? Kills it at random moments until it has ended often enough.
+"""Check that a run that is killed and resumed ends like an undisturbed one, by killing it at random moments.
 
     python benchmarks/kills.py --out benchmarks/results/kills.json
 
-One run, of two epochs and more on the shapes world with dropout and two workers, is done once undisturbed. Then it is
-begun again and again; SIGKILL meets it at a moment drawn from a seed (while it starts, between steps, as soon as a
-checkpoint is being written, while answers are generated), and `--resume` goes on, until it ends and its adapter is
-compared bit for bit, and its metrics, scores and ledger line by line.
+A run of more than two epochs on the shapes data, with dropout and two workers, is done once undisturbed. Then it is
+started repeatedly and killed by SIGKILL at seeded random moments: during startup, between steps, while a checkpoint is
+written, or while answers are generated. `--resume` continues it until it finishes. Then its adapter is compared bit for
+bit, and its metrics, scores and ledger line by line.
 """
 
 from __future__ import annotations
@@ -41,40 +41,40 @@ def arguments(world: Path, output: Path) -> list[str]:
     ]
 
 
-def begin(settings: list[str], resume: bool) -> subprocess.Popen[bytes]:
+def start_run(settings: list[str], resume: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(TRAIN), *settings, *(["--resume"] if resume else [])]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def lines(run: Path) -> int:
+def count_lines(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
 
 
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint; 0 without one."""
+def newest_checkpoint(run: Path) -> int:
+    """Return the step of the newest checkpoint; 0 without one."""
     return max((int(path.name.rpartition("-")[2]) for path in run.glob("checkpoints/checkpoint-*")), default=0)
 
 
-def writing(run: Path, process: int) -> bool:
-    """Whether the process is in the middle of a checkpoint, or died there."""
+def is_writing_checkpoint(run: Path, process: int) -> bool:
+    """Return whether the process is writing a checkpoint, or was killed while doing so."""
     return any(path.name.endswith(f".{process}.new") for path in run.glob("checkpoints/.*"))
 
 
-def reached(run: Path, phase: str, process: int, goes_on_from: int) -> bool:
-    """Whether the process is where it is to be killed, but for a random while."""
+def has_reached(run: Path, phase: str, process: int, resumed_from: int) -> bool:
+    """Return whether the process has reached the phase in which it is to be killed after a random delay."""
     if phase == "start":
         return True
     if phase == "step":
-        return lines(run) > goes_on_from
+        return count_lines(run) > resumed_from
     if phase == "checkpoint":
-        return writing(run, process)
+        return is_writing_checkpoint(run, process)
     answers = run / "eval/counting/responses.jsonl"
     return answers.exists() and answers.stat().st_size > 0
 
 
 def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
-    """False where the process ended before."""
+    """Wait until `condition` holds; return False if the process exits first."""
     while process.poll() is None:
         if condition():
             return True
@@ -82,13 +82,13 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
     return False
 
 
-def kill_once(run: Path, settings: list[str], chance: random.Random) -> dict[str, Any] | None:
-    """Begin or go on, and kill; None where the run ended first, which it may."""
-    phase = chance.choice(PHASES)
-    most = {"start": 12.0, "step": 3.0, "checkpoint": 0.03, "evaluation": 1.0}[phase]
-    delay, goes_on_from = chance.uniform(0, most), newest(run)
-    process = begin(settings, run.exists())
-    if wait_for(process, lambda: reached(run, phase, process.pid, goes_on_from)):
+def kill_once(run: Path, settings: list[str], rng: random.Random) -> dict[str, Any] | None:
+    """Start or resume a run and kill it; return None if the run finishes first."""
+    phase = rng.choice(PHASES)
+    max_delay = {"start": 12.0, "step": 3.0, "checkpoint": 0.03, "evaluation": 1.0}[phase]
+    delay, resumed_from = rng.uniform(0, max_delay), newest_checkpoint(run)
+    process = start_run(settings, run.exists())
+    if wait_for(process, lambda: has_reached(run, phase, process.pid, resumed_from)):
         time.sleep(delay)
     process.kill()
     _, error = process.communicate()
@@ -98,22 +98,26 @@ def kill_once(run: Path, settings: list[str], chance: random.Random) -> dict[str
         return None
     return {
         "aimed_at": phase,
-        "steps_recorded": lines(run),
-        "newest_checkpoint": newest(run),
-        "half_written": writing(run, process.pid),
+        "steps_recorded": count_lines(run),
+        "newest_checkpoint": newest_checkpoint(run),
+        "half_written": is_writing_checkpoint(run, process.pid),
     }
 
 
-def differences(run: Path, whole: Path) -> list[str]:
-    """What of a finished run is not as in the other."""
-    found = []
-    ours, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, whole))
-    if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in theirs):
-        found.append("adapter")
-    if metrics(run) != metrics(whole):
-        found.append("metrics.jsonl")
-    same = ("skipped.jsonl", "eval/counting/scores.jsonl", f"checkpoints/checkpoint-{STEPS}/state.json")
-    return found + [name for name in same if (run / name).read_bytes() != (whole / name).read_bytes()]
+def differences(run: Path, undisturbed: Path) -> list[str]:
+    """Return the names of what differs between two finished runs."""
+    differing = []
+    resumed_adapter, undisturbed_adapter = (
+        load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, undisturbed)
+    )
+    if resumed_adapter.keys() != undisturbed_adapter.keys() or any(
+        not torch.equal(resumed_adapter[name], undisturbed_adapter[name]) for name in undisturbed_adapter
+    ):
+        differing.append("adapter")
+    if metrics(run) != metrics(undisturbed):
+        differing.append("metrics.jsonl")
+    files = ("skipped.jsonl", "eval/counting/scores.jsonl", f"checkpoints/checkpoint-{STEPS}/state.json")
+    return differing + [name for name in files if (run / name).read_bytes() != (undisturbed / name).read_bytes()]
 
 
 def metrics(run: Path) -> list[list[Any]]:
@@ -127,20 +131,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
-    chance, kills, rounds = random.Random(args.seed), [], []
+    rng, kills, rounds = random.Random(args.seed), [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole = begin(arguments(folder / "world", folder / "whole"), False)
-        _, error = whole.communicate()
-        if whole.returncode:
+        undisturbed = start_run(arguments(folder / "world", folder / "whole"), False)
+        _, error = undisturbed.communicate()
+        if undisturbed.returncode:
             raise RuntimeError(error.decode())
         while len(kills) < args.kills:
             run = folder / f"run-{len(rounds)}"
             settings, before = arguments(folder / "world", run), len(kills)
-            while len(kills) < args.kills and (kill := kill_once(run, settings, chance)):
+            while len(kills) < args.kills and (kill := kill_once(run, settings, rng)):
                 kills.append(kill)
                 print(len(kills), kill, flush=True)
-            last = begin(settings, run.exists())
+            last = start_run(settings, run.exists())
             _, error = last.communicate()
             if last.returncode:
                 raise RuntimeError(error.decode())

@@ -1,11 +1,11 @@
-"""How quick the leaderboard's page is: built by `mmdora leaderboard`, opened and filtered in headless Chromium.
+"""Measure the leaderboard page: built by `mmdora leaderboard`, opened and filtered in headless Chromium.
 
     python benchmarks/leaderboard.py --out benchmarks/results/leaderboard.json
 
-Answers are drawn at random over questions with pictures of 640 × 480; the statistics are those of VQAv2's size. In the
-browser, `first_render` is from the start of the navigation to the first contentful paint, and `ready` from opening a
-tab to the page's script having run; `filter` and `search` are one change of a control each, to the next frame that is
-drawn: medians over ten, and the longest. The first search also writes down what is searched.
+Answers are random, over questions with images of 640 × 480 pixels; the statistics are computed at VQAv2's size. In the
+browser, `first_render` is the time from the start of the navigation to the first contentful paint, and `ready` the time
+from opening a tab until the page's script has run. `filter` and `search` are the time from one change of a control to
+the next frame: the median of ten, and the maximum. The first search also builds the search index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from browser import Browser, Page
 from machine import about_machine
 from PIL import Image as PILImage
 
-sys.path.remove(str(Path(__file__).parent))  # or the file eval.py in it would hide the package
+sys.path.remove(str(Path(__file__).parent))  # else eval.py in this folder would shadow the package `eval`
 
 from data_pipelines.samples import Image, Message, Sample, Text
 from eval.benchmarks import Question
@@ -47,29 +47,33 @@ def sentence(rng: np.random.Generator, words: int) -> str:
     return " ".join(rng.choice(WORDS, words))
 
 
-def make_results(folder: Path, models: int, count: int, pictures: int) -> None:
+def make_results(folder: Path, models: int, count: int, num_images: int) -> None:
     rng = np.random.default_rng(0)
     (folder / "media").mkdir()
-    for i in range(pictures):
+    for i in range(num_images):
         coarse = PILImage.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
         coarse.resize((640, 480), PILImage.Resampling.BICUBIC).save(folder / "media" / f"{i}.jpg")
     questions = []
     for i in range(count):
-        path = folder / "media" / f"{i % pictures}.jpg"
+        path = folder / "media" / f"{i % num_images}.jpg"
         sample = Sample(f"q{i}", (Message("user", (Image(path), Text(f"{sentence(rng, 9)}?"))),), "random")
         questions.append(Question(sample.id, sample, ("yes",), str(path), (WORDS[i % 12],)))
     config = EvaluationConfig(name="random", benchmark="vqa", data=str(folder))
     for model in range(models):
-        said = {q.id: "yes" if rng.random() < 0.6 + model / 50 else sentence(rng, 12) for q in questions}
-        scores = score_all("vqa", said, questions)
+        responses = {q.id: "yes" if rng.random() < 0.6 + model / 50 else sentence(rng, 12) for q in questions}
+        scores = score_all("vqa", responses, questions)
         receipt = {"target": f"model-{model}", "weights": str(model), "prompt_template": "{question}"}
         write_results(
-            folder / str(model), said, questions, scores, make_report(config, said, questions, scores, receipt)
+            folder / str(model),
+            responses,
+            questions,
+            scores,
+            make_report(config, responses, questions, scores, receipt),
         )
 
 
 def change(page: Page, control: str, value: str, event: str) -> float:
-    """Milliseconds from a change of a control to the next frame."""
+    """Return the milliseconds from a change of a control to the next frame."""
     return page.run(CHANGE % tuple(json.dumps(text) for text in (control, value, event)))
 
 
@@ -85,8 +89,8 @@ def in_browser(address: str) -> dict[str, float]:
         filters = [
             change(page, "show", value, "change") for value in ("differ", "wrong-0", "only-1", "right", "all") * 2
         ]
-        shown = page.run("document.getElementById('count').textContent")
-        assert shown.endswith("questions"), shown
+        count = page.run("document.getElementById('count').textContent")
+        assert count.endswith("questions"), count
     return {
         "first_render_ms": painted,
         "ready_ms": ready,
@@ -99,7 +103,7 @@ def in_browser(address: str) -> dict[str, float]:
 
 
 def statistics_of_vqav2() -> dict[str, float]:
-    """One figure over 214,354 questions on 40,504 pictures: seconds, and the most memory this process has had."""
+    """Return the seconds for one figure over 214,354 questions on 40,504 images, and the process's peak memory."""
     rng = np.random.default_rng(0)
     clusters = [str(i) for i in rng.integers(40_504, size=214_354)]
     values = rng.random(214_354).tolist()
@@ -113,7 +117,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     figure = statistics_of_vqav2()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_results(folder, arguments.models, arguments.questions, arguments.pictures)
+        make_results(folder, arguments.models, arguments.questions, arguments.images)
         page = folder / "page.html"
         start = time.perf_counter()
         leaderboard([str(folder / str(i)) for i in range(arguments.models)], page, [])
@@ -133,7 +137,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=5)
     parser.add_argument("--questions", type=int, default=10_000)
-    parser.add_argument("--pictures", type=int, default=2_000)
+    parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     text = json.dumps(run(arguments), indent=1)

@@ -1,11 +1,11 @@
-"""Does DoRA learn as well where BA is added to bf16 weights (`forward: merged`) as where x meets A and B (`exact`)?
+"""Compare the loss of DoRA with BA added to bf16 weights (`forward: merged`) and with A and B applied to x (`exact`).
 
     python benchmarks/learning_curve.py --out benchmarks/results/learning-curve.json
 
-A weight in bf16 cannot show a change of less than half its last bit, so a merged forward pass could miss the first
-small steps of training. Here a network of bf16 layers learns what a changed copy of it does (each weight moved by
-`change`, along 4 directions and in the length of its rows); losses are relative to the size of the outputs, each the
-mean of 10 steps and of several seeds. The same run in fp32 shows what bf16 itself costs.
+A bf16 weight cannot represent a change below half its last bit, so a merged forward pass could miss the first small
+steps of training. Here a network of bf16 layers is trained to match a perturbed copy of itself (each weight is moved by
+`change`, along 4 directions and in the norm of its rows). Losses are relative to the size of the outputs, each the mean
+of 10 steps and several seeds. The same run in fp32 shows the cost of bf16 itself.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import mmdora
 
 WIDTH, ROWS, STEPS = 256, 512, 300
 MARKS = (10, 50, 100, 200, STEPS)
-WAYS = {"fp32": ("exact", torch.float32), "exact": ("exact", torch.bfloat16), "merged": ("merged", torch.bfloat16)}
+VARIANTS = {"fp32": ("exact", torch.float32), "exact": ("exact", torch.bfloat16), "merged": ("merged", torch.bfloat16)}
 
 
 def losses(forward: str, dtype: torch.dtype, learning_rate: float, change: float, seed: int, steps: int) -> list[float]:
-    """The loss of every step, for DoRA of rank 8 on three layers."""
+    """Return the loss of every step, for DoRA of rank 8 on three layers."""
     torch.manual_seed(seed)
     layers = [module for _ in range(3) for module in (nn.Linear(WIDTH, WIDTH, bias=False), nn.GELU())]
     student = nn.Sequential(*layers[:-1]).requires_grad_(False)
     for parameter in student.parameters():
-        parameter.mul_(3)  # else each layer shrinks its input, and the last one's outputs are tiny
+        parameter.mul_(3)  # otherwise each layer shrinks its input, and the final outputs are tiny
     student.bfloat16()
     teacher = copy.deepcopy(student).float()
     for weight in teacher.parameters():
@@ -41,16 +41,16 @@ def losses(forward: str, dtype: torch.dtype, learning_rate: float, change: float
     student.to(dtype)
     mmdora.inject_adapters(student, {"": {"method": "dora", "rank": 8, "alpha": 16, "forward": forward}})
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=learning_rate)
-    found = []
+    values = []
     for _ in range(steps):
         x = torch.randn(ROWS, WIDTH).bfloat16()
-        wanted = teacher(x.float())
-        loss = (student(x.to(dtype)).float() - wanted).square().mean() / wanted.square().mean()
+        target = teacher(x.float())
+        loss = (student(x.to(dtype)).float() - target).square().mean() / target.square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.item())
-    return found
+        values.append(loss.item())
+    return values
 
 
 def main() -> None:
@@ -61,11 +61,13 @@ def main() -> None:
     rows = []
     for learning_rate in (2e-5, 2e-4, 1e-3):
         for change in (0.003, 0.03):
-            for way, (forward, dtype) in WAYS.items():
+            for variant, (forward, dtype) in VARIANTS.items():
                 curves = [losses(forward, dtype, learning_rate, change, seed, STEPS) for seed in range(args.seeds)]
                 mean = torch.tensor(curves).mean(0)
                 marks = {mark: round(mean[mark - 10 : mark].mean().item(), 6) for mark in MARKS}
-                rows.append({"learning_rate": learning_rate, "change": change, "forward": way, "loss_at_step": marks})
+                rows.append(
+                    {"learning_rate": learning_rate, "change": change, "forward": variant, "loss_at_step": marks}
+                )
                 print(rows[-1], flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A LLaVA-1.5's processor and pictures to show it, without a network."""
+"""A LLaVA-1.5 processor and images for it, built without a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTION, ANSWER = "What is on the table beside the window?", "A blue vase with 
 
 
 def make_processor(pixels: int = 336) -> LlavaProcessor:
-    """Patches of 14 × 14 pixels, and the shipped base's own small vocabulary."""
+    """Return a processor with patches of 14 × 14 pixels and the small vocabulary of the shipped base model."""
     return LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels}),
         AutoTokenizer.from_pretrained(find_path("assets/tiny-llava")),
@@ -26,8 +26,8 @@ def make_processor(pixels: int = 336) -> LlavaProcessor:
     )
 
 
-def write_pictures(folder: Path, count: int = 16) -> list[Path]:
-    """JPEGs of 640 × 480."""
+def write_images(folder: Path, count: int = 16) -> list[Path]:
+    """Write JPEGs of 640 × 480 pixels and return their paths."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for path in paths:

@@ -1,4 +1,4 @@
-"""What a result must say to be worth something: when, on what, with which versions."""
+"""Metadata that every result needs: date, hardware and versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def about_machine() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """What Linux calls the CPU; elsewhere the architecture alone."""
+    """Return the CPU's name from /proc/cpuinfo, or the architecture if there is none."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,11 +1,11 @@
-"""Does memory stay flat while workers read many pictures and videos, and is anything left behind?
+"""Check that memory stays flat while workers read many images and videos, and that nothing leaks.
 
     python benchmarks/media_soak.py --out benchmarks/results/media-soak.json
 
-2,000 video opens and 20,000 pictures, mixed, through 4 DataLoader workers, once forked and once spawned. Memory is
-that of all processes, the decoding ones too, with shared pages counted once (PSS); `growth_mib` is the mean of the last
-fifth of the run less that of the second fifth (the first is warm-up). One video in a hundred is damaged. What is left
-behind is counted after the loader has gone: processes, and file descriptors of this process.
+2,000 videos and 20,000 images, interleaved, are read by 4 DataLoader workers, once forked and once spawned. Memory is
+that of all processes, including the decoders, with shared pages counted once (PSS); `growth_mib` is the mean of the
+last fifth of the run minus that of the second fifth (the first is warm-up). One video in a hundred is damaged.
+Remaining processes, and file descriptors of this process, are counted after the loader is deleted.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from mmdora.core.config import VideoConfig
 from mmdora.training.loader_workers import start_worker
 
 CONFIG = VideoConfig(num_frames=8, timeout=60)
-DAMAGED = 100  # one video in so many
+DAMAGED = 100  # one video in this many is damaged
 
 
 class Media(Dataset[tuple[int, int, int]]):
-    """Per item: whether it was a picture, a video, or refused. Videos come at equal steps among the pictures."""
+    """Items are (1, 0, 0) for images, (0, 1, 0) for videos, (0, 0, 1) for rejected ones; videos are spread evenly."""
 
     def __init__(self, images: list[Path], videos: list[Path], damaged: Path, counts: tuple[int, int]):
         self.images, self.videos, self.damaged, self.counts = images, videos, damaged, counts
@@ -59,12 +59,12 @@ class Media(Dataset[tuple[int, int, int]]):
 
 
 def make_files(folder: Path) -> tuple[list[Path], list[Path], Path]:
-    """Pictures of 640×480, clips of 320×240 in several codecs, and a damaged clip."""
+    """Write images of 640×480 pixels, videos of 320×240 in several codecs, and a damaged video."""
     rng = np.random.default_rng(0)
     coarse = [Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)) for _ in range(16)]
     images = [folder / f"{i}.{suffix}" for i, suffix in enumerate(["jpg"] * 12 + ["png", "webp", "gif", "bmp"])]
-    for path, picture in zip(images, coarse, strict=True):
-        picture.resize((640, 480)).save(path)
+    for path, image in zip(images, coarse, strict=True):
+        image.resize((640, 480)).save(path)
     videos = []
     for name, codec in {"a.mp4": "libx264", "b.mkv": "libx264", "c.avi": "mpeg4", "d.webm": "libvpx-vp9"}.items():
         videos.append(folder / name)
@@ -83,22 +83,22 @@ def make_files(folder: Path) -> tuple[list[Path], list[Path], Path]:
 
 
 def usage() -> tuple[float, int, int]:
-    """Memory of this process and all below it in MiB, their file descriptors, and how many they are."""
+    """Return the memory in MiB, file descriptors and number of this process and all its descendants."""
     memory = descriptors = count = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
+    this_process = psutil.Process()
+    for process in [this_process, *this_process.children(recursive=True)]:
         try:
             full = process.memory_full_info()
             memory += getattr(full, "pss", full.rss)
             descriptors += process.num_fds()
             count += 1
         except psutil.Error:
-            continue  # it has just ended
+            continue  # the process has just exited
     return memory / 2**20, descriptors, count
 
 
 def soak(media: Media, start: str, workers: int) -> dict[str, Any]:
-    """The figures of one pass."""
+    """Run one pass and return its figures."""
     gc.collect()
     before = psutil.Process().num_fds()
     loader = DataLoader(
@@ -108,40 +108,40 @@ def soak(media: Media, start: str, workers: int) -> dict[str, Any]:
         multiprocessing_context=start,
         worker_init_fn=start_worker,
     )
-    seen: list[tuple[float, int, int]] = []
-    done = np.zeros(3, int)
-    began = time.monotonic()
+    samples: list[tuple[float, int, int]] = []
+    counts = np.zeros(3, int)
+    start_time = time.monotonic()
     for number, row in enumerate(loader):
-        done += np.asarray(row)
+        counts += np.asarray(row)
         if (number + 1) % max(1, len(media) // 50) == 0:
-            seen.append(usage())
-    seconds = time.monotonic() - began
+            samples.append(usage())
+    seconds = time.monotonic() - start_time
     del loader
     gc.collect()
     isolation.stop()
-    until = time.monotonic() + 20
-    while time.monotonic() < until and _below():
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _descendants():
         time.sleep(0.1)
-    fifth = len(seen) // 5
-    early, late = seen[fifth : 2 * fifth], seen[-fifth:]
+    fifth = len(samples) // 5
+    early, late = samples[fifth : 2 * fifth], samples[-fifth:]
     memory = [statistics.mean(row[0] for row in rows) for rows in (early, late)]
     return {
-        "pictures": int(done[0]),
-        "videos": int(done[1]),
-        "refused": int(done[2]),
+        "pictures": int(counts[0]),
+        "videos": int(counts[1]),
+        "refused": int(counts[2]),
         "seconds": round(seconds, 1),
-        "processes": max(row[2] for row in seen),
-        "memory_mib": [round(row[0]) for row in seen[:: max(1, len(seen) // 10)]],
+        "processes": max(row[2] for row in samples),
+        "memory_mib": [round(row[0]) for row in samples[:: max(1, len(samples) // 10)]],
         "growth_mib": round(memory[1] - memory[0], 1),
         "growth_share": round(memory[1] / memory[0] - 1, 4),
         "descriptors_early_late": [max(row[1] for row in rows) for rows in (early, late)],
-        "processes_left": len(_below()),
+        "processes_left": len(_descendants()),
         "descriptors_left": psutil.Process().num_fds() - before,
     }
 
 
-def _below() -> list[psutil.Process]:
-    """The processes below this one, less the one that multiprocessing keeps to track shared memory."""
+def _descendants() -> list[psutil.Process]:
+    """Return the descendants of this process, except multiprocessing's resource tracker."""
     return [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         media = Media(*make_files(Path(folder)), (args.images, args.videos))
-        # The tracker that spawning starts stays for the life of this process: it is no leak of the second pass.
+        # Start the resource tracker now: it lives as long as this process and must not count as a leak.
         torch.multiprocessing.get_context("spawn").Semaphore(1)
         figures = {start: soak(media, start, args.workers) for start in ("fork", "spawn")}
     report = about_machine() | {"workers": args.workers, "figures": figures}

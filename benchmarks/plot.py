@@ -1,4 +1,4 @@
-"""The picture of docs/adapters.md from benchmarks/results/: `python benchmarks/plot.py`."""
+"""Draw the figure of docs/adapters.md from benchmarks/results/: `python benchmarks/plot.py`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def main() -> None:
         colors = ["#1f4e79" if name.startswith("mmdora") else "#9db4c8" for name in NAMES]
         bars = axes.barh(list(NAMES.values()), [value - 1 for value in values], color=colors)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
-        what = f"{shape['hidden']} wide, {shape['tokens']} tokens, {shape['dtype']}, r = {shape['rank']}"
-        axes.set_title(f"{result['hardware']}\n{what}", fontsize=8)
+        title = f"{shape['hidden']} wide, {shape['tokens']} tokens, {shape['dtype']}, r = {shape['rank']}"
+        axes.set_title(f"{result['hardware']}\n{title}", fontsize=8)
         axes.set_xlim(0, 1.15 * (max(values) - 1))
         axes.set_xticks([])
         axes.tick_params(axis="y", labelsize=8, length=0)

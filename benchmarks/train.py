@@ -1,12 +1,12 @@
-"""Training end to end, from files to weights: our trainer against plain `transformers.Trainer` with PEFT.
+"""Measure training end to end, from files to weights: mmdora's trainer against `transformers.Trainer` with PEFT.
 
-    python benchmarks/train.py                                                    # a CPU
-    python benchmarks/train.py --hidden 4096 --layers 32 --pixels 336 --batch 16  # a GPU, the shapes of LLaVA-1.5-7B
+    python benchmarks/train.py                                                    # on a CPU
+    python benchmarks/train.py --hidden 4096 --layers 32 --pixels 336 --batch 16  # on a GPU, LLaVA-1.5-7B shapes
 
-A LLaVA of random weights (a CLIP tower, its projector, a Llama) learns conversations about JPEGs; the parts are tuned
-as in LLaVA's LoRA recipe: adapters on all linear layers of the language model, the rest frozen. Both sides read the
-same samples through the same pipeline, in this process. Every round lets each candidate take a few steps, in a new
-order; the first step of a round is its warm-up. Figures are medians over the steps, and ratios of one run.
+A LLaVA with random weights (CLIP tower, projector, Llama) is fine-tuned on conversations about JPEGs as in LLaVA's LoRA
+recipe: adapters on all linear layers of the language model, the rest frozen. Both sides read the same samples through
+the same pipeline, in this process. In every round each candidate runs a few steps, in a random order; the first step of
+a round is warm-up. Figures are medians over the steps, and ratios within one run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from llava import ANSWER, QUESTION, make_processor, write_pictures
+from llava import ANSWER, QUESTION, make_processor, write_images
 from machine import about_machine
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback
 
@@ -40,11 +40,11 @@ from mmdora.training.arguments import training_arguments
 from mmdora.training.trainer import AdapterTrainer
 
 LANGUAGE = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-TIMED = 3  # steps of a candidate a round, behind its warm-up
+TIMED_STEPS = 3  # per candidate and round, after its warm-up step
 
 
 class Clock(transformers.TrainerCallback):
-    """Seconds from the end of a step to the end of the next: data, forward, backward, update."""
+    """Records the seconds between the ends of consecutive steps: data, forward, backward, update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -63,7 +63,7 @@ class Clock(transformers.TrainerCallback):
 
 
 def make_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    """Random weights; every size but the depth follows from the width, as in a Llama 7B."""
+    """Return a model with random weights; all sizes but the depth follow from the width, as in Llama 7B."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=args.hidden // 4,
@@ -93,12 +93,12 @@ def make_model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
 def make_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "model": {"path": "a LLaVA of random weights", "dtype": args.dtype},
+            "model": {"path": "a LLaVA with random weights", "dtype": args.dtype},
             "parts": {"language": {"method": "dora", "rank": args.rank, "alpha": 2 * args.rank}},
             "data": {"train": [str(folder / "data.json")]},
             "training": {
                 "output": str(folder),
-                "max_steps": TIMED + 1,
+                "max_steps": TIMED_STEPS + 1,
                 "batch_size": args.batch,
                 "micro_batch_size": args.batch,
                 "gradient_checkpointing": args.checkpointing,
@@ -108,9 +108,9 @@ def make_config(args: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 def make_data(args: argparse.Namespace, folder: Path) -> TrainDataset:
-    """A picture, a question and a long answer each."""
+    """Write samples with an image, a question and a long answer."""
     rows = []
-    for i, path in enumerate(write_pictures(folder, 64)):
+    for i, path in enumerate(write_images(folder, 64)):
         turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": f"{ANSWER} {i} " * 8}]
         rows.append({"id": str(i), "image": path.name, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -119,8 +119,8 @@ def make_data(args: argparse.Namespace, folder: Path) -> TrainDataset:
     return TrainDataset([source], encoder, Ledger(folder / "skipped.jsonl", len(source), 0.0), seed=0)
 
 
-class Plain(Collator):
-    """For the Trainer that does not know what `index` is."""
+class PlainCollator(Collator):
+    """A collator without `index`, which plain transformers.Trainer would pass to the model."""
 
     def __call__(self, rows: Any) -> Any:
         batch = super().__call__(rows)
@@ -145,7 +145,7 @@ def with_peft(use_dora: bool) -> Callable[..., transformers.Trainer]:
         model = peft.get_peft_model(model, adapter)
         if kwargs["args"].gradient_checkpointing:
             model.enable_input_require_grads()
-        return transformers.Trainer(model=model, data_collator=Plain(0), **kwargs)
+        return transformers.Trainer(model=model, data_collator=PlainCollator(0), **kwargs)
 
     return build
 
@@ -161,7 +161,7 @@ CANDIDATES = {
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     config, dataset, base = make_config(args, folder), make_data(args, folder), make_model(args)
     tokens = statistics.mean(dataset[i]["input_ids"].shape[1] for i in range(len(dataset))) * args.batch
-    trainers, clocks, peaks, trained = {}, {}, dict.fromkeys(args.only, 0), {}
+    trainers, clocks, peaks, num_trainable = {}, {}, dict.fromkeys(args.only, 0), {}
     for name in args.only:
         model = copy.deepcopy(base) if len(args.only) > 1 else base
         trainer = CANDIDATES[name](model, config, args=training_arguments(config, folder), train_dataset=dataset)
@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
         clocks[name] = Clock()
         trainer.add_callback(clocks[name])
         trainers[name] = trainer
-        trained[name] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        num_trainable[name] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     for _ in range(args.rounds):
         for name in random.sample(args.only, len(args.only)):
             if torch.cuda.is_available():
@@ -184,7 +184,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
         name: {
             "tokens_a_second": round(tokens / seconds, 1),
             f"over {first}": round(medians[first] / seconds, 3),
-            "trained": trained[name],
+            "trained": num_trainable[name],
         }
         | ({"peak_gib_beside_the_models": round(peaks[name] / 2**30, 2)} if peaks[name] else {})
         for name, seconds in medians.items()
@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--hidden", type=int, default=1024, help="width of the language model; the tower's is a quarter"
+        "--hidden", type=int, default=1024, help="width of the language model; the vision tower has a quarter"
     )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vision-layers", type=int, default=2)

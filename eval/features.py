@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data_pipelines.samples import Video
 from data_pipelines.video import load_video, resolve_reader
 from eval.benchmarks import Question
-from eval.benchmarks.retrieval import ranked
+from eval.benchmarks.retrieval import rank_responses
 from eval.digests import media_digest
 from eval.dual_encoders import DualEncoder
 from eval.files import write_whole
@@ -65,9 +65,11 @@ def evaluate_by_features(
     embed_texts(texts, encoder, features, config.batch_size)
     for _ in embed_videos(videos, encoder, features):
         advance(1)
-    similarity = similarities([text for text, _ in asked], [video for _, video in asked], features)
+    advance(len(questions) - len(videos))
+    columns = {q.references[0]: video for q, (_, video) in zip(questions, asked, strict=True)}  # one per video
+    similarity = similarities([text for text, _ in asked], columns.values(), features)
     np.save(folder / "similarity.npy", similarity)
-    responses = ranked(similarity, questions)
+    responses = rank_responses(similarity, questions)
     scores = score_all(config.benchmark, responses, questions)
     report = make_report(config, responses, questions, scores, receipt)
     write_results(folder, responses, questions, scores, report)

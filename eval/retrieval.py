@@ -38,13 +38,13 @@ def sentence_ranks(similarity: np.ndarray) -> np.ndarray:
     return np.diagonal(places, axis1=1, axis2=2)[np.isfinite(own)]
 
 
-def sentence_figures(similarity: np.ndarray) -> dict[str, float]:
+def sentence_figures(ranks: Sequence[int] | np.ndarray) -> dict[str, float]:
     """As `rank_figures`, of `sentence_ranks`: the recalls in single precision, the lower of two medians, and the ranks'
     standard deviation, as the official code has them."""
-    ranks = sentence_ranks(similarity) + 1
-    figures = {f"R{k}": float(np.float32(100 * np.sum(ranks <= k)) / np.float32(len(ranks))) for k in RECALLS}
-    median = float(np.sort(ranks)[(len(ranks) - 1) // 2])
-    return figures | {"MedianR": median, "MeanR": float(np.mean(ranks)), "Std_Rank": float(np.std(ranks))}
+    found = np.asarray(ranks) + 1
+    figures = {f"R{k}": float(np.float32(100 * np.sum(found <= k)) / np.float32(len(found))) for k in RECALLS}
+    median = float(np.sort(found)[(len(found) - 1) // 2])
+    return figures | {"MedianR": median, "MeanR": float(np.mean(found)), "Std_Rank": float(np.std(found))}
 
 
 def video_to_sentences(similarity: np.ndarray) -> np.ndarray:

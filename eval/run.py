@@ -34,7 +34,7 @@ def read_questions(config: EvaluationConfig, by_features: bool = False) -> list[
         how = f"mmdora eval MODEL --benchmark {config.benchmark}"
         raise UserError(f"{config.benchmark} is not answered in words; score a CLIP-like model with `{how}`")
     benchmark.check_settings(config)
-    if missing := benchmark.lacks(config):
+    if missing := benchmark.missing_input(config):
         raise UserError(missing)
     if config.judge is not None:
         describe_judge(benchmark, config.judge)

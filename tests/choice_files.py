@@ -23,8 +23,8 @@ SCIENCE = {
 
 def science_files(root: Path) -> Path:
     names = ("split", "question", "choices", "answer", "image", "hint", "grade")
-    about = {"subject": "natural science", "topic": "physics"}
-    problems = {i: {**dict(zip(names, row, strict=True)), **about} for i, row in SCIENCE.items()}
+    metadata = {"subject": "natural science", "topic": "physics"}
+    problems = {i: {**dict(zip(names, row, strict=True)), **metadata} for i, row in SCIENCE.items()}
     write(root / "problems.json", problems)
     write(root / "pid_splits.json", {"test": ["1", "2", "3"], "val": ["4"], "train": []})
     for i in ("1", "3"):
@@ -33,18 +33,18 @@ def science_files(root: Path) -> Path:
     return root
 
 
-def picture(seed: int, folder: Path) -> str:
+def base64_image(seed: int, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     return base64.b64encode(write_image(folder / "made.png", seed, (32, 32)).read_bytes()).decode()
 
 
 def mmbench_rows(folder: Path) -> list[dict]:
-    about = {"category": "ocr", "l2-category": "coarse_perception", "split": "dev", "source": "", "comment": ""}
+    metadata = {"category": "ocr", "l2-category": "coarse_perception", "split": "dev", "source": "", "comment": ""}
     three = {"A": "red", "B": "=green", "C": "blue", "D": "", "answer": "B", "hint": "Think."}
     two = {"A": "yes", "B": "no", "C": "", "D": "", "answer": "A", "hint": ""}
     return [
-        {"index": 7, "question": 'What "colour"?', **three, "image": picture(0, folder), **about},
-        {"index": 9, "question": "Is it?", **two, "image": picture(1, folder), **about, "category": "color"},
+        {"index": 7, "question": 'What "colour"?', **three, "image": base64_image(0, folder), **metadata},
+        {"index": 9, "question": "Is it?", **two, "image": base64_image(1, folder), **metadata, "category": "color"},
     ]
 
 
@@ -79,11 +79,11 @@ def commonsense_files(root: Path) -> Path:
 
 
 def mme_files(root: Path, tasks=tuple(GROUP)) -> Path:
-    """One picture a task, in both of the official layouts."""
+    """One image per task, in both official layouts."""
     for task in tasks:
         folder = root / "MME_Benchmark_release_version" / task
-        apart = task in ("celebrity", "scene")
-        texts, images = (folder / "questions_answers_YN", folder / "images") if apart else (folder, folder)
+        has_subfolders = task in ("celebrity", "scene")
+        texts, images = (folder / "questions_answers_YN", folder / "images") if has_subfolders else (folder, folder)
         texts.mkdir(parents=True)
         images.mkdir(exist_ok=True)
         write_image(images / "0001.png", 0, (32, 32))

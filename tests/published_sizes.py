@@ -1,4 +1,4 @@
-"""The published sizes of the models that the shipped configs tune, written out: nothing is downloaded."""
+"""Published sizes of the models in the shipped configs, written out so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def qwen3_vl() -> Qwen3VLConfig:
         "head_dim": 128,
         "vocab_size": 151936,
     }
-    return Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096})  # the rest is the default
+    return Qwen3VLConfig(text_config=text, vision_config={"out_hidden_size": 4096})  # other values are the defaults
 
 
 def smolvlm() -> SmolVLMConfig:
@@ -89,7 +89,7 @@ def smolvlm() -> SmolVLMConfig:
     return SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=3)
 
 
-# By the config's `model.path`: the sizes, and the billions of parameters that its page gives.
+# Config and billions of parameters (from the model's page) by `model.path`.
 PUBLISHED: dict[str, tuple[Callable[[], Any], float]] = {
     "llava-hf/llava-1.5-7b-hf": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),
     "llava-hf/llava-1.5-13b-hf": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(13)), 13.35),
@@ -105,7 +105,7 @@ PUBLISHED: dict[str, tuple[Callable[[], Any], float]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (qwen2_5_vl, 8.29),
     "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl, 8.77),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (smolvlm, 2.25),
-    # What the two stages make of Vicuna and CLIP is LLaVA-1.5.
+    # Vicuna and CLIP, composed and trained in two stages, have the size of LLaVA-1.5.
     "models/llava-1.5-7b_start": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),
     "models/llava-1.5-7b_stage1": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),
 }

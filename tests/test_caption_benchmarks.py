@@ -1,4 +1,4 @@
-"""Every captioning benchmark from its official files to report and submission."""
+"""Captioning benchmarks: from miniatures of their official files to report and submission."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def model():
-    """A tiny model that takes pictures and videos."""
+    """(model, encoder) of a tiny model for images and videos."""
     made, processor = qwen2_vl()
     return made.eval(), Encoder(processor, VideoConfig(num_frames=2, timeout=None))
 
 
 @pytest.fixture(scope="module")
 def meteor():
-    """One for all tests: it takes seconds to start."""
+    """One METEOR process for all tests: it takes seconds to start."""
     with meteor_process() as started:
         yield started
 
@@ -148,18 +148,18 @@ def test_from_files_to_report(name, tmp_path, model, meteor, monkeypatch, capsys
     assert report["scores"]["official"]["value"] == pytest.approx(report["metrics"]["CIDEr"])
     assert report["scores"]["strict"] is report["unparsed_rate"] is None
 
-    alone = tmp_path / Path(answers).name  # the official answers, without the rest of the folder
+    alone = tmp_path / Path(answers).name  # the annotations without the rest of the folder
     alone.write_bytes((data / answers).read_bytes())
     split = options.get("split")
     score(name, predictions, str(alone if name != "caption" else data / answers), split, True, None, False, [])
     scored = json.loads(capsys.readouterr().out)
-    assert scored["scores"]["official"]["value"] > 200  # each caption is one of its references
+    assert scored["scores"]["official"]["value"] > 200  # each caption equals one of its references
     assert scored["metrics"]["Bleu_1"] > 99
     assert 50 < scored["metrics"]["METEOR"] <= 100
 
 
 @pytest.mark.parametrize(("name", "splits"), [("coco_caption", ("val2014", "test2014")), ("tvc", ("val", "test"))])
-def test_submissions_are_of_both_splits(name, splits, tmp_path, model, meteor, monkeypatch):
+def test_submissions_need_both_splits(name, splits, tmp_path, model, meteor, monkeypatch):
     monkeypatch.setattr("eval.benchmarks.captions.meteor_process", lambda: nullcontext(meteor))
     MAKERS[name][0](tmp_path)
     for split in splits:
@@ -167,7 +167,7 @@ def test_submissions_are_of_both_splits(name, splits, tmp_path, model, meteor, m
         report = evaluate(*model, config, read_questions(config), tmp_path / split)
         assert (report["scores"]["official"] is None) == split.startswith("test")
     folders, out = [tmp_path / split for split in splits], tmp_path / "mine.zip"
-    with pytest.raises(UserError, match="wants two results, of the splits"):
+    with pytest.raises(UserError, match="takes two results, of the splits"):
         submit(folders[:1], out, [])
     assert not out.exists()
     submit(folders, out, [])
@@ -183,12 +183,12 @@ def test_submissions_are_of_both_splits(name, splits, tmp_path, model, meteor, m
         assert [row["image_id"] for row in json.loads(files["captions_test2014_mine_results.json"])] == [1, 14, 16]
 
 
-def test_karpathys_splits_and_the_prompt(tmp_path):
+def test_coco_karpathy_splits_and_prompt(tmp_path):
     make_coco(tmp_path)
     config = EvaluationConfig(name="c", benchmark="coco_caption", data=str(tmp_path))
-    asked = read_questions(config)
-    assert [q.id for q in asked] == ["42", "74"]
-    assert asked[0].sample.messages[0].text == "Provide a one-sentence caption for the provided image."
+    questions = read_questions(config)
+    assert [q.id for q in questions] == ["42", "74"]
+    assert questions[0].sample.messages[0].text == "Provide a one-sentence caption for the provided image."
     other = read_questions(config.model_copy(update={"prompt": "Say what you see.", "split": "val"}))
     assert [(q.id, q.sample.messages[0].text) for q in other] == [("73", "Say what you see.")]
     blips = {"images": [{"id": 73}], "annotations": [{"image_id": 73, "caption": "A cat."}]}
@@ -199,18 +199,18 @@ def test_karpathys_splits_and_the_prompt(tmp_path):
         read_questions(config.model_copy(update={"data": str(tmp_path / "val2014")}))
 
 
-def test_karpathys_split_of_flickr30k(tmp_path):
+def test_flickr30k_karpathy_split(tmp_path):
     make_flickr30k(tmp_path)
     images = [
         {"imgid": 0, "filename": "036979.jpg", "split": "train", "sentences": [{"raw": "A dog."}]},
         {"imgid": 1, "filename": "136979.jpg", "split": "test", "sentences": [{"raw": "A cat."}, {"raw": "Cats."}]},
     ]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": images}))
-    (asked,) = read_questions(EvaluationConfig(name="f", benchmark="flickr30k", data=str(tmp_path)))
-    assert (asked.id, asked.references) == ("136979", ("A cat.", "Cats."))
+    (questions,) = read_questions(EvaluationConfig(name="f", benchmark="flickr30k", data=str(tmp_path)))
+    assert (questions.id, questions.references) == ("136979", ("A cat.", "Cats."))
 
 
-def test_a_clip_is_its_span_with_what_is_said_in_it(tmp_path):
+def test_tvc_uses_the_frames_and_subtitles_of_the_clip(tmp_path):
     make_tvc(tmp_path)
     prompt = "Hear: {subtitles}. Caption it."
     config = EvaluationConfig(name="t", benchmark="tvc", data=str(tmp_path), prompt=prompt)
@@ -223,9 +223,9 @@ def test_a_clip_is_its_span_with_what_is_said_in_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
-        ("tvc", rows({"clip_id": 80, "descs": []}), r"row 1: 'descs' holds no description"),
+        ("tvc", rows({"clip_id": 80, "descs": []}), r"row 1: 'descs' must be a non-empty list"),
         ("tvc", rows({"clip_id": 80, "descs": [{"desc": "x"}]}), r"1 without an answer: 81"),
         (
             "flickr30k",
@@ -235,39 +235,43 @@ def test_a_clip_is_its_span_with_what_is_said_in_it(tmp_path):
         ("msrvtt_caption", json.dumps({"results": []}), "the file: no field 'result'"),
     ],
 )
-def test_bad_predictions_are_named(name, text, said, tmp_path):
+def test_errors_name_malformed_predictions(name, text, message, tmp_path):
     make, _, answers = MAKERS[name]
     make(tmp_path)
     predictions = tmp_path / ("p.jsonl" if name == "tvc" else "p.json")
     predictions.write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         score(name, predictions, str(tmp_path / answers), None, True, None, False, [])
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         (
             "coco_caption",
             ('"caption": "Two men (old) ride a horse!"', '"caption": 7'),
-            "annotation 0: the caption is 7",
+            "annotation 0: the caption must be a string, found 7",
         ),
         ("coco_caption", ('"image_id": 73', '"image_id": 42'), "image 73 has no caption"),
         ("flickr30k", ("\t", " "), "line 1: expected <image>#<number>, a tab and a caption"),
         (
             "msrvtt_caption",
             ('"video_id": "video7010", "sen_id"', '"video_id": "video7011", "sen_id"'),
-            "has no sentence",
+            "video video7010 has no caption",
         ),
-        ("tvc", ('"ts": [0.0, 2.5]', '"ts": "0-2.5"'), "row 1: 'ts' is '0-2.5', not the seconds"),
+        (
+            "tvc",
+            ('"ts": [0.0, 2.5]', '"ts": "0-2.5"'),
+            "row 1: 'ts' must be the start and end of the clip in seconds, found '0-2.5'",
+        ),
     ],
 )
-def test_bad_files_are_named(name, change, said, tmp_path):
+def test_errors_name_malformed_files(name, change, message, tmp_path):
     make, options, answers = MAKERS[name]
     make(tmp_path)
     file = tmp_path / answers
     assert change[0] in file.read_text(encoding="utf-8")
     file.write_text(file.read_text(encoding="utf-8").replace(*change), encoding="utf-8")
     config = EvaluationConfig(name="c", benchmark=name, data=str(tmp_path), split=options.get("split"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_questions(config)

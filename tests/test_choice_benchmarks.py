@@ -1,5 +1,5 @@
-"""Multiple choice: one's own data, ScienceQA, MMBench, SEED-Bench and the commonsense tasks, from miniatures of their
-official files to the file that is handed in."""
+"""Multiple-choice benchmarks (own data, ScienceQA, MMBench, SEED-Bench, commonsense tasks): from miniatures of their
+official files to the submission."""
 
 from __future__ import annotations
 
@@ -35,51 +35,51 @@ def own_files(root: Path) -> Path:
     return root / "own.json"
 
 
-def right(q: Question) -> str:
+def answer_letter(q: Question) -> str:
     return q.references[0]
 
 
-def llava(path: Path, questions: list[Question]) -> Path:
+def llava_answers(path: Path, questions: list[Question]) -> Path:
     return write_lines(
-        path / "answers.jsonl", [{"question_id": q.id, "prompt": "", "text": right(q)} for q in questions]
+        path / "answers.jsonl", [{"question_id": q.id, "prompt": "", "text": answer_letter(q)} for q in questions]
     )
 
 
-def workbook(path: Path, questions: list[Question]) -> Path:
-    rows = [{"index": int(q.id), "question": "", "A": "", "prediction": right(q)} for q in questions]
+def mmbench_workbook(path: Path, questions: list[Question]) -> Path:
+    rows = [{"index": int(q.id), "question": "", "A": "", "prediction": answer_letter(q)} for q in questions]
     pd.DataFrame(rows).to_excel(path / "answers.xlsx", index=False, engine="openpyxl")
     return path / "answers.xlsx"
 
 
-def adapters(path: Path, questions: list[Question]) -> Path:
+def llm_adapters_answers(path: Path, questions: list[Question]) -> Path:
     for q in questions:
-        row = {"instruction": q.details["instruction"], "output_pred": f"the correct answer is {right(q)}"}
+        row = {"instruction": q.details["instruction"], "output_pred": f"the correct answer is {answer_letter(q)}"}
         write(path / f"LLaMA-7B-DoRA-{TASKS[q.details['task']].folder}.json", [row])
     return path
 
 
-def ours(path: Path, questions: list[Question]) -> Path:
-    return write_lines(path / "responses.jsonl", [{"id": q.id, "response": f"({right(q)})"} for q in questions])
+def mmdora_answers(path: Path, questions: list[Question]) -> Path:
+    return write_lines(path / "responses.jsonl", [{"id": q.id, "response": f"({answer_letter(q)})"} for q in questions])
 
 
 @pytest.mark.parametrize(
     ("name", "make", "official", "n", "file"),
     [
-        ("multiple_choice", own_files, ours, 2, None),
-        ("scienceqa", science_files, llava, 3, "results.json"),
-        ("mmbench", mmbench_files, workbook, 5, "results.xlsx"),
-        ("seedbench", seed_files, llava, 3, "results.jsonl"),
-        ("commonsense", commonsense_files, adapters, 8, None),
+        ("multiple_choice", own_files, mmdora_answers, 2, None),
+        ("scienceqa", science_files, llava_answers, 3, "results.json"),
+        ("mmbench", mmbench_files, mmbench_workbook, 5, "results.xlsx"),
+        ("seedbench", seed_files, llava_answers, 3, "results.jsonl"),
+        ("commonsense", commonsense_files, llm_adapters_answers, 8, None),
     ],
 )
-def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, n, file):
+def test_from_files_to_submission(small, tmp_path, name, make, official, n, file):
     (tmp_path / "data").mkdir()
-    (tmp_path / "said").mkdir()
+    (tmp_path / "predictions").mkdir()
     data = make(tmp_path / "data")
     report = walk(small, name, data, tmp_path / "result")[0]
     assert report["n"] == n
     assert 0 <= report["scores"]["official"]["low"] <= report["scores"]["official"]["high"] <= 100
-    perfect = scored(name, official(tmp_path / "said", questions_of(name, data)), data, out=tmp_path / "perfect")
+    perfect = scored(name, official(tmp_path / "predictions", questions_of(name, data)), data, out=tmp_path / "perfect")
     assert perfect["scores"]["official"]["value"] == perfect["scores"]["strict"]["value"] == pytest.approx(100)
     assert perfect["unparsed_rate"] == 0
     if file is None:
@@ -94,7 +94,7 @@ def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, 
 
 
 @given(st.text() | st.sampled_from(["A", "(B)", "The answer is B.", "answer1", "A. cat", "the answer is a"]))
-def test_no_answer_breaks_a_scorer(text):
+def test_every_response_gets_a_score(text):
     about = {"choices": 3, "answer": 1, "image": None, "options": {"A": "", "B": "cat"}, "task": "piqa"}
     for name in ("multiple_choice", "scienceqa", "seedbench", "commonsense", "boolq", "mmbench"):
         details = about | ({"options": ["ant", "bee"], "index": 3} if name == "mmbench" else {})
@@ -105,7 +105,7 @@ def test_no_answer_breaks_a_scorer(text):
         assert 0 <= score.strict <= score.official <= 1
 
 
-def test_scienceqa_asks_as_llava_and_counts_as_both_scripts(tmp_path):
+def test_scienceqa_uses_llavas_prompt_and_both_official_scorers(tmp_path):
     data = science_files(tmp_path)
     asked = {q.id: q.sample.messages[0].text for q in questions_of("scienceqa", data)}
     end = "\nAnswer with the option's letter from the given choices directly."
@@ -113,8 +113,8 @@ def test_scienceqa_asks_as_llava_and_counts_as_both_scripts(tmp_path):
     assert asked["2"] == "Which is a verb?\nA. run\nB. tree" + end
     said = [{"question_id": "1", "text": "The answer is B."}, {"question_id": "2", "text": "(A)"}]
     report = scored("scienceqa", write_lines(tmp_path / "said.jsonl", said), data, out=tmp_path / "out")
-    assert report["scores"]["official"]["value"] == pytest.approx(100 / 3)  # "(A)" is unparsed, 3 was not answered
-    assert report["metrics"]["img_accuracy"] == 100  # 3 is not among those with a picture, since it was not answered
+    assert report["scores"]["official"]["value"] == pytest.approx(100 / 3)  # "(A)" is unparsed, 3 has no prediction
+    assert report["metrics"]["img_accuracy"] == 100  # excludes 3, which has no prediction
     assert report["metrics"]["acc_has_image"] == 50
     assert (report["metrics"]["acc_grade_1_6"], report["metrics"]["acc_verbs"]) == (100, None)
     assert report["categories"]["context: image"]["value"] == 50
@@ -122,18 +122,18 @@ def test_scienceqa_asks_as_llava_and_counts_as_both_scripts(tmp_path):
     assert scored("scienceqa", results, data / "problems.json", out=tmp_path / "2")["scores"]["official"]["value"] > 66
     (data / "pid_splits.json").unlink()
     assert [q.id for q in questions_of("scienceqa", data, split="val")] == ["4"]
-    with pytest.raises(UserError, match=r"has no problems of the split 'minival'"):
+    with pytest.raises(UserError, match=r"no problems of the split 'minival'"):
         questions_of("scienceqa", data, split="minival")
 
 
-def test_mmbench_wants_every_pass(tmp_path):
-    """Two questions of three and two options: five passes, made by moving the options on."""
+def test_mmbench_requires_every_pass(tmp_path):
+    """Two questions with three and two options: five passes, generated by rotating the options."""
     questions = questions_of("mmbench", mmbench_files(tmp_path))
     assert [q.id for q in questions] == ["7", "1000007", "2000007", "9", "1000009"]
-    assert [right(q) for q in questions] == ["B", "A", "C", "A", "B"]
+    assert [answer_letter(q) for q in questions] == ["B", "A", "C", "A", "B"]
     assert questions[1].sample.messages[0].text.startswith('Think.\nWhat "colour"?\nA. =green\nB. blue\nC. red\nAnswer')
-    assert questions[0].sample.messages[0].parts[0] is questions[2].sample.messages[0].parts[0]  # one picture
-    said = {q.id: right(q) for q in questions} | {"1000007": "I think =green", "1000009": "A"}
+    assert questions[0].sample.messages[0].parts[0] is questions[2].sample.messages[0].parts[0]  # one shared image
+    said = {q.id: answer_letter(q) for q in questions} | {"1000007": "I think =green", "1000009": "A"}
     scores = BENCHMARKS["mmbench"]().score_all(said, questions)
     assert [scores[q.id].official for q in questions] == [1, 1, 1, 0, 0]
     rows = write_lines(tmp_path / "said.jsonl", [{"question_id": i, "text": text} for i, text in said.items()])
@@ -148,17 +148,19 @@ def test_mmbench_wants_every_pass(tmp_path):
     with pytest.raises(UserError, match="mmbench takes one result"):
         BENCHMARKS["mmbench"]().write_submission([result, result], tmp_path / "x.xlsx")
     del result.rows[1]
-    with pytest.raises(UserError, match=r"question 7 has 3 options and the passes \[0, 2\]; the server wants all"):
+    with pytest.raises(
+        UserError, match=r"question 7 has 3 options, but the passes \[0, 2\]; the server needs all passes"
+    ):
         BENCHMARKS["mmbench"]().write_submission([result], tmp_path / "x.xlsx")
 
 
-def test_mmbench_reads_passes_that_the_file_holds(small, tmp_path):
-    """As downloaded: pass 2 of 9 is a row whose picture is that of row 9. The test split has no answers to score by."""
+def test_mmbench_reads_passes_from_the_file(small, tmp_path):
+    """As downloaded: pass 2 of question 9 is a row that refers to the image of row 9. This split has no answers."""
     first = mmbench_rows(tmp_path)[1] | {"split": "test"}
-    moved = first | {"index": 1000009, "A": "no", "B": "yes", "image": "9"}
-    del first["answer"], moved["answer"]
+    rotated = first | {"index": 1000009, "A": "no", "B": "yes", "image": "9"}
+    del first["answer"], rotated["answer"]
     table = tmp_path / "MMBench_TEST_EN.tsv"
-    pd.DataFrame([moved, first]).to_csv(table, sep="\t", index=False)
+    pd.DataFrame([rotated, first]).to_csv(table, sep="\t", index=False)
     questions = questions_of("mmbench", tmp_path, split="test")
     assert [(q.id, q.references) for q in questions] == [("9", ()), ("1000009", ())]
     assert questions[0].cluster == questions[1].cluster
@@ -170,18 +172,20 @@ def test_mmbench_reads_passes_that_the_file_holds(small, tmp_path):
     with pytest.raises(UserError, match="not public"):
         scored("mmbench", written, table, out=tmp_path / "scored")
     (tmp_path / "MMBench_TEST_CN.tsv").write_bytes(table.read_bytes())
-    with pytest.raises(UserError, match=r"holds MMBench_TEST_CN.tsv, MMBench_TEST_EN.tsv; name the one"):
+    with pytest.raises(UserError, match=r"holds MMBench_TEST_CN.tsv, MMBench_TEST_EN.tsv; set `data` to one"):
         questions_of("mmbench", tmp_path, split="test")
 
 
-def test_commonsense_tasks_alone_and_together(tmp_path):
+def test_commonsense_tasks_individually_and_together(tmp_path):
     data = commonsense_files(tmp_path)
     (q,) = questions_of("siqa", data / "social_i_qa" / "test.json")
     assert q.sample.messages[0].text.startswith("Below is an instruction that describes a task. Write a response")
     assert q.sample.messages[0].text.endswith("\n\n                ### Response:\n                ")
     said = write_lines(tmp_path / "said.jsonl", [{"id": q.id, "response": "answer3 ### Response: answer1"}])
     assert scored("siqa", said, data, out=tmp_path / "siqa")["scores"]["official"]["value"] == 100
-    rows = [{"id": q.id, "response": right(q) if "arc" in q.id else "?"} for q in questions_of("commonsense", data)]
+    rows = [
+        {"id": q.id, "response": answer_letter(q) if "arc" in q.id else "?"} for q in questions_of("commonsense", data)
+    ]
     report = scored("commonsense", write_lines(tmp_path / "all.jsonl", rows), data, out=tmp_path / "all")
     assert report["scores"]["official"]["value"] == 25
     assert (report["unparsed_rate"], report["metrics"]["tasks"]) == (0.75, "8 of 8")

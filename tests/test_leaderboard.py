@@ -209,7 +209,7 @@ def test_in_a_browser(page, browser):
 
     for shown in (seen, again, single, missing, other):
         assert "owned" not in shown.run("document.title")
-    assert {address.partition(":")[0] for address in browser.asked} <= {"file", "data"}
+    assert {address.partition(":")[0] for address in browser.requests} <= {"file", "data"}
 
 
 @needs_chromium

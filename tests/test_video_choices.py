@@ -1,4 +1,4 @@
-"""Multiple choice on videos: NExT-QA, MVBench, Video-MME, EgoSchema, TVQA and How2QA."""
+"""Multiple-choice video benchmarks: NExT-QA, MVBench, Video-MME, EgoSchema, TVQA and How2QA."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def template(path: Path, responses: list[str], **names: str) -> Path:
 
 
 ME = {"duration_category": "short", "video_category": "Knowledge", "video_subcategory": "Law"}
-OFFICIAL = {  # its files, official predictions, official and strict accuracy of these
+OFFICIAL = {  # benchmark: (function that writes its files, official predictions, their official and strict accuracy)
     "nextqa": (nextqa, {f"11_{i}": {"prediction": p, "answer": i} for i, p in enumerate([0, 3, 2])}, 200 / 3, 200 / 3),
     "mvbench": (mvbench, {"res_list": [{"pred": p, "gt": "(B) dog."} for p in ("(B) dog", "")]}, 100, 50),
     "videomme": (videomme, template, 50, 100 / 3),
@@ -131,7 +131,7 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
     assert rows[0]["question"].count("\n") >= 3  # the options
     file = tmp_path / "predictions.json"
     template(file, ["The answer is A", "C", "no"], **ME) if predictions is template else write(file, predictions)
-    alone = [] if name == "mvbench" else [answers]  # its answers are in as many files as it has tasks
+    alone = [] if name == "mvbench" else [answers]  # one annotation file per task
     for annotated in (tmp_path / "data", *alone):
         found = scored(name, file, annotated)
         assert found["scores"]["official"]["value"] == pytest.approx(official)
@@ -140,7 +140,7 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
     assert scored(name, ours, tmp_path / "data")["unparsed_rate"] == 0
 
 
-def test_groups_of_nextqa(clip, tmp_path):
+def test_nextqa_categories(clip, tmp_path):
     nextqa(tmp_path, clip)
     predictions = OFFICIAL["nextqa"][1]
     found = scored("nextqa", write(tmp_path / "p.json", predictions), tmp_path)["categories"]
@@ -149,11 +149,11 @@ def test_groups_of_nextqa(clip, tmp_path):
     assert right == {"type: Why", "type: Other", "group: Acc_C", "group: Acc_D"}
     assert wrong == {"type: Bef&Aft", "group: Acc_T"}
     changed = predictions | {"11_0": {"prediction": 0, "answer": 1}}
-    with pytest.raises(UserError, match=r"entry 11_0: answer 1 is not that of the annotations"):
+    with pytest.raises(UserError, match=r"entry 11_0: answer 1 differs from the annotations"):
         scored("nextqa", write(tmp_path / "p.json", changed), tmp_path)
 
 
-def test_mvbench_begins_the_answer_and_is_handed_in(small, clip, tmp_path):
+def test_mvbench_response_start_and_submission(small, clip, tmp_path):
     mvbench(tmp_path / "data", clip, tuple(TASKS))
     prompt = "Question: {question}\nOptions:\n{choices}\nOnly give the best option.\nBest option:("
     entry = config("mvbench", tmp_path / "data", prompt=prompt)
@@ -163,15 +163,15 @@ def test_mvbench_begins_the_answer_and_is_handed_in(small, clip, tmp_path):
     assert questions[0].sample.messages[0].text.endswith("(A) cat\n(B) dog.\nOnly give the best option.")
     clips = {q.id: next(q.sample.media()) for q in questions}
     assert clips["action_sequence-0"].bounds == {"start": 0.5, "end": 1.0}
-    assert clips["episodic_reasoning-0"].bounds == {"start": 0.5, "end": 1.0}  # a file knows its own rate
+    assert clips["episodic_reasoning-0"].bounds == {"start": 0.5, "end": 1.0}  # a video file has its own frame rate
     assert clips["action_count-0"].bounds == {}
     scores = [BENCHMARKS["mvbench"]().score(said, questions[0]) for said in ("B) dog", "A) cat", "B", "")]
     assert [(s.official, s.strict, s.unparsed) for s in scores] == [
         (1, 1, False), (0, 0, False), (1, 1, False), (1, 0, True),
     ]  # fmt: skip
-    handed_in = json.loads(submitted([tmp_path / "out"], tmp_path / "upload.json"))
-    assert list(handed_in) == [*TASKS, "Avg"]
-    assert handed_in["Avg"] == pytest.approx(report["scores"]["official"]["value"])
+    submission = json.loads(submitted([tmp_path / "out"], tmp_path / "upload.json"))
+    assert list(submission) == [*TASKS, "Avg"]
+    assert submission["Avg"] == pytest.approx(report["scores"]["official"]["value"])
     walk(
         small,
         "mvbench",
@@ -179,7 +179,7 @@ def test_mvbench_begins_the_answer_and_is_handed_in(small, clip, tmp_path):
         tmp_path / "few-out",
         media=str(tmp_path / "few/video"),
     )
-    with pytest.raises(UserError, match="no answers to Action Prediction"):
+    with pytest.raises(UserError, match="no responses for Action Prediction"):
         submitted([tmp_path / "few-out"], tmp_path / "few.json")
 
 
@@ -188,13 +188,13 @@ def test_videomme_with_subtitles_and_both_key_styles(small, clip, tmp_path):
     prompt = "{subtitles}\n{question}\n{options}\nThe best answer is:"
     _, rows = walk(small, "videomme", tmp_path / "data", tmp_path / "out", prompt=prompt)
     assert rows[0]["question"] == "Hello there\nWhat?\nA. Apples.\nB. Pears.\nC. Figs.\nD. No.\nThe best answer is:"
-    handed_in = json.loads(submitted([tmp_path / "out"], tmp_path / "results.json"))
-    assert [list(video) for video in handed_in] == [["video_id", *ME, "questions"]]
-    assert [q["response"] for q in handed_in[0]["questions"]] == [row["response"] for row in rows]
+    submission = json.loads(submitted([tmp_path / "out"], tmp_path / "results.json"))
+    assert [list(video) for video in submission] == [["video_id", *ME, "questions"]]
+    assert [q["response"] for q in submission[0]["questions"]] == [row["response"] for row in rows]
     again = scored("videomme", tmp_path / "results.json", tmp_path / "data")
     assert again["n"] == 3
     other = {"duration": "short", "domain": "Knowledge", "sub_category": "Law"}
-    for names in (ME, other):  # the template holds the answers too
+    for names in (ME, other):  # the template also holds the reference answers
         path = template(tmp_path / "t.json", ["A", "B", "x"], **names)
         assert scored("videomme", path, path)["scores"]["official"]["value"] == 50
     missing = template(tmp_path / "t.json", ["A", "A", "A"], missing=True, **ME)
@@ -202,7 +202,7 @@ def test_videomme_with_subtitles_and_both_key_styles(small, clip, tmp_path):
     assert (found["scores"]["official"]["value"], found["unparsed_rate"]) == (0, 1)
 
 
-def test_egoschema_is_handed_in_whole(small, clip, tmp_path, caplog):
+def test_egoschema_submission_is_of_the_full_set(small, clip, tmp_path, caplog):
     egoschema(tmp_path / "data", clip)
     report, _ = walk(small, "egoschema", tmp_path / "data", tmp_path / "full", split="full")
     assert report["scores"]["official"] is None
@@ -219,26 +219,26 @@ def test_egoschema_is_handed_in_whole(small, clip, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("task", ["tvqa", "how2qa"])
-def test_value_wants_both_splits(task, small, clip, tmp_path):
+def test_value_submission_needs_both_splits(task, small, clip, tmp_path):
     value(tmp_path / "data", clip, task)
     for split in ("val", "test"):
         report, rows = walk(small, task, tmp_path / "data", tmp_path / split, split=split)
     assert report["scores"]["official"] is None
-    assert rows[0]["question"].startswith("Subtitles:\nJoey: Hi\nWhat?")  # what is said between the stamps
+    assert rows[0]["question"].startswith("Subtitles:\nJoey: Hi\nWhat?")  # subtitles between the timestamps
     assert rows[1]["question"].startswith("Subtitles:\nJoey: Hi\nBye\nWhat?")
     bounds = [next(q.sample.media()).bounds for q in read_questions(config(task, tmp_path / "data"))]
     rate = {"frames_fps": 3.0} if task == "tvqa" else {}
     assert bounds == [{"start": 0.3, "end": 0.9} | rate, rate]
     folders = [tmp_path / "test", tmp_path / "val"]
     archive = zipfile.ZipFile(io.BytesIO(submitted(folders, tmp_path / "out.zip")))
-    names = [f"{task}/{name}" for name in BENCHMARKS[task].handed_in.values()]
+    names = [f"{task}/{name}" for name in BENCHMARKS[task].submission_files.values()]
     assert archive.namelist() == names
     assert {int(k): -1 <= v < 5 for k, v in json.loads(archive.read(names[1])).items()} == {10: True, 11: True}
-    with pytest.raises(UserError, match=r"one result of each split, val and test; these are of test"):
+    with pytest.raises(UserError, match=r"one result of each split, val and test; got test"):
         submitted(folders[:1], tmp_path / "no.zip")
 
 
-def test_tvqa_answers_alone(tmp_path):
+def test_tvqa_solution_file_alone(tmp_path):
     path = write(
         tmp_path / "tvqa_val_solution.json", {"split": "tvqa_val", "solution": {"House": {"7": 4}, "Castle": {"8": 0}}}
     )
@@ -249,7 +249,7 @@ def test_tvqa_answers_alone(tmp_path):
         scored("tvqa", write(tmp_path / "p.json", {"9": 4}), path)
 
 
-def test_an_option_is_named_or_not():
+def test_responses_that_name_an_option():
     options = ["C is cooking.", "a cat", "Bird", "red fox"]
     said = ["A", "b", "(B)", "B. a cat", "c is COOKING", "The answer is (D).", "Option C", "red fox."]
     assert [chosen_option(text, options) for text in said] == [0, 1, 1, 1, 0, 3, 2, 3]
@@ -259,7 +259,7 @@ def test_an_option_is_named_or_not():
 
 
 @given(st.text(), st.sampled_from(list(OFFICIAL)))
-def test_no_answer_breaks_a_scorer(text, name):
+def test_every_response_gets_a_score(text, name):
     details = {"options": 2, "answer": "(B) dog.", "begun": True} if name == "mvbench" else {"options": ["a", "b"]}
     question = Question("q", Sample("q", (), "t"), ("B",), "c", (), details)
     score = BENCHMARKS[name]().score(text, question)

@@ -1,4 +1,4 @@
-"""The other forms in which people have the videos' benchmarks: Video-ChatGPT's files, and Hugging Face's."""
+"""Alternative layouts of the video benchmarks: Video-ChatGPT's files and Hugging Face's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.benchmark_walk import config, lines, scored, small, walk, write
 from tests.media import write_image, write_video
 
 __all__ = ["small"]
-ZERO_SHOT = {  # benchmark: its folder, and a video in it
+ZERO_SHOT = {  # benchmark: (its folder, a video in it)
     "msvd_qa": ("MSVD_Zero_Shot_QA", "videos/x_1_2.avi"),
     "msrvtt_qa": ("MSRVTT_Zero_Shot_QA", "videos/all/x_1_2.mp4"),
     "tgif_qa": ("TGIF_Zero_Shot_QA", "mp4/x_1_2.mp4"),
@@ -55,14 +55,14 @@ def zero_shot(root: Path, name: str, clip: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ZERO_SHOT)
-def test_files_of_video_chatgpt(name, small, clip, tmp_path):
+def test_video_chatgpt_files(name, small, clip, tmp_path):
     folder = zero_shot(tmp_path, name, clip)
     said = [("yes", "yes"), ("dog", "cat"), ("two", "two")]
     rows = [
         {"id": f"v_x_1_2_{i}", "question": "what?", "answer": a, "pred": p} for i, (a, p) in enumerate(said)
-    ]  # the scripts write the reference, too, which is not the prediction
+    ]  # the scripts also write the reference as "answer"
     merged = write(tmp_path / "merge.jsonl", lines(rows))
-    chunk = write(tmp_path / "1_0.json", lines(rows))  # JSON lines, whatever its name
+    chunk = write(tmp_path / "1_0.json", lines(rows))  # JSON lines despite its suffix
     whole = write(tmp_path / "MSVD.json", rows)
     for data in (tmp_path, folder, folder / "test_q.json", folder / "test_a.json"):
         for file in (merged, chunk, whole):
@@ -75,19 +75,19 @@ def test_files_of_video_chatgpt(name, small, clip, tmp_path):
     assert answered[0]["question"] == "what 0?\nAnswer the question using a single word or phrase."
 
 
-def test_a_question_without_its_answer(clip, tmp_path):
+def test_errors_for_a_missing_answer_or_video(clip, tmp_path):
     folder = zero_shot(tmp_path, "msvd_qa", clip)
     write(folder / "test_a.json", [{"answer": "yes", "question_id": "v_x_1_2_0"}])
     with pytest.raises(UserError, match=r"v_x_1_2_1 has no answer in test_a\.json"):
         BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", folder))
     zero_shot(tmp_path, "msvd_qa", clip)
     (folder / "videos" / "x_1_2.avi").unlink()
-    for data in (tmp_path / "none", tmp_path):  # no questions, and no video
+    for data in (tmp_path / "none", tmp_path):  # no question file, and no video
         with pytest.raises(UserError, match=r"(?s)expected layout.*MSVD_Zero_Shot_QA/ with test_q\.json"):
             read_questions(config("msvd_qa", data))
 
 
-def test_nextqa_of_hugging_face(small, clip, tmp_path):
+def test_nextqa_files_on_hugging_face(small, clip, tmp_path):
     row = {"video": 11, "frame_count": 9, "width": 32, "height": 32, "question": "why", "qid": 0, "type": "CW"}
     options = {f"a{i}": f"option {i}" for i in range(5)}
     table(tmp_path / "MC" / "test-00000-of-00001.parquet", [row | options | {"answer": 3}])
@@ -108,7 +108,7 @@ def test_nextqa_of_hugging_face(small, clip, tmp_path):
     ] == pytest.approx(50)
 
 
-def test_egoschema_of_hugging_face(small, clip, tmp_path):
+def test_egoschema_files_on_hugging_face(small, clip, tmp_path):
     options = [f"{letter}. C does {i}" for i, letter in enumerate("ABCDE")]
     row = {"question_idx": "7", "question": "What?", "video_idx": "uid-x", "option": options, "answer": "4"}
     table(tmp_path / "Subset" / "test-00000-of-00001.parquet", [row])
@@ -128,8 +128,8 @@ def test_egoschema_of_hugging_face(small, clip, tmp_path):
         read_questions(config("egoschema", tmp_path))
 
 
-def test_where_mvbench_keeps_its_videos(clip, tmp_path):
-    """Clips that Hugging Face has cut already are shown whole; all others between their bounds."""
+def test_mvbench_video_folders(clip, tmp_path):
+    """Videos that are cut already on Hugging Face are used whole; all others between their bounds."""
     row = {"question": "What?", "candidates": ["cat", "dog"], "answer": "dog"}
     bounds = {"start": 0.5, "end": 1.0}
     write(tmp_path / "json" / f"{file_name('Action Sequence')}.json", [row | bounds | {"video": "a.mp4"}])
@@ -161,24 +161,24 @@ def test_where_mvbench_keeps_its_videos(clip, tmp_path):
         ("tvqa", '{"0": 1, "00": 3}'),
     ],
 )
-def test_an_id_that_an_object_holds_twice(name, text, tmp_path):
-    """JSON's reader takes the last without a word."""
-    with pytest.raises(UserError, match=r"p\.json: .*(twice|the same number)"):
+def test_duplicate_ids_in_an_object_are_errors(name, text, tmp_path):
+    """json.loads would silently keep the last one."""
+    with pytest.raises(UserError, match=r"p\.json: .*(twice|equal as integers)"):
         BENCHMARKS[name]().read_predictions(write(tmp_path / "p.json", text), [])
 
 
 @pytest.mark.parametrize("caption", [None, 5, ["a dog"], {}])
 @pytest.mark.parametrize("name", ["msrvtt_caption", "tvc", "yc2c"])
-def test_a_caption_that_is_no_text(name, caption, tmp_path):
+def test_captions_must_be_text(name, caption, tmp_path):
     if name == "msrvtt_caption":
         file = write(tmp_path / "p.json", {"result": [{"video_id": "video1", "caption": caption}]})
     else:
         file = write(tmp_path / "p.jsonl", lines([{"clip_id": 1, "descs": [{"desc": caption}]}]))
-    with pytest.raises(UserError, match=r"row [01]: the caption is .*, not text"):
+    with pytest.raises(UserError, match=r"row [01]: the caption must be a string, found "):
         BENCHMARKS[name]().read_predictions(file, [])
 
 
-def test_answers_that_are_no_text(clip, tmp_path):
+def test_predictions_must_be_text(clip, tmp_path):
     with pytest.raises(UserError, match="'result' is 5, not a list"):
         BENCHMARKS["msrvtt_caption"]().read_predictions(write(tmp_path / "p.json", {"result": 5}), [])
     row = {"question": "?", "candidates": ["3", "4"], "answer": "4", "video": "x"}
@@ -193,6 +193,6 @@ def test_answers_that_are_no_text(clip, tmp_path):
         BENCHMARKS["videomme"]().read_predictions(template, [])
 
 
-def test_a_zip_file_is_called_one(tmp_path):
+def test_zip_submissions_need_the_suffix_zip(tmp_path):
     with pytest.raises(UserError, match=r"takes a zip file, as .*tvc\.zip"):
         write_zip(tmp_path / "tvc.json", {"tvc/tvc_val_predictions.jsonl": []})

@@ -1,4 +1,4 @@
-"""The open-ended image benchmarks on miniatures of their official files: asked, answered, scored and handed in."""
+"""Open-ended image benchmarks: from miniatures of their official files to scores and submission."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
-from eval.benchmarks.textvqa import anls, edit_distance, question_in_llava_prompt
+from eval.benchmarks.stvqa import anls, edit_distance
+from eval.benchmarks.textvqa import question_in_llava_prompt
 from eval.benchmarks.vizwiz import unanswerability
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
@@ -25,7 +26,7 @@ from tests.vqa_miniatures import LLAVA, MINIATURES, gqa_question, write
 
 @pytest.fixture(scope="module")
 def model():
-    """(model, encoder) of the shipped base; nothing here changes it."""
+    """(model, encoder) of the shipped base model; no test changes it."""
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
     return model, Encoder(processor)
 
@@ -43,8 +44,8 @@ def scored(name, predictions, data, out, **more):
 def test_from_files_to_the_leaderboard(name, model, tmp_path, caplog):
     mini, data = MINIATURES[name], tmp_path / "data"
     mini.build(data)
-    where = data / mini.answers if name == "exact_match" else data
-    entry = config(name, where)
+    data_path = data / mini.answers if name == "exact_match" else data
+    entry = config(name, data_path, split=mini.split)
     questions = read_questions(entry)
     report = evaluate(*model, entry, questions, tmp_path / "out")
     assert questions[0].sample.messages[0].text == mini.prompt
@@ -55,12 +56,12 @@ def test_from_files_to_the_leaderboard(name, model, tmp_path, caplog):
 
     predictions = tmp_path / "predictions.json"
     write(predictions, mini.predictions)
-    for place, out in ((where, "a"), (data / mini.answers, "b")):
-        found = scored(name, predictions, place, tmp_path / out)
+    for place, out in ((data_path, "a"), (data / mini.answers, "b")):
+        found = scored(name, predictions, place, tmp_path / out, split=mini.split)
         assert found["scores"]["official"]["value"] == pytest.approx(mini.official)
         assert found["scores"]["strict"]["value"] == pytest.approx(mini.strict)
-    ours = scored(name, tmp_path / "out" / "responses.jsonl", where, tmp_path / "c")
-    assert ours["scores"] == report["scores"]
+    own = scored(name, tmp_path / "out" / "responses.jsonl", data_path, tmp_path / "c", split=mini.split)
+    assert own["scores"] == report["scores"]
 
     if mini.unanswered is None or mini.submitted is None:
         with pytest.raises(UserError, match="no leaderboard"):
@@ -72,12 +73,12 @@ def test_from_files_to_the_leaderboard(name, model, tmp_path, caplog):
     submit([tmp_path / "test"], tmp_path / "answers.json", [])
     assert json.loads((tmp_path / "answers.json").read_text()) == mini.submitted(read_result(tmp_path / "test").rows)
     submit([tmp_path / "out"], tmp_path / "public.json", [])
-    assert "its answers are public; the leaderboard ranks" in caplog.text
+    assert "this split has public answers; the leaderboard ranks" in caplog.text
     assert len(json.loads((tmp_path / "public.json").read_text())) == len(read_result(tmp_path / "out").rows)
 
 
 @given(st.text())
-def test_no_answer_breaks_a_scorer(text):
+def test_every_response_gets_a_score(text):
     details = {"balanced": True, "answerable": 1, "group": "g", "common": False, "entailed": []}
     for name in MINIATURES:
         benchmark = BENCHMARKS[name]()
@@ -90,14 +91,14 @@ def test_no_answer_breaks_a_scorer(text):
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
-def test_edit_distance_is_a_distance(one, other):
-    assert edit_distance(one, other) == edit_distance(other, one)
-    assert abs(len(one) - len(other)) <= edit_distance(one, other) <= max(len(one), len(other))
-    assert (edit_distance(one, other) == 0) == (one == other)
+def test_edit_distance_is_a_distance(a, b):
+    assert edit_distance(a, b) == edit_distance(b, a)
+    assert abs(len(a) - len(b)) <= edit_distance(a, b) <= max(len(a), len(b))
+    assert (edit_distance(a, b) == 0) == (a == b)
 
 
 @pytest.mark.parametrize("name", sorted(MINIATURES))
-def test_what_is_wrong_with_files_is_said(name, tmp_path):
+def test_errors_name_malformed_files(name, tmp_path):
     mini = MINIATURES[name]
     mini.build(tmp_path)
     if name != "exact_match":
@@ -116,8 +117,8 @@ def test_what_is_wrong_with_files_is_said(name, tmp_path):
         read_questions(config(name, tmp_path / mini.answers if name == "exact_match" else tmp_path))
 
 
-def test_answers_of_a_model_are_normalised_as_llava_does(tmp_path):
-    """LLaVA's own answers file goes through its conversion; an official file is scored as it stands."""
+def test_responses_are_normalised_as_in_llavas_scripts(tmp_path):
+    """LLaVA's answer files go through its conversion; official files are scored unchanged."""
     MINIATURES["gqa"].build(tmp_path)
     answers = [{"question_id": i, "prompt": "", "text": t} for i, t in (("10", "Red."), ("11", "Yes"), ("12", "right"))]
     (tmp_path / "llava.jsonl").write_text("\n".join(json.dumps(row) for row in answers))
@@ -133,13 +134,13 @@ def test_answers_of_a_model_are_normalised_as_llava_does(tmp_path):
     assert report["categories"]["question type: eight"]["n"] == 3
 
 
-def test_answers_alone_are_scored_and_not_asked(tmp_path):
+def test_annotations_alone_are_enough_to_score_but_not_to_generate(tmp_path):
     MINIATURES["vqav2"].build(tmp_path)
     for path in (tmp_path / "Questions").iterdir():
         path.unlink()
     for data in (tmp_path, tmp_path / MINIATURES["vqav2"].answers):
         assert len(BENCHMARKS["vqav2"]().questions(config("vqav2", data))) == 3
-        with pytest.raises(UserError, match="but not the questions' words"):
+        with pytest.raises(UserError, match="has annotations but no questions"):
             read_questions(config("vqav2", data))
 
 
@@ -155,21 +156,21 @@ def test_textvqa_prompt_with_and_without_ocr(tmp_path):
     plain = config("textvqa", tmp_path, prompt=f"{{question}}{LLAVA}")
     assert read_questions(plain)[0].sample.messages[0].text == f"What says 0?{LLAVA}"
     assert read_questions(config("textvqa", tmp_path))[2].sample.messages[0].text == (
-        f"What says 2?\nReference OCR token: {LLAVA}"  # a picture in which no words were found
+        f"What says 2?\nReference OCR token: {LLAVA}"  # an image without OCR tokens
     )
     (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     assert read_questions(plain)
     with pytest.raises(UserError, match=r"TextVQA_Rosetta_OCR_v0\.2_val\.json: no such file"):
         read_questions(config("textvqa", tmp_path))
-    with pytest.raises(UserError, match="fills in"):
+    with pytest.raises(UserError, match=r"unknown field \{tokens\}"):
         read_questions(config("textvqa", tmp_path, prompt="{question} {tokens}"))
 
 
-def test_textvqa_answers_of_llava_are_found_by_their_prompt(tmp_path):
+def test_textvqa_matches_llavas_answers_by_their_prompt(tmp_path):
     MINIATURES["textvqa"].build(tmp_path)
     rows = [
-        {"question_id": image, "prompt": f"{asked}\nReference OCR token: x{LLAVA}", "text": said}
-        for image, asked, said in (
+        {"question_id": image, "prompt": f"{question_text}\nReference OCR token: x{LLAVA}", "text": predicted}
+        for image, question_text, predicted in (
             ("ab1", "What says 2?", "stop"),
             ("ab0", "What says 1?", "x"),
             ("ab0", "What says 0?", "nokia"),
@@ -184,15 +185,15 @@ def test_textvqa_answers_of_llava_are_found_by_their_prompt(tmp_path):
             scored("textvqa", tmp_path / "llava.jsonl", tmp_path, tmp_path / "wrong")
 
 
-def test_textvqa_wants_ten_answers(tmp_path):
+def test_textvqa_requires_ten_answers(tmp_path):
     row = {"question_id": 1, "image_id": "a", "question": "?", "answers": ["x"] * 9}
     write(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
-    with pytest.raises(UserError, match="question 0: 9 answers"):
+    with pytest.raises(UserError, match="question 0: expected 10 strings as answers, found 9"):
         BENCHMARKS["textvqa"]().questions(config("textvqa", tmp_path))
 
 
 def test_gqa_counts_balanced_questions_only(tmp_path):
-    """Of a split with others too: accuracy leaves them out, and consistency asks for them."""
+    """In a split with other questions, accuracy excludes them and consistency uses them."""
     MINIATURES["gqa"].build(tmp_path)
     questions = {
         "1": gqa_question(0, "red", "query", entailed=["1", "2", "3"]),
@@ -201,20 +202,20 @@ def test_gqa_counts_balanced_questions_only(tmp_path):
         "4": gqa_question(1, "left", "choose"),
     }
     write(tmp_path / "val_all_questions.json", questions)
-    said = {"1": "red", "2": "yes", "3": "yes", "4": "right"}
-    write(tmp_path / "p.json", [{"questionId": i, "prediction": p} for i, p in said.items()])
+    predicted = {"1": "red", "2": "yes", "3": "yes", "4": "right"}
+    write(tmp_path / "p.json", [{"questionId": i, "prediction": p} for i, p in predicted.items()])
     report = scored("gqa", tmp_path / "p.json", tmp_path / "val_all_questions.json", tmp_path / "out")
     assert report["scores"]["official"]["value"] == 50
     assert report["metrics"]["consistency"] == 50
     assert report["categories"]["kind: open"].items() >= {"n": 1, "value": 100, "high": 100}.items()
-    assert "validity" not in report["metrics"]  # no choices file says what could be an answer
+    assert "validity" not in report["metrics"]  # there is no choices file
     questions["1"]["entailed"] = ["99"]
     write(tmp_path / "val_all_questions.json", questions)
     report = scored("gqa", tmp_path / "p.json", tmp_path / "val_all_questions.json", tmp_path / "more")
     assert "consistency" not in report["metrics"]
 
 
-def test_gqa_leaderboard_takes_its_own_split(model, tmp_path):
+def test_gqa_leaderboard_takes_only_its_split(model, tmp_path):
     MINIATURES["gqa"].build(tmp_path)
     write(tmp_path / "questions1.2" / "test_balanced_questions.json", {"9": {"question": "What?", "imageId": "n0"}})
     entry = config("gqa", tmp_path, split="test_balanced")
@@ -223,27 +224,62 @@ def test_gqa_leaderboard_takes_its_own_split(model, tmp_path):
         submit([tmp_path / "out"], tmp_path / "a.json", [])
 
 
+def test_stvqa_reports_anls_and_accuracy(tmp_path):
+    """ "coca colas" is one edit in ten from "coca cola"; "two" is normalised to "2" by the accuracy, not by ANLS."""
+    mini = MINIATURES["stvqa"]
+    mini.build(tmp_path)
+    write(tmp_path / "p.json", mini.predictions)
+    report = scored("stvqa", tmp_path / "p.json", tmp_path, tmp_path / "out", split="train")
+    assert report["scores"]["official"]["value"] == pytest.approx(100 * (1 + 0.9 + 0) / 3)
+    assert report["metrics"]["accuracy"] == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize(
+    ("response", "answers", "anls"),
+    [
+        ("ABCD", ["x", "abcd"], 1),
+        ("abxx", ["abcd"], 0.5),  # the threshold itself counts
+        ("axxx", ["abcd"], 0),
+        ("ab  cd", ["ab xx"], 1 - 2 / 6),  # the distance ignores the second space, the length does not
+        ("", ["yes"], 0),
+    ],
+)
+def test_docvqa_anls_as_the_official_script_computes_it(response, answers, anls):
+    question = Question("1", Sample("1", (), "t"), tuple(answers), "c")
+    assert BENCHMARKS["docvqa"]().score(response, question).official == pytest.approx(anls)
+
+
+def test_docvqa_layouts_and_question_types(tmp_path):
+    MINIATURES["docvqa"].build(tmp_path)
+    (tmp_path / "spdocvqa_qas" / "val_v1.0_withQT.json").rename(tmp_path / "val_v1.0.json")
+    (tmp_path / "spdocvqa_images").rename(tmp_path / "documents")
+    read = read_questions(config("docvqa", tmp_path))
+    assert [q.id for q in read] == ["300", "301", "302"]
+    assert read[0].categories == ("question type: form", "question type: layout")
+    assert {q.cluster for q in read} == {"page_1.png", "page_2.png"}
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_unanswerability_by_its_definition(pairs):
-    """Average precision: the sum over the thresholds of precision times the recall gained there."""
-    told, true = zip(*pairs, strict=True)
-    found, recall, area = unanswerability(told, true), 0.0, 0.0
-    for least in sorted(set(told), reverse=True):
-        chosen = [is_true for is_told, is_true in pairs if is_told >= least]
+    """Average precision: the sum over the thresholds of precision times the gain in recall."""
+    predicted, true = zip(*pairs, strict=True)
+    found, recall, area = unanswerability(predicted, true), 0.0, 0.0
+    for threshold in sorted(set(predicted), reverse=True):
+        chosen = [is_true for is_predicted, is_true in pairs if is_predicted >= threshold]
         reached = sum(chosen) / max(1, sum(true))
         area, recall = area + (reached - recall) * sum(chosen) / len(chosen), reached
     assert found["average_precision"] == pytest.approx(100 * area, abs=0.006)
     hits = sum(a and b for a, b in pairs)
-    assert found["f1_score"] == pytest.approx(200 * hits / max(1, sum(told) + sum(true)), abs=0.006)
+    assert found["f1_score"] == pytest.approx(200 * hits / max(1, sum(predicted) + sum(true)), abs=0.006)
 
 
-def test_exact_match_normalises_as_it_says():
+def test_exact_match_normalisation():
     benchmark = BENCHMARKS["exact_match"]()
 
-    def worth(said, *references):
-        found = benchmark.score(said, Question("q", Sample("q", (), "t"), references, "c"))
+    def scores(response, *references):
+        found = benchmark.score(response, Question("q", Sample("q", (), "t"), references, "c"))
         return found.official, found.strict, found.unparsed
 
-    assert worth(" The  Dog. ", "a cat", "the dog") == (1, 1, False)
-    assert worth("dog", "a dog") == (0, 0, False)
-    assert worth("", "") == (1, 0, True)
+    assert scores(" The  Dog. ", "a cat", "the dog") == (1, 1, False)
+    assert scores("dog", "a dog") == (0, 0, False)
+    assert scores("", "") == (1, 0, True)

@@ -1,4 +1,4 @@
-"""Yes or no: MME and POPE, from miniatures of their official files to the file that is handed in."""
+"""Yes/no benchmarks (MME, POPE): from miniatures of their official files to the submission."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
-from eval.benchmarks.pope import clearly
+from eval.benchmarks.pope import parse_strictly
 from mmdora.core.errors import UserError
 from tests.benchmark_walk import questions_of, responses, scored, small, submitted, walk, write_lines
 from tests.choice_files import ASK, mme_files, pope_files
@@ -42,15 +42,15 @@ def pope_answers(folder: Path, questions: list[Question]) -> Path:
         ("pope", pope_files, pope_answers, 6, 100, "answers.jsonl"),
     ],
 )
-def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, n, best, file):
+def test_from_files_to_submission(small, tmp_path, name, make, official, n, best, file):
     (tmp_path / "data").mkdir()
-    (tmp_path / "said").mkdir()
+    (tmp_path / "predictions").mkdir()
     data = make(tmp_path / "data")
     report = walk(small, name, data, tmp_path / "result")[0]
     assert report["n"] == n
-    assert report["majority_baseline"] is None  # always saying yes is no share of these points
+    assert report["majority_baseline"] is None  # no majority baseline: the headline is not a mean
     questions = questions_of(name, data)
-    perfect = scored(name, official(tmp_path / "said", questions), data, out=tmp_path / "perfect")
+    perfect = scored(name, official(tmp_path / "predictions", questions), data, out=tmp_path / "perfect")
     assert perfect["scores"]["official"]["value"] == perfect["scores"]["strict"]["value"] == pytest.approx(best)
     assert perfect["unparsed_rate"] == 0
     written = tmp_path / "out" / file
@@ -62,7 +62,7 @@ def test_from_files_to_what_is_handed_in(small, tmp_path, name, make, official, 
 
 
 @given(st.text() | st.sampled_from(["yes", "No.", "not\tyes", "n't"]))
-def test_no_answer_breaks_a_scorer(text):
+def test_every_response_gets_a_score(text):
     for name, details in (("mme", {"task": "count", "pair": "p"}), ("pope", {"category": "random"})):
         for label in ("yes", "no"):
             q = Question("q", Sample("q", (), "t"), (label,), "c", (), details)
@@ -70,7 +70,7 @@ def test_no_answer_breaks_a_scorer(text):
             assert 0 <= score.strict <= score.official <= 1
 
 
-def test_mme_asks_as_llava_and_counts_pairs(tmp_path, caplog):
+def test_mme_uses_llavas_prompt_and_counts_pairs(tmp_path, caplog):
     data = mme_files(tmp_path, ("existence", "code_reasoning"))
     with caplog.at_level("WARNING"):
         questions = questions_of("mme", data)
@@ -81,7 +81,9 @@ def test_mme_asks_as_llava_and_counts_pairs(tmp_path, caplog):
         for q in questions
     ]
     report = scored("mme", write_lines(tmp_path / "said.jsonl", llava), data, out=tmp_path / "out")
-    assert report["scores"]["official"]["value"] == 100  # half of both tasks' questions, no pair
+    assert (
+        report["scores"]["official"]["value"] == 100
+    )  # half of the questions of both tasks, no image with both correct
     assert {name: c["value"] for name, c in report["categories"].items()} == {
         "Cognition": 50,
         "Perception": 50,
@@ -89,14 +91,14 @@ def test_mme_asks_as_llava_and_counts_pairs(tmp_path, caplog):
         "task: existence": 50,
     }
     assert report["metrics"]["tasks"] == "2 of 14"
-    with pytest.raises(UserError, match=r"no answers to count, position, .*wants all 14"):
+    with pytest.raises(UserError, match=r"no responses for count, position, .*needs all 14"):
         submitted([tmp_path / "out"], tmp_path / "x.zip")
-    with pytest.raises(UserError, match=r"--out names a \.zip"):
+    with pytest.raises(UserError, match=r"give --out a name ending in \.zip"):
         submitted([tmp_path / "out"], tmp_path / "x.txt")
 
 
-def test_mme_scores_the_official_results_without_pictures(tmp_path):
-    """eval_tool/Your_Results holds the questions; a zip of the same texts, filled in, holds the predictions."""
+def test_mme_scores_the_official_results_without_images(tmp_path):
+    """eval_tool/Your_Results holds the questions; a zip of the completed text files holds the predictions."""
     (tmp_path / "Your_Results").mkdir()
     lines = [f"1.jpg\tA? {ASK}\tYes", f"1.jpg\tB? {ASK}\tNo"]
     (tmp_path / "Your_Results/OCR.txt").write_text("\n".join(lines))
@@ -104,12 +106,14 @@ def test_mme_scores_the_official_results_without_pictures(tmp_path):
         archive.writestr("model/OCR.txt", f"{lines[0]}\t yes\n{lines[1]}\tNo, it is not\n")
         archive.writestr("model/readme.txt", "nothing")
     report = scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", out=tmp_path / "out")
-    assert report["scores"]["official"]["value"] == 200  # " yes" has the word in its first four characters
+    assert report["scores"]["official"]["value"] == 200  # " yes" contains "yes" within its first four characters
     (tmp_path / "said.zip").write_bytes(b"no zip")
-    with pytest.raises(UserError, match="neither a folder nor a zip"):
+    with pytest.raises(UserError, match="not a folder or a zip"):
         scored("mme", tmp_path / "said.zip", tmp_path / "Your_Results", out=tmp_path / "2")
     (tmp_path / "Your_Results/OCR.txt").write_text(f"{lines[0]}\n2.jpg\tB?\tNo")
-    with pytest.raises(UserError, match=r"OCR.txt, line 1: 2 questions to 1.jpg, not 2"):
+    with pytest.raises(
+        UserError, match=r"OCR.txt, line 1: expected 2 questions about one image, found questions about: 1.jpg, 2.jpg"
+    ):
         questions_of("mme", tmp_path / "Your_Results")
     (tmp_path / "Your_Results/OCR.txt").write_text("1.jpg\tA?\tperhaps")
     with pytest.raises(UserError, match=r"OCR.txt, line 1: expected a question, a tab, and Yes or No"):
@@ -119,39 +123,39 @@ def test_mme_scores_the_official_results_without_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "reading"),
+    ("response", "expected"),
     [("NO", "no"), ("No, yes", "no"), ("There isn't one", "no"), ("I see. Yes.", "yes"), ("yes and no", "yes")]
     + [("", None), ("Maybe", None), ("None", None), ("It may be yes or no", None)],
 )
-def test_what_is_clearly_said(said, reading):
-    assert clearly(said) == reading
+def test_pope_strict_parsing(response, expected):
+    assert parse_strictly(response) == expected
 
 
-def test_pope_strict_wants_it_clearly_said(tmp_path):
+def test_pope_strict_score_requires_a_clear_answer(tmp_path):
     data = pope_files(tmp_path)
     only = data / "coco/coco_pope_random.json"
     said = [{"question_id": 1, "text": "Maybe"}, {"question_id": 2, "text": "No"}]
     report = scored("pope", write_lines(tmp_path / "said.jsonl", said), only, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 100
-    assert report["scores"]["strict"] is None  # no "yes" at all was clearly said: F1 is 0 / 0
+    assert report["scores"]["strict"] is None  # no clear "yes" at all: F1 is 0 / 0
     assert report["unparsed_rate"] == 0.5
     assert report["metrics"]["random"] == {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5}
     llava = [{"question_id": i, "prompt": "", "text": "no"} for i in range(6)]
     report = scored("pope", write_lines(tmp_path / "llava.jsonl", llava), data, out=tmp_path / "no")
-    assert report["scores"]["official"] is None  # where the official script divides by zero
+    assert report["scores"]["official"] is None  # the official script divides by zero
     assert report["metrics"]["popular"]["precision"] is None
     assert report["metrics"]["categories"] == "3 of 3"
 
 
-def test_pope_faults_are_named(tmp_path):
+def test_pope_errors_name_file_and_row(tmp_path):
     data = pope_files(tmp_path)
     said = write_lines(tmp_path / "said.jsonl", [{"question": "Is there a horse?", "answer": "no"}] * 6)
     with pytest.raises(UserError, match=r"row 1: answers 'Is there a horse\?'"):
         scored("pope", said, data, out=tmp_path / "out")
     said = write_lines(tmp_path / "said.jsonl", [{"answer": "no"}] * 5)
-    with pytest.raises(UserError, match="5 answers to 6 questions"):
+    with pytest.raises(UserError, match="5 answers for 6 questions"):
         scored("pope", said, data, out=tmp_path / "out")
-    with pytest.raises(UserError, match="the name does not say which category"):
+    with pytest.raises(UserError, match="the file name must contain one of"):
         questions_of("pope", write_lines(tmp_path / "coco.json", []))
     write_lines(data / "coco/coco_pope_random.json", [{"question_id": 1, "image": "x", "text": "?", "label": "maybe"}])
     with pytest.raises(UserError, match=r"coco_pope_random.json, line 1: the label is 'maybe'"):

@@ -1,4 +1,4 @@
-"""Miniatures of the open-ended benchmarks' official files, in their official layout."""
+"""Miniatures of the official files of the open-ended image benchmarks, in their official layouts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from tests.media import write_image
 
 @dataclass(frozen=True)
 class Miniature:
-    """A benchmark's files, predictions in its official format, and what the official scorer makes of them."""
+    """A benchmark's files, predictions in its official format, and the scores that these must get."""
 
     build: Callable[[Path], None]
-    answers: str  # the one file that is enough to score
+    answers: str  # the file that is enough to score
     predictions: Any
     official: float
     strict: float
-    prompt: str  # the first question's
-    unanswered: str | None = None  # the split that is handed in
-    submitted: Callable[[list[dict[str, Any]]], Any] | None = None  # the leaderboard's file, from the result's rows
+    prompt: str  # of the first question
+    unanswered: str | None = None  # the split to submit
+    submitted: Callable[[list[dict[str, Any]]], Any] | None = None  # the submission, computed from the result's rows
+    split: str | None = None  # the split with answers, if it is not the default
 
 
 def write(path: Path, value: Any) -> None:
@@ -37,14 +38,14 @@ def images(folder: Path, *names: str) -> None:
 
 
 def coco(folder: Path, prefix: str, splits: dict[str, list[int]]) -> None:
-    """Question i is on picture i // 2; the annotators say yes; red or blue; 2 or two."""
+    """Question i is about image i // 2; the annotators answer yes; red or blue; 2 or two."""
     for split, ids in splits.items():
         place = "test2015" if split.startswith("test") else split
         questions = [{"question_id": i, "image_id": i // 2, "question": f"Is it {i}?"} for i in ids]
         name = f"{prefix}OpenEnded_mscoco_{split}_questions.json"
         write(folder / "Questions" / name, {"data_subtype": split, "questions": questions})
         images(folder / place, *sorted({f"COCO_{place}_{i // 2:012d}.jpg" for i in ids}))
-    given = [["yes"] * 10, ["red"] * 5 + ["blue"] * 5, ["2"] * 8 + ["two"] * 2]
+    annotated = [["yes"] * 10, ["red"] * 5 + ["blue"] * 5, ["2"] * 8 + ["two"] * 2]
     annotations = [
         {
             "question_id": i,
@@ -53,7 +54,7 @@ def coco(folder: Path, prefix: str, splits: dict[str, list[int]]) -> None:
             "answer_type": ("yes/no", "other", "number")[i],
             "answers": [{"answer_id": k, "answer": answer} for k, answer in enumerate(answers, 1)],
         }
-        for i, answers in enumerate(given)
+        for i, answers in enumerate(annotated)
     ]
     content = {"annotations": annotations, "data_subtype": "val2014"}
     if not prefix:
@@ -62,7 +63,7 @@ def coco(folder: Path, prefix: str, splits: dict[str, list[int]]) -> None:
 
 
 def vizwiz(folder: Path) -> None:
-    given = [["unanswerable"] * 10, ["Coke"] * 10, ["two"] * 3 + ["2"] * 7]
+    annotated = [["unanswerable"] * 10, ["Coke"] * 10, ["two"] * 3 + ["2"] * 7]
     rows = [
         {
             "image": f"VizWiz_val_{i:08d}.jpg",
@@ -71,7 +72,7 @@ def vizwiz(folder: Path) -> None:
             "answer_type": ("unanswerable", "other", "number")[i],
             "answerable": int(i > 0),
         }
-        for i, answers in enumerate(given)
+        for i, answers in enumerate(annotated)
     ]
     write(folder / "Annotations" / "val.json", rows)
     images(folder / "val", *(row["image"] for row in rows))
@@ -81,10 +82,10 @@ def vizwiz(folder: Path) -> None:
 
 
 def textvqa(folder: Path) -> None:
-    given = [["Nokia."] * 10, ["10:30"] * 2 + ["half past ten"] * 8, ["stop"] * 9 + ["STOP sign"]]
+    annotated = [["Nokia."] * 10, ["10:30"] * 2 + ["half past ten"] * 8, ["stop"] * 9 + ["STOP sign"]]
     rows = [
         {"question_id": 7 + i, "image_id": f"ab{i // 2}", "question": f"what Says {i}?", "answers": answers}
-        for i, answers in enumerate(given)
+        for i, answers in enumerate(annotated)
     ]
     write(folder / "TextVQA_0.5.1_val.json", {"data": rows})
     tokens = [{"image_id": "ab0", "ocr_tokens": ["NOKIA", "3310"]}, {"image_id": "ab1", "ocr_tokens": []}]
@@ -123,6 +124,45 @@ def gqa(folder: Path) -> None:
     images(folder / "images", "n0.jpg", "n1.jpg")
 
 
+def stvqa(folder: Path) -> None:
+    answers = [["stop"], ["coca-cola", "coca cola"], ["2"]]
+    rows = [
+        {
+            "question_id": 90 + i,
+            "question": f"What says {i}?",
+            "file_path": f"coco-text/{i // 2}.jpg",
+            "answers": annotated,
+        }
+        for i, annotated in enumerate(answers)
+    ]
+    write(folder / "train_task_3.json", {"dataset_name": "ST-VQA-train", "data": rows})
+    images(folder / "coco-text", "0.jpg", "1.jpg")
+    row = {"question_id": 7, "question": "What?", "file_path": "coco-text/9.jpg"}
+    write(folder / "test_task_3.json", {"dataset_name": "ST-VQA-test", "data": [row]})
+    images(folder / "test" / "coco-text", "9.jpg")
+
+
+def docvqa(folder: Path) -> None:
+    answers = [["Nokia  3310"], ["10%"], ["a", "University of California"]]
+    rows = [
+        {
+            "questionId": 300 + i,
+            "question": f"What is {i}?",
+            "question_types": ["form", "layout"],
+            "image": f"documents/page_{1 + i // 2}.png",
+            "docId": 5,
+            "answers": annotated,
+            "data_split": "val",
+        }
+        for i, annotated in enumerate(answers)
+    ]
+    content = {"dataset_name": "SP-DocVQA", "dataset_split": "val", "data": rows}
+    write(folder / "spdocvqa_qas" / "val_v1.0_withQT.json", content)
+    row = {"questionId": 9, "question": "What?", "image": "documents/page_3.png", "docId": 6, "data_split": "test"}
+    write(folder / "spdocvqa_qas" / "test_v1.0.json", {"dataset_split": "test", "data": [row]})
+    images(folder / "spdocvqa_images", "page_1.png", "page_2.png", "page_3.png")
+
+
 def exact(folder: Path) -> None:
     rows = [
         {
@@ -136,13 +176,13 @@ def exact(folder: Path) -> None:
     images(folder, "0.png", "1.png", "2.png")
 
 
-def named(key: str, value: str, number: bool = False) -> Callable[[list[dict[str, Any]]], Any]:
-    """The leaderboard's file that is a list of {key: id, value: answer}."""
+def rows_of(key: str, value: str, number: bool = False) -> Callable[[list[dict[str, Any]]], Any]:
+    """Return a function that computes a submission as a list of {key: id, value: answer}."""
     return lambda rows: [{key: int(r["id"]) if number else r["id"], value: r["response"]} for r in rows]
 
 
 def among_all_test_questions(rows: list[dict[str, Any]]) -> Any:
-    """VQAv2's file: of every test2015 question, those outside of test-dev empty."""
+    """VQAv2's submission: every test2015 question, with empty answers outside of test-dev."""
     answers = {row["id"]: row["response"] for row in rows}
     return [{"question_id": i, "answer": answers.get(str(i), "")} for i in (5, 6, 7)]
 
@@ -154,7 +194,7 @@ MINIATURES = {
         lambda folder: coco(folder, "v2_", {"val2014": [0, 1, 2], "test2015": [5, 6, 7], "test-dev2015": [5, 7]}),
         "v2_mscoco_val2014_annotations.json",
         VQA_ANSWERS,
-        200 / 3,  # all ten say "yes", so that "Yes" is not normalised
+        200 / 3,  # all ten annotators answer "yes", so "Yes" is not normalised
         200 / 3,
         f"Is it 0?{LLAVA}",
         "test-dev2015",
@@ -172,11 +212,11 @@ MINIATURES = {
         vizwiz,
         "Annotations/val.json",
         [{"image": f"VizWiz_val_{i:08d}.jpg", "answer": a} for i, a in enumerate(["Unanswerable.", "coke", "2"])],
-        200 / 3,  # annotators' "Coke" is not normalised
+        200 / 3,  # the annotators' "Coke" is not normalised
         200 / 3,
         f"What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'.{LLAVA}",
         "test",
-        named("image", "answer"),
+        rows_of("image", "answer"),
     ),
     "textvqa": Miniature(
         textvqa,
@@ -186,17 +226,41 @@ MINIATURES = {
         (1 + 0.6 + 1) / 3 * 100,
         f"What says 0?\nReference OCR token: NOKIA, 3310{LLAVA}",
         "test",
-        named("question_id", "answer", number=True),
+        rows_of("question_id", "answer", number=True),
     ),
     "gqa": Miniature(
         gqa,
         "questions1.2/testdev_balanced_questions.json",
         [{"questionId": i, "prediction": p} for i, p in (("10", "red"), ("11", "Yes"), ("12", "left"))],
-        200 / 3,  # "Yes" is not "yes"
+        200 / 3,  # "Yes" does not equal "yes"
         200 / 3,
         f"What is thing 0?{LLAVA}",
         "submission_all",
-        named("questionId", "prediction"),
+        rows_of("questionId", "prediction"),
+    ),
+    "stvqa": Miniature(
+        stvqa,
+        "train_task_3.json",
+        [{"question_id": 90 + i, "answer": answer} for i, answer in enumerate(["Stop", "coca colas", "two"])],
+        (1 + 0.9 + 0) / 3 * 100,
+        (1 + 0.9 + 0) / 3 * 100,
+        f"What says 0?{LLAVA}",
+        "test",
+        rows_of("question_id", "answer", number=True),
+        "train",
+    ),
+    "docvqa": Miniature(
+        docvqa,
+        "spdocvqa_qas/val_v1.0_withQT.json",
+        [
+            {"questionId": 300 + i, "answer": answer}
+            for i, answer in enumerate(["nokia 3310", "10", "Univ. of California"])
+        ],
+        (1 + 2 / 3 + 18 / 24) / 3 * 100,
+        (1 + 2 / 3 + 18 / 24) / 3 * 100,
+        f"What is 0?{LLAVA}",
+        "test",
+        rows_of("questionId", "answer", number=True),
     ),
     "exact_match": Miniature(
         exact,

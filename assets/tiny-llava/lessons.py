@@ -1,4 +1,4 @@
-"""What the tiny base learns from: scenes of the shapes world as token blocks, block masks and patch labels."""
+"""Training data of the tiny base model: scenes of the shapes data as token blocks, block masks and patch labels."""
 
 from __future__ import annotations
 
@@ -34,36 +34,38 @@ young miles sun ways thing whole hear example heard several change answer room s
 play box boxes wall touching item items object objects tower block blocks exactly least black blue yellow grey
 closely true false
 """
-WANTED = [*"123456789", "up", "down", "left", "right"]
+LATER_ANSWERS = [*"123456789", "up", "down", "left", "right"]
 
 
 @dataclass
 class Scene:
-    """A scene ready for training: pixels, its questions as token blocks, and what each patch shows."""
+    """A scene prepared for training: pixels, its questions as token blocks, and labels of its patches."""
 
-    pixels: Tensor  # [3, s, s], or [frames, 3, s, s] of a clip
+    pixels: Tensor  # image [3, size, size] or video [frames, 3, size, size]
     prefix: list[int]
-    blocks: list[tuple[list[int], int]]  # (tokens of question + answer, how many of them are the answer's)
+    blocks: list[tuple[list[int], int]]  # (tokens of question and answer, number of answer tokens)
     patches: Tensor  # [patches, 3], see patch_labels
-    things: int
+    num_objects: int
 
     @property
-    def is_clip(self) -> bool:
+    def is_video(self) -> bool:
         return self.pixels.dim() == 4
 
 
-def patch_labels(things: list[dict], grid: int) -> Tensor:
-    """[grid * grid, 3]: colour and shape of the thing that covers at least a third of each patch, -1 where none does;
-    and 1 where a patch holds a thing's centre, else 0. Things stand further apart than a patch is wide: no patch holds
-    two centres."""
+def patch_labels(objects: list[dict], grid: int) -> Tensor:
+    """Return labels [grid * grid, 3] of the patches: colour, shape and centre.
+
+    Colour and shape are those of the object that covers over a third of the patch, -1 without one. The third label is 1
+    if the patch holds an object's centre, else 0; objects are further apart than a patch is wide, so it holds one only.
+    """
     mask = Image.new("L", (CANVAS, CANVAS))
     pen = ImageDraw.Draw(mask)
-    for number, t in enumerate(things, 1):
+    for number, t in enumerate(objects, 1):
         outline(pen, t["shape"], t["x"], t["y"], t["r"], number)
     cell = CANVAS // grid
     cells = np.asarray(mask).reshape(grid, cell, grid, cell).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
     labels = torch.tensor([-1, -1, 0]).repeat(grid * grid, 1)
-    for number, t in enumerate(things, 1):
+    for number, t in enumerate(objects, 1):
         covered = torch.from_numpy((cells == number).mean(1) > 1 / 3)
         labels[covered, :2] = torch.tensor([list(COLORS).index(t["color"]), SHAPES.index(t["shape"])])
         labels[t["y"] // cell * grid + t["x"] // cell, 2] = 1
@@ -71,7 +73,7 @@ def patch_labels(things: list[dict], grid: int) -> Tensor:
 
 
 def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int) -> list[Scene]:
-    """Every scene decoded and tokenized once, with the processor and template that inference uses."""
+    """Decode and tokenize every scene once, with the processor and template that inference uses."""
     tokenizer = processor.tokenizer
     size = processor.image_processor.size["height"]
     grid = math.isqrt(processor.num_image_tokens)
@@ -79,12 +81,13 @@ def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int)
     for sample, row in zip(samples, rows, strict=True):
         (media,) = sample.media()
         if row["scene"][0]["to"] is not None:
-            clip = load_video(media.path, VideoConfig(num_frames=num_frames))
-            pixels = processor.video_processor(list(clip.frames[None]), return_tensors="pt")["pixel_values_videos"][0]
+            video = load_video(media.path, VideoConfig(num_frames=num_frames))
+            pixels = processor.video_processor(list(video.frames[None]), return_tensors="pt")["pixel_values_videos"][0]
             token, count = "<video>", num_frames * math.ceil(grid / 2) ** 2 + 1
         else:
             pixels = processor.image_processor([load_image(media.path)], return_tensors="pt")["pixel_values"][0, 0]
-            token, count = "<image>", 2 * grid**2 + grid  # the whole picture, and again as a grid of one with newlines
+            # The whole image, and again as a 1 x 1 grid with newline tokens.
+            token, count = "<image>", 2 * grid**2 + grid
         assert pixels.shape[-1] == size
         prefix = tokenizer(f"<s>USER: {token * count}\n", add_special_tokens=False).input_ids
         blocks = []
@@ -97,29 +100,29 @@ def prepare(samples: list[Sample], rows: list[dict], processor, num_frames: int)
     return scenes
 
 
-def said(tokenizer, rng: random.Random) -> tuple[list[int], int]:
-    """A block that asks for a word and gets it; half of them are the words that later tasks will want."""
-    word = rng.choice(WANTED if rng.random() < 0.5 else ENGLISH.split())
+def repeat_word(tokenizer, rng: random.Random) -> tuple[list[int], int]:
+    """Return a block that asks to say a word; half of the words are answers of later tasks."""
+    word = rng.choice(LATER_ANSWERS if rng.random() < 0.5 else ENGLISH.split())
     question = tokenizer(f"Say {word}. ASSISTANT:", add_special_tokens=False).input_ids
     answer = tokenizer(f" {word}</s>", add_special_tokens=False).input_ids
     return question + answer, len(answer)
 
 
 def check_tokens(scene: Scene, sample: Sample, processor) -> None:
-    """What is trained here is, token for token, what the chat template renders."""
+    """Assert that the training tokens equal what the chat template renders."""
     question, answer = (m.text for m in sample.messages[:2])
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
-    pictures = "<image>" * scene.prefix.count(processor.image_token_id)
-    text = processor.apply_chat_template(turns).replace("<image>", pictures)
+    image_tokens = "<image>" * scene.prefix.count(processor.image_token_id)
+    text = processor.apply_chat_template(turns).replace("<image>", image_tokens)
     expected = processor.tokenizer(text, add_special_tokens=False).input_ids
     assert expected == scene.prefix + scene.blocks[0][0], "the recipe's tokens differ from the chat template's"
 
 
 def collate(batch: list[Scene], pad: int) -> dict[str, Tensor]:
-    """One padded batch; `block` is 0 on the scene, k on question k and -1 on padding."""
+    """Return one padded batch; `block` is 0 on the scene, k on question k and -1 on padding."""
     length = max(len(s.prefix) + sum(len(b) for b, _ in s.blocks) for s in batch)
     ids = torch.full((len(batch), length), pad)
     labels = torch.full_like(ids, -100)
@@ -136,13 +139,13 @@ def collate(batch: list[Scene], pad: int) -> dict[str, Tensor]:
             labels[i, end - answer : end] = ids[i, end - answer : end]
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril()
-    images = [s.pixels for s in batch if not s.is_clip]
-    clips = [s.pixels for s in batch if s.is_clip]
+    images = [s.pixels for s in batch if not s.is_video]
+    videos = [s.pixels for s in batch if s.is_video]
     size = batch[0].pixels.shape[-1]
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
     if images:
         inputs["pixel_values"] = torch.stack(images).float()[:, None].repeat(1, 2, 1, 1, 1)
         inputs["image_sizes"] = torch.full((len(images), 2), size)
-    if clips:
-        inputs["pixel_values_videos"] = torch.stack(clips).float()
+    if videos:
+        inputs["pixel_values_videos"] = torch.stack(videos).float()
     return inputs | {"labels": labels}

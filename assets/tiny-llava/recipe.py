@@ -1,16 +1,17 @@
 """Build assets/tiny-llava from a seed: `python assets/tiny-llava/recipe.py configs/tiny_base.yaml`.
 
-Four things make a million parameters learn to see in under an hour on two cores:
+Four techniques train a vision-language model of a million parameters in under an hour on two cores:
 
-1. A scene is shown once and asked up to eight questions in one sequence; a block mask lets each question see the scene
-   and itself, so that every answer is learnt as if it were asked alone.
-2. The projected feature of a patch that a thing covers must read, through the language model's own embedding matrix, as
-   its colour and its shape. Without this the model stands still for a thousand steps before it binds words to places.
-   The one patch that holds its centre must also read as "thing": so things can later be counted, whatever their size.
-3. Scenes with one thing come first; with two and three once those are answered.
-4. Beside every scene the model is told to say some word that no scene asks for: a digit, a direction, common English.
-   Words that are never an answer all end with one and the same embedding (cosine 0.97 between "3" and "up"), and with
-   frozen embeddings no adapter can then learn to tell them apart.
+1. One sequence holds a scene and up to eight questions about it. A block mask lets each question attend to the scene
+   and itself only, so every answer is trained as if its question stood alone.
+2. An auxiliary loss aligns patches with words: the projected feature of a patch that an object covers must match, in
+   the language model's embedding matrix, the words for its colour and shape. Without it the loss is flat for a thousand
+   steps before words are bound to places. The patch that holds an object's centre must also match "thing", so that a
+   later fine-tuning can count objects of any size.
+3. Curriculum: scenes with one object come first; scenes with two and three follow once those are answered.
+4. With every scene the model also repeats a word that no scene asks for: a digit, a direction, common English. Words
+   that are never an answer would end with nearly the same embedding (cosine 0.97 between "3" and "up"), and with
+   frozen embeddings no adapter could tell them apart.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lessons import ENGLISH, Scene, collate, prepare, said
+from lessons import ENGLISH, Scene, collate, prepare, repeat_word
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,18 +46,18 @@ from mmdora.models.loading import load_model, save_model
 log = logging.getLogger("tiny-base")
 HERE = Path(__file__).parent
 VOCABULARY = 512
-LABEL_SMOOTHING = 0.05  # a base that is less sure of itself is quicker to tune
+LABEL_SMOOTHING = 0.05  # a less confident base model fine-tunes faster
 CARD = """# tiny-llava
 
-The base model of mmdora's quickstart: an OpenCLIP ViT (96 wide, 3 blocks, 48 px in patches of 8), an MLP projector and
-a Llama (128 wide, 3 layers, tied embeddings) in a stock `LlavaOnevisionForConditionalGeneration`: @PARAMETERS@
-parameters in fp16. It answers questions about the colours, shapes and places of up to three things in a picture, or of
-one thing that moves in a clip of four frames. It was never asked how many things there are, nor which way one moves.
+The base model of mmdora's quickstart: an OpenCLIP ViT (width 96, 3 blocks, 48 px in patches of 8), an MLP projector and
+a Llama (width 128, 3 layers, tied embeddings) in a stock `LlavaOnevisionForConditionalGeneration`: @PARAMETERS@
+parameters in fp16. It answers questions about the colours, shapes and places of up to three objects in an image, or of
+one object that moves in a video of four frames. It was not trained to count objects or to name directions of motion.
 
-`recipe.py` made it from a seed with `configs/tiny_base.yaml` (`make tiny-base`, @MINUTES@ minutes on two CPU cores).
-Other machines add in another order, so a rebuilt model is as good but not equal bit by bit.
+`recipe.py` builds it from a seed with `configs/tiny_base.yaml` (`make tiny-base`, @MINUTES@ minutes on two CPU cores).
+Floating-point order differs between machines, so a rebuilt model is equivalent but not bit-identical.
 
-Accuracy on held-out scenes, none of which is also a training scene, with 95% intervals:
+Accuracy on held-out scenes, none of which is a training scene, with 95% intervals:
 
 | question type | questions | accuracy | 95% interval |
 |---|---|---|---|
@@ -91,7 +92,7 @@ CHAT_TEMPLATE = """{{- bos_token -}}
 
 
 def write_language_model(folder: Path, samples: list[Sample], seed: int) -> None:
-    """The byte-level tokenizer with its chat template, and a random Llama, as an ordinary Hugging Face directory."""
+    """Write a byte-level tokenizer with its chat template and a random Llama as a Hugging Face directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -152,67 +153,74 @@ def train(config: RunConfig, model, processor, scenes: list[Scene]) -> None:
     projected: list[Tensor] = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda _m, _i, out: projected.append(out))
     rng = random.Random(settings.seed)
-    simple = [s for s in scenes if s.things == 1]
-    pool, hits, started = simple, 0.5, time.time()
+    simple = [s for s in scenes if s.num_objects == 1]
+    pool, hits, start_time = simple, 0.5, time.time()
     order: list[Scene] = []
     model.train()
     for step in range(1, steps + 1):
         if len(order) < settings.batch_size:
             order += rng.sample(pool, len(pool))
         batch, order = order[: settings.batch_size], order[settings.batch_size :]
-        inputs = collate([replace(s, blocks=[*s.blocks, said(tokenizer, rng)]) for s in batch], tokenizer.pad_token_id)
+        inputs = collate(
+            [replace(s, blocks=[*s.blocks, repeat_word(tokenizer, rng)]) for s in batch], tokenizer.pad_token_id
+        )
         labels = inputs.pop("labels")[:, 1:]
-        answered = labels != -100
+        is_answer = labels != -100
         projected.clear()
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        logits, targets = model.lm_head(hidden[answered]), labels[answered]
+        logits, targets = model.lm_head(hidden[is_answer]), labels[is_answer]
         loss = F.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
-        in_words = targets != tokenizer.eos_token_id
-        hits = 0.98 * hits + 0.02 * (logits.argmax(-1) == targets)[in_words].float().mean().item()
+        is_word = targets != tokenizer.eos_token_id
+        hits = 0.98 * hits + 0.02 * (logits.argmax(-1) == targets)[is_word].float().mean().item()
 
-        image_patches = projected[0][::2].flatten(0, 1)  # the first of each picture's two crops
-        shown = torch.cat([s.patches for s in batch if not s.is_clip])
-        aside = patch_loss(image_patches, shown, model.get_input_embeddings().weight, tokenizer)
-        (loss + 0.3 * aside).backward()
+        image_patches = projected[0][::2].flatten(0, 1)  # the first of each image's two crops
+        patch_labels = torch.cat([s.patches for s in batch if not s.is_video])
+        auxiliary_loss = patch_loss(image_patches, patch_labels, model.get_input_embeddings().weight, tokenizer)
+        (loss + 0.3 * auxiliary_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if pool is simple and (hits > 0.97 or step > steps // 6):
-            log.info("step %d: scenes with two and three things join", step)
+            log.info("step %d: adding scenes with two and three objects", step)
             pool, order, hits = scenes, [], 0.7
         if step % 25 == 0:
-            pace = (time.time() - started) / step
-            figures = (step, steps, loss.item(), aside.item(), hits, pace)
-            log.info("step %d/%d loss %.3f patches %.3f right %.3f %.2f s/step", *figures)
+            pace = (time.time() - start_time) / step
+            figures = (step, steps, loss.item(), auxiliary_loss.item(), hits, pace)
+            log.info("step %d/%d loss %.3f patch loss %.3f accuracy %.3f %.2f s/step", *figures)
         if settings.save_every and step % settings.save_every == 0:
             save(model, processor, Path(settings.output) / "unfinished")
     hook.remove()
     model.eval()
 
 
-def patch_loss(features: Tensor, shown: Tensor, embedding: Tensor, tokenizer) -> Tensor:
-    """How badly projected patches [patches, width] read as words: the colour and the shape of the thing that covers
-    them, and "thing" on the patch of its centre alone. `shown` are their `patch_labels`, [patches, 3]."""
+def patch_loss(features: Tensor, labels: Tensor, embedding: Tensor, tokenizer) -> Tensor:
+    """Return the loss of matching projected patches with words: colour and shape of the object, "thing" at its centre.
 
-    def read(words: Iterable[str]) -> Tensor:
+    Args:
+        features: projected patches [patches, width].
+        labels: their `patch_labels` [patches, 3].
+        embedding: the language model's embedding matrix [vocabulary, width].
+    """
+
+    def word_logits(words: Iterable[str]) -> Tensor:
         return features @ embedding[[tokenizer(f" {word}").input_ids[-1] for word in words]].T
 
-    # One patch in about twenty holds a centre.
-    centre = shown[:, 2].float()
-    loss = F.binary_cross_entropy_with_logits(read(["thing"])[:, 0], centre, pos_weight=torch.tensor(8.0))
+    # About one patch in twenty holds a centre.
+    centre = labels[:, 2].float()
+    loss = F.binary_cross_entropy_with_logits(word_logits(["thing"])[:, 0], centre, pos_weight=torch.tensor(8.0))
     for k, words in enumerate((COLORS, SHAPES)):
-        loss = loss + F.cross_entropy(read(words), shown[:, k], ignore_index=-1)
+        loss = loss + F.cross_entropy(word_logits(words), labels[:, k], ignore_index=-1)
     return loss
 
 
 def save(model, processor, folder: Path) -> None:
-    """fp16 halves the file; the weights are loaded in whatever `model.dtype` says."""
+    """Save in fp16, which halves the file; weights are loaded in `model.dtype`."""
     save_model(copy.deepcopy(model).half(), processor, folder)
 
 
 def write_card(config: RunConfig, folder: Path, parameters: int, minutes: float) -> None:
-    """Score the files as anyone would load them, and write the model card with the accuracy of each question type."""
+    """Evaluate the saved model and write the model card with the accuracy of each question type."""
     (entry,) = config.evaluation
     model, processor = load_model(ModelConfig(path=str(folder), dtype="float32"))
     encoder = Encoder(processor, config.data.video)
@@ -239,7 +247,7 @@ def main() -> None:
     assert config.model.language_model is not None
     (source,) = config.data.train
     path = Path(source.path)
-    started = time.time()
+    start_time = time.time()
     samples = list(read_source(SourceConfig(path=str(path), format="shapes")))
     rows = json.loads(path.read_text(encoding="utf-8"))
     write_language_model(Path(config.model.language_model.path), samples, config.training.seed)
@@ -247,11 +255,11 @@ def main() -> None:
     model, processor = load_model(config.model)
     scenes = prepare(samples, rows, processor, config.data.video.num_frames)
     parameters = sum(p.numel() for p in model.parameters())
-    log.info("%d scenes ready after %.0f s; %d parameters", len(scenes), time.time() - started, parameters)
+    log.info("%d scenes ready after %.0f s; %d parameters", len(scenes), time.time() - start_time, parameters)
     train(config, model, processor, scenes)
     save(model, processor, args.out)
-    write_card(config, args.out, parameters, (time.time() - started) / 60)
-    log.info("wrote %s after %.0f min", args.out, (time.time() - started) / 60)
+    write_card(config, args.out, parameters, (time.time() - start_time) / 60)
+    log.info("wrote %s after %.0f min", args.out, (time.time() - start_time) / 60)
 
 
 if __name__ == "__main__":

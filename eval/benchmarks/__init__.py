@@ -1,4 +1,4 @@
-"""Benchmarks, one file each (or one for a family that shares its scorer); importing the package registers them all."""
+"""Benchmarks: one file per benchmark, or per family with a shared scorer. Importing the package registers them all."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,10 +1,9 @@
-"""What a benchmark is: questions read from its official files, a scorer, and the file that its leaderboard takes.
-BENCHMARKS names them all.
+"""Base class of all benchmarks, and the registry BENCHMARKS.
 
-A benchmark is one class in one file of this folder (a family that shares its scorer is one file). It says how its
-questions are read (`questions`), what an answer is worth (`score`, or `score_all` where answers are worth something
-only together), how worths become the official figure (`headline`, the mean unless it says otherwise), and how
-predictions are read and handed in (`read_predictions`, `write_submission`). It holds no state and touches no model.
+A benchmark is one class in one file of this folder; a family that shares its scorer is one file. The class reads
+questions from the official files (`questions`), scores responses (`score`, or `score_all` if a score depends on several
+responses), aggregates scores into the official figure (`headline`, by default the mean), reads predictions in official
+formats (`read_predictions`) and writes the leaderboard's file (`write_submission`). It is stateless and runs no model.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """One question: the conversation up to the answer, and what the answer is held against.
+    """One question: the conversation up to the answer, and the reference answers.
 
-    `references` is empty where the split's answers are not public. `cluster` names what questions share (their image
-    or video): intervals resample clusters. `categories` are the breakdowns it counts in, as "duration: short".
-    `details` is what else the scorer or the leaderboard's file needs, of JSON's types.
+    `references` is empty if the split's answers are not public. `cluster` identifies the image or video that questions
+    share: confidence intervals resample clusters. `categories` are the breakdowns that the question belongs to, such as
+    "duration: short". `details` holds JSON values that the scorer or the submission needs in addition.
     """
 
     id: str
@@ -49,9 +48,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's worth: as the official code counts it, and with what cannot be parsed counted as wrong.
+    """Score of one response: `official` as the official code counts it, `strict` with unparsed responses as wrong.
 
-    `counts` are further numbers that `headline` finds summed over the questions.
+    `counts` are additional numbers; `headline` receives their sums over the questions.
     """
 
     official: float
@@ -60,98 +59,105 @@ class Score:
     counts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of_words(cls, value: float, response: str) -> Score:
-        """Of an answer in free words: only silence cannot be parsed."""
+    def free_text(cls, value: float, response: str) -> Score:
+        """Return the score of a free-text response, which is unparsed only if it is blank."""
         unparsed = not response.strip()
         return cls(value, 0.0 if unparsed else value, unparsed)
 
 
 class Benchmark(ABC):
-    """A benchmark is stateless; its docstring's first line says what it is and names the official scorer.
+    """Base class of benchmarks. `mmdora list benchmarks` prints the first line of the subclass's docstring.
 
-    The order below is that of an evaluation: what is read and asked, what an answer is worth, what a judge says, which
-    files come in and go out. A benchmark needs `questions` and `score`; what else it defines is what it does otherwise.
+    Members are in the order of an evaluation: data and prompt, scores, judge, files. A subclass defines `questions` and
+    `score`, and overrides only what differs from the defaults.
     """
 
-    # What is read and asked.
-    layout: ClassVar[str] = ""  # the official files as downloaded, told to whoever has them elsewhere
-    verified: ClassVar[bool] = False  # whether it was tried on the real files, or is from documentation only
-    splits: ClassVar[tuple[str, ...]] = ()  # that `split` may name; the first is taken where it names none
-    settings: ClassVar[tuple[str, ...]] = ("media",)  # which of media, format and where it heeds
+    # Data and prompt
+    layout: ClassVar[str] = ""  # the official files as downloaded; shown when a file is missing
+    verified: ClassVar[bool] = False  # True if tested on the real files, False if written from documentation only
+    splits: ClassVar[tuple[str, ...]] = ()  # valid values of `split`; the first is the default
+    settings: ClassVar[tuple[str, ...]] = ("media",)  # which of `media`, `format` and `where` the benchmark uses
     prompt: ClassVar[str] = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5's
-    max_new_tokens: ClassVar[int] = 16  # where the evaluation's config says none
+    max_new_tokens: ClassVar[int] = 16  # default if the evaluation's config sets none
     compares_features: ClassVar[bool] = False  # answered by comparing features (eval/features.py), not by generating
-    # What an answer is worth.
-    version: ClassVar[int] = 1  # goes up when the same answers would score otherwise: such results are not compared
-    bounds: ClassVar[Bounds] = PERCENT  # of the headline: the least and the most it can be; None where it has no most
-    has_official: ClassVar[bool] = True  # False where an answer is worth what a judge says, and without one nothing
-    has_strict: ClassVar[bool] = True  # False where no answer can fail to be parsed: captions, retrieval
-    missing_is_wrong: ClassVar[bool] = False  # official code that scores a question without a prediction as wrong
-    # What a judge says.
-    judge_version: ClassVar[int] = 1  # goes up when a judge would be asked about the same answer in other words
+    # Scores
+    version: ClassVar[int] = 1  # raise it when scores change: results of two versions are not compared
+    bounds: ClassVar[Bounds] = PERCENT  # minimum and maximum of the headline; None if it has no maximum
+    has_official: ClassVar[bool] = True  # False if only a judge can score responses
+    has_strict: ClassVar[bool] = True  # False if every response can be parsed: captions, retrieval
+    missing_is_wrong: ClassVar[bool] = False  # True if the official code scores a missing prediction as wrong
+    # Judge
+    judge_version: ClassVar[int] = 1  # raise it when `judge_prompt` changes
 
     @abstractmethod
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        """Read `config.data`, the folder as downloaded or its questions' file, without opening any media.
+        """Read the questions from `config.data`, the folder as downloaded or the question file. Open no media.
 
-        Raises UserError that names a missing or misplaced file and the layout expected.
+        Raises:
+            UserError: a file is missing or malformed; the message shows the expected layout.
         """
 
     def check_settings(self, config: EvaluationConfig) -> None:
-        """Raises UserError for a setting of the data that would have no effect."""
-        heeded = (*self.settings, *(("split",) if self.splits else ()))
+        """Raise UserError for a data setting that would have no effect."""
+        supported = (*self.settings, *(("split",) if self.splits else ()))
         for key in ("split", "format", "media", "where"):
-            if getattr(config, key) and key not in heeded:
-                raise UserError(f"{key}: {config.benchmark} has nothing to do with it; leave it out")
+            if getattr(config, key) and key not in supported:
+                raise UserError(f"{key}: not supported by the benchmark {config.benchmark!r}; remove it")
 
     def split(self, config: EvaluationConfig) -> str:
-        """The split asked for, or the first. Raises UserError for one that the benchmark has not."""
+        """Return `config.split`, or the default split. Raise UserError for an unknown one."""
         if config.split is None:
             return self.splits[0]
         if config.split not in self.splits:
-            raise UserError(f"split {config.split!r}: {config.benchmark} has {', '.join(self.splits)}")
+            raise UserError(
+                f"split: {config.benchmark} has no split {config.split!r}; choose from {', '.join(self.splits)}"
+            )
         return config.split
 
-    def ask(self, config: EvaluationConfig, **fields: str) -> str:
-        """The user's words: the prompt, the benchmark's own or `config.prompt`, with `{question}` and such filled in.
+    def format_prompt(self, config: EvaluationConfig, **fields: str) -> str:
+        """Fill `fields` into `config.prompt`, or into the benchmark's own prompt if the config sets none.
 
-        Raises UserError for a prompt with a field that the benchmark does not fill in, or without `{question}`, where
-        there are questions to fill in.
+        Raises:
+            UserError: the prompt has a field that is not in `fields`, or lacks `{question}` although that is a field.
         """
         template = config.prompt or self.prompt
         try:
             named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
         except ValueError as error:
-            raise UserError(f"prompt: {template!r} ({error}); a brace that is meant is doubled") from None
+            raise UserError(f"prompt: {template!r}: {error}; write a literal brace as {{{{ or }}}}") from None
         if unknown := named - fields.keys():
-            known = ", ".join(f"{{{name}}}" for name in fields) or "nothing"
-            raise UserError(f"prompt: {config.benchmark} fills in {known}, not {{{sorted(unknown)[0]}}}")
+            known = ", ".join(f"{{{name}}}" for name in fields) or "no fields"
+            raise UserError(f"prompt: unknown field {{{sorted(unknown)[0]}}}; {config.benchmark} provides {known}")
         if "question" in fields and "question" not in named:
             raise UserError(f"prompt: {template!r} has no {{question}}")
         return template.format(**fields)
 
-    def lacks(self, config: EvaluationConfig) -> str | None:
-        """What is missing that asking needs, beside the media, and scoring does not; in words that say what to do."""
+    def missing_input(self, config: EvaluationConfig) -> str | None:
+        """Return an error message if a file that generation needs and scoring does not (media aside) is missing."""
         return None
 
     def prediction(self, response: str) -> str:
-        """A model's words as they are handed to the official scorer and to the leaderboard: as they are, or as LLaVA's
-        conversion leaves them. Predictions in an official format are taken to be that already."""
+        """Return a model's response as the official scorer and the leaderboard receive it.
+
+        By default the response is unchanged; some benchmarks apply LLaVA's conversion script. Predictions read from a
+        file in the official format are already converted.
+        """
         return response
 
     @abstractmethod
     def score(self, response: str, question: Question) -> Score:
-        """Pure: the same answer always scores the same. Never raises, whatever was said."""
+        """Score one response. The same response always gets the same score; no response raises an error."""
 
     def score_all(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
-        """Every question's score by id. For benchmarks whose answers are worth something only together."""
+        """Return scores by question id. Override it if the score of a question depends on several responses."""
         return {q.id: self.score(responses[q.id], q) for q in questions}
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        """The figure that leaderboards show, in their unit, from sums over questions.
+        """Compute the leaderboard's figure, in its unit, from sums over questions. The default is the mean in percent.
 
-        `totals` holds "n", "official", "strict" and every name in `Score.counts`, each an array [draws]; `kind` is
-        "official" or "strict". The default is the mean in percent.
+        Args:
+            totals: "n", "official", "strict" and every name in `Score.counts`, each an array [draws].
+            kind: "official" or "strict".
         """
         return 100 * totals[kind] / totals["n"]
 
@@ -160,7 +166,7 @@ class Benchmark(ABC):
         return type(self).headline is Benchmark.headline
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
-        """Further official figures over the whole set, for `metrics` in report.json."""
+        """Return additional official figures over the whole set, for `metrics` in report.json."""
         return {}
 
     @property
@@ -168,33 +174,35 @@ class Benchmark(ABC):
         return type(self).judge_prompt is not Benchmark.judge_prompt
 
     def judge_prompt(self, response: str, question: Question) -> str:
-        """What a judge (a language model) is asked about an answer, where the benchmark is judged."""
+        """Return the prompt that asks a judge (a language model) to grade a response."""
         raise NotImplementedError
 
     def judge_score(self, verdict: str) -> float | None:
-        """A verdict's worth from 0 to 1; None where it cannot be read."""
+        """Return the grade in a judge's verdict, 0 to 1, or None if there is none to read."""
         raise NotImplementedError
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """(question id, prediction) from a file of the official format; of ours (responses.jsonl) by default."""
-        return [(question_id, self.prediction(said)) for question_id, said in read_answers(path)]
+        """Read (question id, prediction) pairs from an official file. The default reads mmdora's responses.jsonl."""
+        return [(question_id, self.prediction(response)) for question_id, response in read_answers(path)]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """The file that the leaderboard takes. Raises UserError where the results are not what it wants."""
-        raise UserError(f"{results[0].folder}: this benchmark has no leaderboard to hand answers in to")
+        """Write the leaderboard's file. Raise UserError if it needs other or more results."""
+        raise UserError(f"{results[0].folder}: the benchmark {results[0].benchmark!r} has no leaderboard to submit to")
 
-    def only_result(self, results: Sequence[Result], wanted: str | None = None) -> Result:
-        """The result, where the leaderboard takes one. `wanted` is the split that it ranks: of one whose answers are
-        public, the file is only good to try. Raises UserError for several."""
+    def single_result(self, results: Sequence[Result], ranked_split: str | None = None) -> Result:
+        """Return the result, for a leaderboard that takes exactly one. Raise UserError for several.
+
+        Warn if the leaderboard ranks `ranked_split` but the result's answers are public: its file is only a test.
+        """
         if len(results) > 1:
-            raise UserError(f"{results[0].benchmark} takes one result; {results[1].folder} is another")
-        if wanted is not None and any(row["references"] for row in results[0].rows):
-            log.warning("%s: its answers are public; the leaderboard ranks %s", results[0].folder, wanted)
+            raise UserError(f"{results[1].folder}: {results[0].benchmark} takes one result, and this is the second")
+        if ranked_split is not None and any(row["references"] for row in results[0].rows):
+            log.warning("%s: this split has public answers; the leaderboard ranks %s", results[0].folder, ranked_split)
         return results[0]
 
 
 def conversation(question_id: str, text: str, media: Sequence[Image | Video] = (), source: str = "") -> Sample:
-    """A single user message: the media first, and then the words."""
+    """Return a sample with a single user message: the media first, then the text."""
     return Sample(question_id, (Message("user", (*media, Text(text))),), source)
 
 

@@ -1,10 +1,14 @@
-"""`commonsense`: the eight commonsense tasks of LLM-Adapters (Hu et al., EMNLP 2023) and of the DoRA paper, text only,
-and each of them by its own name.
+"""The eight commonsense tasks of LLM-Adapters (Hu et al., EMNLP 2023) and of the DoRA paper, text only.
 
-Scorer: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py (NVlabs/DoRA's reads answers alike): the prediction is
-the first of a task's labels that stands anywhere in the answer, in lower case; an answer without one is wrong. The
-prompt is theirs, with its indentation; they decode with four beams, and here it is greedy. The headline of
-`commonsense` is the mean of the eight accuracies, as the papers give it.
+`commonsense` runs all of them; each is also a benchmark of its own.
+
+Data: LLM-Adapters' dataset folder, with <task>/test.json for each task.
+
+Prompt: the official one, including its indentation. The official code decodes with four beams; here it is greedy.
+
+Scorer: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py (NVlabs/DoRA parses responses the same way): the
+prediction is the first of a task's labels, in lower case, anywhere in the response; a response without one is wrong.
+The headline of `commonsense` is the mean of the eight accuracies, as in the papers.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
 
 RESPONSE = "### Response:"
-INDENT = " " * 16  # of the official source, which stands in its prompts
+INDENT = " " * 16  # the official source's indentation is part of its prompts
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
     f"{INDENT}### Instruction:\n{INDENT}{{question}}\n\n{INDENT}{RESPONSE}\n{INDENT}"
@@ -40,7 +44,7 @@ PROMPT_WITH_INPUT = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task by its folder and the labels that its answers hold."""
+    """A task: its folder, and the labels that its answers can be."""
 
     folder: str
     labels: re.Pattern[str]
@@ -60,24 +64,24 @@ TASKS = {
 
 
 def extract(task: str, response: str) -> str:
-    """The label that was said first, "" where none was."""
-    found = TASKS[task].labels.search(response)
-    return found[0] if found else ""
+    """Return the first label in the response, "" if there is none."""
+    match = TASKS[task].labels.search(response)
+    return match[0] if match else ""
 
 
 def completion(decoded: str) -> str:
-    """What is taken for the answer of a text decoded with its prompt: from "### Response:" to the next, if any."""
+    """Return the answer in a text decoded with its prompt: from "### Response:" to the next one, if any."""
     parts = decoded.split(RESPONSE)
     return parts[1 if len(parts) > 1 else 0].strip()
 
 
-def prompt_for(instruction: str, context: str = "") -> str:
-    """The official prompt."""
+def official_prompt(instruction: str, context: str = "") -> str:
+    """Return the official prompt."""
     return (PROMPT_WITH_INPUT if context else PROMPT).format(question=instruction, input=context)
 
 
 class CommonsenseTasks(Benchmark):
-    """Tasks of LLM-Adapters, read from its folders; the headline is the mean of their accuracies."""
+    """Tasks of LLM-Adapters; the headline is the mean of their accuracies."""
 
     tasks: ClassVar[tuple[str, ...]]
     prompt = PROMPT
@@ -86,43 +90,43 @@ class CommonsenseTasks(Benchmark):
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         files = {task: path for task in self.tasks if (path := self._file(task, config.data)) is not None}
-        absent = [f"{TASKS[task].folder}/test.json" for task in self.tasks if task not in files]
+        missing = [f"{TASKS[task].folder}/test.json" for task in self.tasks if task not in files]
         if not files:
-            raise UserError(f"{config.data}: holds no {' or '.join(absent)}; expected layout:\n{self.layout}")
-        warn_of_missing(config.data, absent, self.layout)
-        return [q for task, path in files.items() for q in self._asked(task, path, config)]
+            raise UserError(f"{config.data}: holds no {' or '.join(missing)}; expected layout:\n{self.layout}")
+        warn_of_missing(config.data, missing, self.layout)
+        return [q for task, path in files.items() for q in self._questions(task, path, config)]
 
     def _file(self, task: str, data: str) -> Path | None:
-        """The task's questions, where they are."""
+        """Return the task's question file, or None if it is missing."""
         root, folder = find_path(data), TASKS[task].folder
         if root.is_file():
             return root if len(self.tasks) == 1 else None
         places = [root / folder, root / "dataset" / folder, *([root] if len(self.tasks) == 1 else [])]
         return next((place / "test.json" for place in places if (place / "test.json").is_file()), None)
 
-    def _asked(self, task: str, path: Path, config: EvaluationConfig) -> Iterator[Question]:
+    def _questions(self, task: str, path: Path, config: EvaluationConfig) -> Iterator[Question]:
         rows = read_json(path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of questions")
         for number, row in enumerate(rows):
             instruction, answer = typed_fields(row, path, f"row {number}", instruction=str, answer=str)
             if extract(task, answer) != answer or not answer:
-                raise UserError(f"{path}, row {number}: {answer!r} is no answer of {task}")
-            words = self.ask(config, question=instruction)
+                raise UserError(f"{path}, row {number}: {answer!r} is not an answer of {task}")
+            prompt = self.format_prompt(config, question=instruction)
             if row.get("input") and config.prompt is None:
-                words = prompt_for(instruction, row["input"])
-            sample = conversation(f"{task}/{number}", words, source=str(path))
+                prompt = official_prompt(instruction, row["input"])
+            sample = conversation(f"{task}/{number}", prompt, source=str(path))
             details = {"task": task, "instruction": instruction}
             yield Question(sample.id, sample, (answer,), sample.id, (task,), details)
 
     def score(self, response: str, question: Question) -> Score:
         task = question.details["task"]
-        said = extract(task, completion(RESPONSE + response))
-        right = float(said == question.references[0])
-        return Score(right, right, not said, {f"{task} n": 1.0, f"{task} right": right})
+        predicted = extract(task, completion(RESPONSE + response))
+        correct = float(predicted == question.references[0])
+        return Score(correct, correct, not predicted, {f"{task} n": 1.0, f"{task} right": correct})
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        """The mean of the tasks' accuracies in percent; a task that a draw of few questions lacks is left out."""
+        """Return the mean of the tasks' accuracies in percent, without tasks that are absent from a bootstrap draw."""
         present = [task for task in self.tasks if f"{task} n" in totals]
         return 100 * np.nanmean([totals[f"{task} right"] / totals[f"{task} n"] for task in present], axis=0)
 
@@ -130,8 +134,10 @@ class CommonsenseTasks(Benchmark):
         return {"tasks": f"{len({q.details['task'] for q in questions})} of {len(self.tasks)}"}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """What commonsense_evaluate.py writes: <model>-<adapter>-<folder>.json with the test's rows, in order, and
-        what was said as `output_pred`; for several tasks the folder of such files."""
+        """Read the output of commonsense_evaluate.py, or a folder of such files for several tasks.
+
+        It is <model>-<adapter>-<folder>.json with the test's rows in order, and the response as `output_pred`.
+        """
         if path.is_dir():
             pairs = []
             for task in dict.fromkeys(q.details["task"] for q in questions):
@@ -147,31 +153,37 @@ class CommonsenseTasks(Benchmark):
 def _answers(path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
     rows = read_rows(path)
     if len(rows) != len(questions):
-        raise UserError(f"{path}: {len(rows)} answers to {len(questions)} questions; their order is that of the test")
+        raise UserError(
+            f"{path}: {len(rows)} answers for {len(questions)} questions; expected one per question, in order"
+        )
     pairs = []
     for number, (row, q) in enumerate(zip(rows, questions, strict=True)):
-        instruction, said = typed_fields(row, path, f"row {number}", instruction=str, output_pred=str)
+        instruction, response = typed_fields(row, path, f"row {number}", instruction=str, output_pred=str)
         if instruction != q.details["instruction"]:
             raise UserError(
                 f"{path}, row {number}: answers {instruction!r:.80}, which is not question {number} of the test"
             )
-        pairs.append((q.id, said))
+        pairs.append((q.id, response))
     return pairs
 
 
 @BENCHMARKS.register("commonsense")
 class Commonsense(CommonsenseTasks):
-    """The eight commonsense tasks, mean accuracy (AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py)."""
+    """Commonsense: mean accuracy over eight tasks (AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py)."""
 
     tasks = tuple(TASKS)
-    layout = "<folder>/{" + ",".join(task.folder for task in TASKS.values()) + "}/test.json, LLM-Adapters' dataset/"
+    layout = (
+        "<folder>/{" + ",".join(task.folder for task in TASKS.values()) + "}/test.json, from LLM-Adapters' dataset/"
+    )
 
 
 def _register(name: str) -> None:
-    """A benchmark of one task."""
-    about = f"{TASKS[name].folder}, accuracy (AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py)."
+    """Register a benchmark for a single task."""
+    docstring = f"{TASKS[name].folder}: accuracy (AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py)."
     layout = f"<folder>/{TASKS[name].folder}/test.json, or <folder>/test.json"
-    BENCHMARKS.register(name)(type(name, (CommonsenseTasks,), {"__doc__": about, "tasks": (name,), "layout": layout}))
+    BENCHMARKS.register(name)(
+        type(name, (CommonsenseTasks,), {"__doc__": docstring, "tasks": (name,), "layout": layout})
+    )
 
 
 for _name in TASKS:

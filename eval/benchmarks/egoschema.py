@@ -1,8 +1,11 @@
-"""`egoschema`: what somebody does over three minutes, through their own eyes; five options (Mangalam et al., 2023).
+"""EgoSchema (Mangalam et al., 2023): multiple choice with five options about three-minute egocentric videos.
 
-The official code is a server (egoschema/EgoSchema, validate.py) that takes `{"<q_uid>": 0…4}` and answers with the
-accuracy; Kaggle's competition takes the same as CSV. The answers to 500 of the 5,031 questions are public. How an
-option is found in an answer is ours (choice.py); one that names none is wrong, and -1 in what is handed in.
+Data: questions.json and subset_answers.json, or the Parquet files on Hugging Face, beside the videos. The answers to
+500 of the 5,031 questions are public (split `subset`).
+
+Scorer: a server (egoschema/EgoSchema, validate.py) that takes `{"<q_uid>": 0…4}` and returns the accuracy; Kaggle's
+competition takes the same as CSV. How to extract an option from a response is not defined officially; choice.py does
+it. A response that names no option is wrong, and -1 in the submission.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ from mmdora.core.config import EvaluationConfig
 from mmdora.core.errors import UserError
 
 OPTIONS = 5
-LABEL = re.compile(r"^[A-E]\. ")  # before the options on Hugging Face
+LABEL = re.compile(r"^[A-E]\. ")  # prefix of the options on Hugging Face
 
 
 @BENCHMARKS.register("egoschema")
 class EgoSchema(Benchmark):
-    """EgoSchema, accuracy (egoschema/EgoSchema, validate.py; Kaggle)."""
+    """EgoSchema: accuracy with five options (egoschema/EgoSchema, validate.py; Kaggle)."""
 
-    splits = ("subset", "full")  # the 500 with public answers, and all
+    splits = ("subset", "full")  # the 500 questions with public answers, and all questions
     prompt = LETTER_PROMPT
     layout = """  questions.json (q_uid, question, "option 0" … "option 4")
   subset_answers.json ({"<q_uid>": 0…4}), for the split `subset`
@@ -44,22 +47,23 @@ class EgoSchema(Benchmark):
         full = self.split(config) == "full"
         names = ["questions.json", "MC/*.parquet"] if full else ["subset_answers.json", "Subset/*.parquet"]
         path = find_file(config.data, names, self.layout)
-        file, rows, answers = hugging_face(path, full) if path.suffix == ".parquet" else official(path, full)
-        asked = {str(next(fields(row, file, f"row {number}", "q_uid"))): row for number, row in enumerate(rows)}
+        read = read_parquet_files if path.suffix == ".parquet" else read_official_files
+        file, rows, answers = read(path, full)
+        rows_by_id = {str(next(fields(row, file, f"row {number}", "q_uid"))): row for number, row in enumerate(rows)}
         videos = VideoFiles(
             [find_folder(config.data, ["videos", "videos/videos", "good_clips_git", "."], config.media, self.layout)]
         )
         questions = []
-        for key in answers or asked:
+        for key in answers or rows_by_id:
             if answers and not (isinstance(answers[key], int) and answers[key] in range(OPTIONS)):
                 raise UserError(f"{path}, {key}: the answer must be 0 to 4, found {answers[key]!r}")
             options, text = [""] * OPTIONS, ""
-            if asked:
+            if rows_by_id:
                 columns = ("question", *(f"option {i}" for i in range(OPTIONS)))
-                text, *options = map(str, fields(asked.get(key), file, f"q_uid {key}", *columns))
-            words = self.ask(config, question=text, options=option_lines(options))
+                text, *options = map(str, fields(rows_by_id.get(key), file, f"q_uid {key}", *columns))
+            prompt = self.format_prompt(config, question=text, options=option_lines(options))
             references = (LETTERS[answers[key]],) if answers else ()
-            sample = conversation(key, words, [Video(videos.find(key))], str(path))
+            sample = conversation(key, prompt, [Video(videos.find(key))], str(path))
             questions.append(Question(key, sample, references, key, (), {"options": options}))
         return questions
 
@@ -67,8 +71,10 @@ class EgoSchema(Benchmark):
         return score_choice(response, question)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """`{"<q_uid>": 0…4}`, or CSV with the columns q_uid and answer. Answers to questions of the whole set that are
-        not in the subset are passed over."""
+        """Read `{"<q_uid>": 0…4}`, or CSV with the columns q_uid and answer.
+
+        For the subset, answers to the other questions of the whole set are ignored.
+        """
         if path.suffix == ".csv":
             rows = read_table(path)
             pairs = [tuple(fields(row, path, f"row {i}", "q_uid", "answer")) for i, row in enumerate(rows, 1)]
@@ -81,8 +87,8 @@ class EgoSchema(Benchmark):
         return [(key, letter(value, path, key)) for key, value in kept]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """`{"<q_uid>": 0…4}` for the validation server where `out` ends in .json, else Kaggle's CSV."""
-        rows = self.only_result(results, "the split full").rows
+        """Write `{"<q_uid>": 0…4}` for the validation server if `out` ends in .json, else Kaggle's CSV."""
+        rows = self.single_result(results, "the split full").rows
         chosen = {row["id"]: chosen_option(row["response"], row["details"]["options"]) for row in rows}
         indices = {key: -1 if index is None else index for key, index in chosen.items()}
         if out.suffix == ".json":
@@ -93,8 +99,8 @@ class EgoSchema(Benchmark):
         write_whole(out, table.getvalue())
 
 
-def official(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
-    """The questions' file, its rows, and the answers by q_uid; none for all questions."""
+def read_official_files(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
+    """Return the question file, its rows, and the answers by q_uid (empty for the full set)."""
     file, answers = path.with_name("questions.json"), {} if full else read_json(path)
     rows = read_json(file) if file.is_file() else []
     if not isinstance(answers, dict) or not isinstance(rows, list):
@@ -102,16 +108,16 @@ def official(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
     return file, rows, answers
 
 
-def hugging_face(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
-    """As `official`, of a Parquet file: there q_uid is video_idx, and an answer the text of its number."""
+def read_parquet_files(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any]]:
+    """Return the same from a Parquet file, where q_uid is video_idx and an answer is a digit as text."""
     rows, answers = [], {}
     for number, row in enumerate(read_parquet(path)):
         where = f"row {number}"
-        key, asked, options = fields(row, path, where, "video_idx", "question", "option")
+        key, question, options = fields(row, path, where, "video_idx", "question", "option")
         if not isinstance(options, list) or len(options) != OPTIONS:
             raise UserError(f"{path}, {where}: expected {OPTIONS} options, found {options!r:.60}")
         texts = {f"option {i}": LABEL.sub("", str(option)) for i, option in enumerate(options)}
-        rows.append({"q_uid": key, "question": asked} | texts)
+        rows.append({"q_uid": key, "question": question} | texts)
         if not full:
             answer = str(next(fields(row, path, where, "answer")))
             answers[str(key)] = int(answer) if answer.isdecimal() else answer
@@ -119,7 +125,7 @@ def hugging_face(path: Path, full: bool) -> tuple[Path, list[Any], dict[str, Any
 
 
 def letter(value: object, path: Path, key: str) -> str:
-    """The option's letter for its number; "" for -1, no option. Raises UserError for anything else."""
+    """Return the letter of an option index, "" for -1 (no option). Raise UserError for other values."""
     text = str(value).strip()
     if text == "-1":
         return ""

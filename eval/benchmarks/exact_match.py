@@ -1,9 +1,9 @@
-"""`exact_match`: short answers over any dataset format, right or wrong.
+"""Exact match: short answers from your own data in any dataset format.
 
-An answer is right if it equals one of the references once both are in lower case, runs of white space are one space,
-and white space and one full stop at the end are gone. Nothing else is normalised: "2" is not "two", "a dog" is not
-"dog" (the benchmark `vqa` has it so). There is no official scorer; `strict` differs where an empty answer equals an
-empty reference.
+Scorer (no official one exists): a response is correct if it equals one of the references after both are lower-cased,
+runs of whitespace are collapsed, and trailing whitespace and one final period are removed. Nothing else is normalised:
+"2" is not "two" and "a dog" is not "dog" (the benchmark `vqa` equates both). `strict` differs from `official` only if
+an empty response equals an empty reference.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def normalize(text: str) -> str:
 
 @BENCHMARKS.register("exact_match")
 class ExactMatch(OwnData):
-    """Short answers over any dataset format: right if equal to a reference, but for case, spaces and a full stop."""
+    """Exact match: short answers from your own data, ignoring case, whitespace and a final period."""
 
     def score(self, response: str, question: Question) -> Score:
-        right = float(normalize(response) in {normalize(reference) for reference in question.references})
-        return Score.of_words(right, response)
+        correct = float(normalize(response) in {normalize(reference) for reference in question.references})
+        return Score.free_text(correct, response)

@@ -1,11 +1,13 @@
-"""`mmvet`: open questions that take several abilities at once, judged by a language model (Yu et al., ICML 2024).
+"""MM-Vet (Yu et al., ICML 2024): open questions that need several capabilities at once, graded by a language model.
 
-Scorer: yuweihao/MM-Vet, mm-vet_evaluator.ipynb. A judge gives each answer from 0.0 to 1.0 in tenths; the figure is the
-mean in percent, also over the questions that need an ability ("capability: ocr"), and over those that need exactly
-these ("integration: ocr + math"). The official judge is gpt-4-0613 at temperature 0, asked with examples; the words
-and examples here are our own, to the same rules, so a figure is comparable with others by this judge and prompt only.
-Without a judge there is no score. Asked again after what cannot be read, the official code ends in 0: here it is an
-error.
+Data: mm-vet.json, an object of questions by id, beside images/.
+
+Scorer: yuweihao/MM-Vet, mm-vet_evaluator.ipynb. A judge grades each response from 0.0 to 1.0 in tenths. The headline is
+the mean in percent; it is also given for the questions that need a capability ("capability: ocr") and for those that
+need exactly a set of them ("integration: ocr + math"). The official judge is gpt-4-0613 at temperature 0 with a
+few-shot prompt. The prompt here has its own wording and examples for the same rules, so compare figures only with those
+of the same judge and prompt. Without a judge there is no score. If a verdict stays unreadable after retries, the
+official code scores 0; here it is an error.
 """
 
 from __future__ import annotations
@@ -55,12 +57,12 @@ Question: {question}
 Reference: {reference}
 Answer: {answer}
 Grade:"""
-GRADE = re.compile(r"\s*([01](?:\.\d+)?)(?![\d.]*\d)")  # at the start, as the official code reads it
+GRADE = re.compile(r"\s*([01](?:\.\d+)?)(?![\d.]*\d)")  # at the start, as in the official code
 
 
 @BENCHMARKS.register("mmvet")
 class MMVet(Benchmark):
-    """MM-Vet, judged answers by capability and integration of capabilities (yuweihao/MM-Vet, mm-vet_evaluator)."""
+    """MM-Vet: grades by a judge, per capability and integration (yuweihao/MM-Vet, mm-vet_evaluator.ipynb)."""
 
     prompt = "{question}"
     max_new_tokens = 1024
@@ -76,31 +78,37 @@ images/v1_0.png"""
         rows = read_json(path)
         if not isinstance(rows, dict):
             raise UserError(f"{path}: expected an object of questions by id")
-        found = []
+        questions = []
         for question_id, row in rows.items():
             where = f"question {question_id}"
-            name, words, answer = (typed(row, path, where, key, str) for key in ("imagename", "question", "answer"))
+            name, question_text, answer = (
+                typed(row, path, where, key, str) for key in ("imagename", "question", "answer")
+            )
             capabilities = sorted({str(ability) for ability in typed(row, path, where, "capability", list)})
             categories = (*(f"capability: {c}" for c in capabilities), f"integration: {' + '.join(capabilities)}")
-            sample = conversation(question_id, self.ask(config, question=words), [Image(images / name)])
-            found.append(Question(question_id, sample, (answer,), name, categories, {"question": words}))
-        return found
+            sample = conversation(
+                question_id, self.format_prompt(config, question=question_text), [Image(images / name)]
+            )
+            questions.append(Question(question_id, sample, (answer,), name, categories, {"question": question_text}))
+        return questions
 
     def score(self, response: str, question: Question) -> Score:
-        return Score(math.nan, math.nan)  # it is judged
+        return Score(math.nan, math.nan)  # only the judge scores
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """The official format, an object of answers by question id, LLaVA's answers (`question_id`, the number that
-        ends the id, and `text`), or ours."""
+        """Read the official format (an object of answers by question id), LLaVA's answers or mmdora's responses.jsonl.
+
+        LLaVA's answers are JSON lines of `text` and `question_id`, the number at the end of the official id.
+        """
         content = read_json(path) if path.suffix != ".jsonl" else []
         if not isinstance(content, dict):
             pairs, form = read_answers_as(path, ("id", "response"), ("question_id", "text"))
-            return [(f"v1_{i}" if form[0] == "question_id" and i.isdecimal() else i, said) for i, said in pairs]
+            return [(f"v1_{i}" if form[0] == "question_id" and i.isdecimal() else i, response) for i, response in pairs]
         return [(question_id, typed(content, path, "the file", question_id, str)) for question_id in content]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """What MM-Vet's evaluator takes: an object of answers by question id."""
-        result = self.only_result(results)
+        """Write the input of MM-Vet's evaluator: an object of answers by question id."""
+        result = self.single_result(results)
         write_whole(out, json_text({row["id"]: row["response"] for row in result.rows}))
 
     def judge_prompt(self, response: str, question: Question) -> str:
@@ -108,6 +116,6 @@ images/v1_0.png"""
         return PROMPT.format(question=question.details["question"], reference=reference, answer=response)
 
     def judge_score(self, verdict: str) -> float | None:
-        found = GRADE.match(verdict)
-        value = float(found.group(1)) if found else None
+        match = GRADE.match(verdict)
+        value = float(match.group(1)) if match else None
         return value if value is not None and value <= 1.0 else None

@@ -1,7 +1,9 @@
-"""`multiple_choice`: one of several options, over any dataset format: what one's own held-out data are scored with.
+"""Multiple choice: questions with options from your own data in any dataset format.
 
-The question's text holds the options, one a line, as "A. cat" or "(A) cat"; the dataset's answer is a letter or an
-option's text. There is no official scorer: how an option is found in an answer is told in choice.py.
+Data: the question's text lists the options, one per line, as "A. cat" or "(A) cat"; the dataset's answer is a letter or
+an option's text.
+
+Scorer (no official one exists): choice.py finds the option that a response names.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTI
 
 
 def read_options(text: str) -> list[str]:
-    """The options' texts: the lines of a question that begin with A, B, C … in this order; none where there are not at
-    least two."""
+    """Return the option texts: the lines that begin with A, B, C, … in order. Empty if there are fewer than two."""
     options: list[str] = []
     for letter, option in OPTION_LINE.findall(text):
-        if letter == "A":  # a list that begins anew is the question's own
+        if letter == "A":  # a later list that starts at A replaces an earlier one
             options = []
         if letter == LETTERS[len(options) : len(options) + 1]:
             options.append(option)
@@ -33,7 +34,7 @@ def read_options(text: str) -> list[str]:
 
 @BENCHMARKS.register("multiple_choice")
 class MultipleChoice(OwnData):
-    """One of several options over any dataset format, by what was clearly said (no official scorer: own data)."""
+    """Multiple choice: accuracy on questions with options from your own data (no official scorer)."""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         return [with_options(question, config.data) for question in super().questions(config)]
@@ -43,18 +44,20 @@ class MultipleChoice(OwnData):
 
 
 def with_options(question: Question, source: str) -> Question:
-    """The question with its options as details, and the right one's letter as its only reference.
+    """Return the question with its options in `details` and the correct letter as its only reference.
 
-    Raises UserError where the text holds no options, or the answer is none of them.
+    Raises:
+        UserError: the text has no options, or the answer is none of them.
     """
     options = read_options(question.sample.messages[-1].text)
     if not options:
-        raise UserError(f'{source}: sample {question.id!r} has no options: lines such as "A. cat" and "B. dog"')
-    meant = {chosen_option(reference, options) for reference in question.references}
-    index = meant.pop() if len(meant) == 1 else None
+        raise UserError(f'{source}: sample {question.id!r} has no options; write them as lines, "A. cat" and "B. dog"')
+    indices = {chosen_option(reference, options) for reference in question.references}
+    index = indices.pop() if len(indices) == 1 else None
     if index is None:
-        what = f"its answer is {' and '.join(map(repr, question.references))}"
+        answers = " and ".join(map(repr, question.references))
         raise UserError(
-            f"{source}: sample {question.id!r} has the options {', '.join(LETTERS[: len(options)])}, and {what}"
+            f"{source}: sample {question.id!r} has the answer {answers}, which is none of its options "
+            f"{', '.join(LETTERS[: len(options)])}"
         )
     return replace(question, references=(LETTERS[index],), details={**question.details, "options": options})

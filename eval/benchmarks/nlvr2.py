@@ -1,8 +1,10 @@
-"""`nlvr2`: is a sentence true of two photographs? NLVR2 (Suhr et al., ACL 2019).
+"""NLVR2 (Suhr et al., ACL 2019): is a sentence true of two photographs?
 
-Scorer: lil-lab/nlvr, nlvr2/eval/metrics.py: a prediction is right if it equals the label, whatever its case ("true."
-and " True" are not); "consistency" is the share of sentences that are answered rightly for every pair of photographs
-they go with: the identifiers that are alike but for the pair, their third part.
+Data: one JSON-lines file per split, and two PNG images per example.
+
+Scorer: lil-lab/nlvr, nlvr2/eval/metrics.py: a prediction is correct if it equals the label, ignoring case ("true." and
+" True" are wrong). Consistency is the share of sentences that are answered correctly for all their image pairs. The
+identifiers of a sentence differ only in the pair, their third part.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
 
 LABELS = ("true", "false")
-OURS = (".json", ".jsonl")  # predictions in our own format
+JSON_SUFFIXES = (".json", ".jsonl")  # of predictions in mmdora's own format
 
 
 @BENCHMARKS.register("nlvr2")
 class NLVR2(Benchmark):
-    """NLVR2, accuracy and consistency (lil-lab/nlvr, nlvr2/eval/metrics.py)."""
+    """NLVR2: accuracy and consistency (lil-lab/nlvr, nlvr2/eval/metrics.py)."""
 
     splits = ("dev", "test1", "test2", "train")
     prompt = "{question}\nIs this true or false of the two images? Answer the question using a single word or phrase."
@@ -37,57 +39,57 @@ class NLVR2(Benchmark):
     def questions(self, config: EvaluationConfig) -> list[Question]:
         split = self.split(config)
         path = find_file(config.data, [f"data/{split}.json", f"{split}.json", f"nlvr2/data/{split}.json"], self.layout)
-        beside = path.parent.parent if path.parent.name == "data" else path.parent
-        root = find_path(config.media) if config.media else beside
+        default_root = path.parent.parent if path.parent.name == "data" else path.parent
+        root = find_path(config.media) if config.media else default_root
         questions = []
         for number, row in enumerate(read_jsonl(path)):
-            asked, label, key = map(str, fields(row, path, f"row {number}", "sentence", "label", "identifier"))
+            sentence, label, key = map(str, fields(row, path, f"row {number}", "sentence", "label", "identifier"))
             if label.lower() not in LABELS or key.count("-") != 3:
-                raise UserError(f"{path}, row {number}: not NLVR2's label and identifier ({label!r}, {key!r})")
+                raise UserError(f"{path}, row {number}: invalid label or identifier ({label!r}, {key!r})")
             pair = key.rpartition("-")[0]
-            folder = picture_folder(root, key.split("-")[0], row.get("directory"), pair)
+            folder = image_folder(root, key.split("-")[0], row.get("directory"), pair)
             images = [Image(folder / f"{pair}-img{side}.png") for side in (0, 1)]
-            sample = conversation(key, self.ask(config, question=asked), images, str(path))
+            sample = conversation(key, self.format_prompt(config, question=sentence), images, str(path))
             questions.append(Question(key, sample, (label.lower(),), sentence_of(key)))
         return questions
 
     def score(self, response: str, question: Question) -> Score:
-        said = response.lower()
-        right = float(said == question.references[0])
-        return Score(right, right, unparsed=said.strip() not in LABELS)
+        predicted = response.lower()
+        correct = float(predicted == question.references[0])
+        return Score(correct, correct, unparsed=predicted.strip() not in LABELS)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         sentences: dict[str, bool] = {}
         for q in questions:
-            right = self.score(responses[q.id], q).official == 1
-            sentences[sentence_of(q.id)] = sentences.get(sentence_of(q.id), True) and right
+            correct = self.score(responses[q.id], q).official == 1
+            sentences[sentence_of(q.id)] = sentences.get(sentence_of(q.id), True) and correct
         return {"consistency": 100 * sum(sentences.values()) / len(sentences)}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """The official CSV: an identifier and a label a line."""
-        return super().read_predictions(path, questions) if path.suffix in OURS else read_csv(path)
+        """Read the official CSV: an identifier and a label per line."""
+        return super().read_predictions(path, questions) if path.suffix in JSON_SUFFIXES else read_csv(path)
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """The predictions' CSV: identifier, and True or False; an answer that is neither is written as "none"."""
-        result = self.only_result(results)
+        """Write the official CSV: an identifier and True or False per line; any other response becomes "none"."""
+        result = self.single_result(results)
         write_whole(out, csv_text({row["id"]: row["response"] for row in result.rows}, str.capitalize))
 
 
-def picture_folder(root: Path, split: str, directory: Any, pair: str) -> Path:
-    """Where the photographs of a pair lie: the first place that has them, or the documented one."""
-    below = [f"{split}/{directory}", split] if directory is not None else [split]
-    places = [root / top / folder for top in ("images", ".", "..") for folder in below]
+def image_folder(root: Path, split: str, directory: Any, pair: str) -> Path:
+    """Return the first folder that has the images of a pair, or the documented folder if none has."""
+    subfolders = [f"{split}/{directory}", split] if directory is not None else [split]
+    places = [root / top / folder for top in ("images", ".", "..") for folder in subfolders]
     return next((place for place in places if (place / f"{pair}-img0.png").is_file()), places[0])
 
 
 def sentence_of(identifier: str) -> str:
-    """What the identifiers of a sentence share: all but the number of the pair of photographs."""
+    """Return the identifier without the number of the image pair: the same for all pairs of a sentence."""
     split, group, _, sentence = identifier.split("-")
     return f"{split}-{group}--{sentence}"
 
 
 def read_csv(path: Path) -> list[tuple[str, str]]:
-    """(identifier, prediction) of each line, cut at commas as the official scripts do it. Raises UserError."""
+    """Read (identifier, prediction) per line, split at commas as in the official scripts. Raise UserError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,6 +106,6 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
 
 
 def csv_text(answers: Mapping[str, str], case: Callable[[str], str]) -> str:
-    """One line an answer; what is neither true nor false would break the lines, and is "none"."""
-    said = {key: answer.lower() for key, answer in answers.items()}
-    return "".join(f"{key},{case(word) if word in LABELS else 'none'}\n" for key, word in said.items())
+    """Return one line per answer; anything but true or false becomes "none", since it could break the lines."""
+    predicted = {key: answer.lower() for key, answer in answers.items()}
+    return "".join(f"{key},{case(word) if word in LABELS else 'none'}\n" for key, word in predicted.items())

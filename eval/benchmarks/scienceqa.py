@@ -1,9 +1,11 @@
-"""`scienceqa`: ScienceQA (Lu et al., NeurIPS 2022), with and without pictures.
+"""ScienceQA (Lu et al., NeurIPS 2022): multiple-choice science questions, with and without images.
 
-Scorers: haotian-liu/LLaVA, llava/eval/eval_science_qa.py, reads the letter and gives the accuracy and the IMG accuracy;
-lupantech/ScienceQA, tools/evaluate_acc.py, breaks it down by subject, context, grade and topic. Kept of the first: an
-answer is a letter alone, "B. …", or "The answer is B" and one more character, just once; a question without a
-prediction is wrong, and is none of those with a picture.
+Data: problems.json (all problems by id), pid_splits.json (the ids of each split), and the images.
+
+Scorers: haotian-liu/LLaVA, llava/eval/eval_science_qa.py, extracts the letter and gives the accuracy and the IMG
+accuracy; lupantech/ScienceQA, tools/evaluate_acc.py, gives the accuracy by subject, context, grade and topic. Quirks of
+the former are reproduced: a valid answer is a single letter, "B. …", or exactly one "The answer is B" followed by one
+more character; a question without a prediction is wrong, and does not count in the IMG accuracy.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from mmdora.core.errors import UserError
 log = logging.getLogger(__name__)
 
 OPTIONS = LETTERS[:5]
-FAILED = "FAILED"  # what the official code takes for the answer where there is none
-DECLARED = re.compile(r"The answer is ([A-Z]).")  # the official pattern: its dot is any character
+FAILED = "FAILED"  # the official code's answer for a response without one
+DECLARED = re.compile(r"The answer is ([A-Z]).")  # the official pattern, with an unescaped dot
 SUBJECTS = {
     "natural": "natural science",
     "social": "social science",
@@ -48,7 +50,7 @@ vocabulary geography
 
 
 def answer_index(text: str, choices: int) -> int:
-    """The choice that was said, from 0; -1 where there is none to be read, or it is not one of `choices`."""
+    """Return the index of the chosen option; -1 if the text names none of the first `choices` letters."""
     if text in tuple(OPTIONS):
         letter = text
     elif text[:1] in tuple(OPTIONS) and text[1:3] == ". ":
@@ -60,28 +62,30 @@ def answer_index(text: str, choices: int) -> int:
 
 
 def breakdown(problems: Mapping[str, Mapping[str, Any]], predicted: Mapping[str, int]) -> dict[str, float | None]:
-    """The official accuracies in percent, by the official names; None for a group without problems.
+    """Return the official accuracies in percent by their official names; None for a group without problems.
 
-    `problems` are those of the split by id, as in problems.json; `predicted` holds the index of each one's answer.
+    Args:
+        problems: the split's problems by id, as in problems.json.
+        predicted: the index of the predicted choice by id.
     """
-    right = {i: problem["answer"] == predicted[i] for i, problem in problems.items()}
+    correct = {i: problem["answer"] == predicted[i] for i, problem in problems.items()}
     groups = {name: [i for i, p in problems.items() if p["subject"] == subject] for name, subject in SUBJECTS.items()}
     groups["has_text"] = [i for i, p in problems.items() if p["hint"]]
     groups["has_image"] = [i for i, p in problems.items() if p["image"]]
     groups["no_context"] = [i for i, p in problems.items() if not p["hint"] and not p["image"]]
     groups |= {name: [i for i, p in problems.items() if p["grade"] in grades] for name, grades in GRADES.items()}
     groups |= {topic: [i for i, p in problems.items() if p["topic"] == topic] for topic in TOPIC_NAMES.split()}
-    found = {f"acc_{name}": _percent([right[i] for i in ids]) for name, ids in groups.items()}
-    return found | {"acc_average": sum(right.values()) / len(predicted) * 100}
+    accuracies = {f"acc_{name}": _percent([correct[i] for i in ids]) for name, ids in groups.items()}
+    return accuracies | {"acc_average": sum(correct.values()) / len(predicted) * 100}
 
 
-def _percent(right: Sequence[bool]) -> float | None:
-    return sum(right) / len(right) * 100 if right else None
+def _percent(correct: Sequence[bool]) -> float | None:
+    return sum(correct) / len(correct) * 100 if correct else None
 
 
 @BENCHMARKS.register("scienceqa")
 class ScienceQA(Benchmark):
-    """ScienceQA, accuracy (LLaVA, eval_science_qa.py; lupantech/ScienceQA, tools/evaluate_acc.py)."""
+    """ScienceQA: accuracy and accuracy with images (LLaVA, eval_science_qa.py; ScienceQA, evaluate_acc.py)."""
 
     layout = "<folder>/problems.json, pid_splits.json, images/<split>/<id>/image.png"
     splits = ("test", "val", "train", "trainval", "minitest", "minival", "minitrain")
@@ -97,74 +101,83 @@ class ScienceQA(Benchmark):
 
     def _question(self, i: str, problem: Any, path: Path, images: Path, config: EvaluationConfig) -> Question:
         where = f"problem {i!r}"
-        asked, choices, answer = typed_fields(problem, path, where, question=str, choices=list[str], answer=int)
-        about = {name: problem.get(name) or "" for name in ("hint", "image", "grade", "subject", "topic", "split")}
-        hint, image, grade, subject, _, split = typed_fields(about, path, where, **dict.fromkeys(about, str))
+        question_text, choices, answer = typed_fields(problem, path, where, question=str, choices=list[str], answer=int)
+        metadata = {name: problem.get(name) or "" for name in ("hint", "image", "grade", "subject", "topic", "split")}
+        hint, image, grade, subject, _, split = typed_fields(metadata, path, where, **dict.fromkeys(metadata, str))
         if not 0 <= answer < len(choices) <= len(OPTIONS):
-            raise UserError(f"{path}, {where}: answer {answer!r} is none of {len(choices)} choices")
-        text = f"Context: {hint}\n{asked}" if hint else asked
-        words = self.ask(config, question=text, options=option_lines(choices))
+            raise UserError(f"{path}, {where}: answer {answer!r} is not the index of one of {len(choices)} choices")
+        text = f"Context: {hint}\n{question_text}" if hint else question_text
+        prompt = self.format_prompt(config, question=text, options=option_lines(choices))
         media = [Image(images / (split or self.split(config)) / i / image)] if image else []
         context = [name for name, there in (("text", hint), ("image", image)) if there] or ["none"]
-        years = next((name.removeprefix("grade_") for name, grades in GRADES.items() if grade in grades), grade)
-        named = [("subject", subject), *(("context", name) for name in context), ("grade", years)]
-        groups = tuple(f"{kind}: {name}" for kind, name in named if name)
-        details = {"choices": len(choices), "answer": answer, **about}
-        sample = conversation(i, words, media, str(path))
+        grade_range = next((name.removeprefix("grade_") for name, grades in GRADES.items() if grade in grades), grade)
+        labels = [("subject", subject), *(("context", name) for name in context), ("grade", grade_range)]
+        groups = tuple(f"{kind}: {name}" for kind, name in labels if name)
+        details = {"choices": len(choices), "answer": answer, **metadata}
+        sample = conversation(i, prompt, media, str(path))
         return Question(i, sample, (OPTIONS[answer],), i, groups, details)
 
     def score(self, response: str, question: Question) -> Score:
         index = answer_index(response, question.details["choices"])
-        right = float(index == question.details["answer"])
-        return Score(right, right, unparsed=index < 0)
+        correct = float(index == question.details["answer"])
+        return Score(correct, correct, unparsed=index < 0)
 
     def extras(self, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Any]:
         predicted = {q.id: answer_index(responses[q.id], q.details["choices"]) for q in questions}
-        shown = [q for q in questions if q.details["image"] and responses[q.id] != FAILED]
-        img = _percent([predicted[q.id] == q.details["answer"] for q in shown])
+        with_image = [q for q in questions if q.details["image"] and responses[q.id] != FAILED]
+        img = _percent([predicted[q.id] == q.details["answer"] for q in with_image])
         return {"img_accuracy": img, **breakdown({q.id: q.details for q in questions}, predicted)}
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """LLaVA's answers (JSON lines of `question_id` and `text`), or the leaderboard's file, whose `results` hold
-        the index of each answer (and `outputs`, where LLaVA wrote it, what was said)."""
+        """Read LLaVA's answers or the leaderboard's file.
+
+        The former are JSON lines of `question_id` and `text`. The latter has `results`, the index of each answer, and,
+        if LLaVA wrote it, `outputs`, the responses.
+        """
         pairs = list(_predictions(path))
-        given = {i for i, _ in pairs}
-        if missing := [q.id for q in questions if q.id not in given]:
-            log.warning("%s: %d ids without an answer count as wrong, such as %s", path, len(missing), missing[0])
+        predicted_ids = {i for i, _ in pairs}
+        if missing := [q.id for q in questions if q.id not in predicted_ids]:
+            log.warning(
+                "%s: %d questions without a prediction count as wrong, such as %s", path, len(missing), missing[0]
+            )
         return pairs + [(i, FAILED) for i in missing]
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """The file that lupantech/ScienceQA's evaluate_acc.py reads, as LLaVA writes it."""
-        rows = self.only_result(results).rows
+        """Write the file that lupantech/ScienceQA's evaluate_acc.py reads, as LLaVA writes it."""
+        rows = self.single_result(results).rows
         predicted = {row["id"]: answer_index(row["response"], row["details"]["choices"]) for row in rows}
         correct = sum(predicted[row["id"]] == row["details"]["answer"] for row in rows)
         summary = {"acc": correct / len(rows) * 100, "correct": correct, "count": len(rows)}
-        said = {row["id"]: row["response"] for row in rows}
-        text = json.dumps({**summary, "results": predicted, "outputs": said}, ensure_ascii=False, indent=2)
+        responses_by_id = {row["id"]: row["response"] for row in rows}
+        text = json.dumps({**summary, "results": predicted, "outputs": responses_by_id}, ensure_ascii=False, indent=2)
         write_whole(out, text + "\n")
 
 
 def split_ids(problems: Any, path: Path, config: EvaluationConfig, benchmark: Benchmark) -> list[str]:
-    """The ids of the split's problems, from pid_splits.json, or without it by what each problem says of itself."""
-    split, listed = benchmark.split(config), path.parent / "pid_splits.json"
+    """Return the ids of the split's problems, from pid_splits.json or else from each problem's `split` field."""
+    split, splits_file = benchmark.split(config), path.parent / "pid_splits.json"
     if not isinstance(problems, dict):
         raise UserError(f"{path}: expected an object of problems by id")
-    if listed.is_file():
-        (ids,) = typed_fields(read_json(listed), listed, "the splits", **{split: list[str]})
+    if splits_file.is_file():
+        (ids,) = typed_fields(read_json(splits_file), splits_file, "the splits", **{split: list[str]})
         return list(ids)
-    said = {i: problem.get("split") if isinstance(problem, dict) else None for i, problem in problems.items()}
-    if split not in said.values():
-        raise UserError(f"{path}: has no problems of the split {split!r}; expected layout:\n{benchmark.layout}")
-    return [i for i, name in said.items() if name == split]
+    split_by_id = {i: problem.get("split") if isinstance(problem, dict) else None for i, problem in problems.items()}
+    if split not in split_by_id.values():
+        raise UserError(f"{path}: no problems of the split {split!r}; expected layout:\n{benchmark.layout}")
+    return [i for i, name in split_by_id.items() if name == split]
 
 
 def _predictions(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix == ".json" and isinstance(found := read_json(path), dict):
-        indices, outputs = typed_fields({"outputs": {}} | found, path, "the file", results=dict, outputs=dict)
+    if path.suffix == ".json" and isinstance(content := read_json(path), dict):
+        indices, outputs = typed_fields({"outputs": {}} | content, path, "the file", results=dict, outputs=dict)
         for i, index in indices.items():
             if not isinstance(index, int) or not -1 <= index < len(OPTIONS):
-                raise UserError(f"{path}: result {i!r} is {index!r}, not the index of a choice")
-        said = {i: outputs.get(i, OPTIONS[index] if index >= 0 else FAILED) for i, index in indices.items()}
-        yield from zip(said, typed_fields(said, path, "outputs", **dict.fromkeys(said, str)), strict=True)
+                raise UserError(f"{path}: result {i!r}: {index!r} is not the index of a choice")
+        responses_by_id = {i: outputs.get(i, OPTIONS[index] if index >= 0 else FAILED) for i, index in indices.items()}
+        yield from zip(
+            responses_by_id,
+            typed_fields(responses_by_id, path, "outputs", **dict.fromkeys(responses_by_id, str)),
+            strict=True,
+        )
         return
     yield from read_answers_as(path, ("id", "response"), ("question_id", "text"))[0]

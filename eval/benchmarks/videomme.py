@@ -1,11 +1,13 @@
-"""`videomme`: 900 videos of up to an hour, three questions with four options each (Fu et al., CVPR 2025).
+"""Video-MME (Fu et al., CVPR 2025): 900 videos of up to an hour, with three multiple-choice questions each.
 
-Scorer: BradyFU/Video-MME, evaluation/eval_your_results.py: the first of the letters A to D in the answer, after some
-phrases are taken out ("Answer: B" is A, two of the phrases are never found for want of a comma). An answer without such
-a letter is left out of the official denominator; `strict` counts it as wrong.
+Data: a Parquet file, or the questions as JSON, beside the videos and subtitles.
 
-A prompt with `{subtitles}` shows what is said in the video (subtitle/<videoID>.srt; all of it, since the frames are
-chosen later); without that field, the default, the model sees the frames alone.
+Prompt: LLaVA-1.5's, without subtitles. A prompt with `{subtitles}` includes those of the whole video
+(subtitle/<videoID>.srt), since the frames are selected later.
+
+Scorer: BradyFU/Video-MME, evaluation/eval_your_results.py: the first of the letters A to D in the response, after some
+phrases are removed. Quirks reproduced: "Answer: B" reads as A, and missing commas join four phrases into two that never
+match. A response without a letter is excluded from the official denominator; `strict` counts it as wrong.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ PREFIXES = (
     "The correct answer is",
     "The answer is",
     "The answer",
-    "The best option isThe correct option is",  # two strings that a missing comma makes one
+    "The best option isThe correct option is",  # two strings joined by a missing comma
     "Best answer:Best option:",
 )
 DURATIONS = ("short", "medium", "long")
-# The names that the dataset's table, its JSON file and the results' template have for the same things.
+# Names of the same fields in the dataset's table, its JSON file and the results template.
 DURATION, DOMAIN = ("duration", "duration_category"), ("domain", "video_category")
 SUB_CATEGORY, CHOICES = ("sub_category", "video_subcategory", "video_sub_category"), ("options", "choices")
 
 
 @BENCHMARKS.register("videomme")
 class VideoMME(Benchmark):
-    """Video-MME, accuracy over answered questions (BradyFU/Video-MME, evaluation/eval_your_results.py)."""
+    """Video-MME: accuracy over answered questions (BradyFU/Video-MME, evaluation/eval_your_results.py)."""
 
     prompt = LETTER_PROMPT
     layout = """  videomme/test-00000-of-00001.parquet (or the questions as JSON: a list of videos with "questions")
@@ -64,18 +66,18 @@ class VideoMME(Benchmark):
     ) -> Question:
         key, kind = str(row["question_id"]), str(row["task_type"])
         where = f"question {key}"
-        named = (DURATION, DOMAIN, SUB_CATEGORY, CHOICES)
-        duration, domain, sub_category, options = (_either(row, path, names) for names in named)
-        asked, answer = fields(row, path, where, "question", "answer")
+        groups = (DURATION, DOMAIN, SUB_CATEGORY, CHOICES)
+        duration, domain, sub_category, options = (_first_of(row, path, names) for names in groups)
+        question, answer = fields(row, path, where, "question", "answer")
         if answer not in ("A", "B", "C", "D"):
             raise UserError(f"{path}, {where}: answer must be A, B, C or D, found {answer!r}")
         if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-            raise UserError(f"{path}, {where}: the options must be a list of texts, found {options!r}")
+            raise UserError(f"{path}, {where}: the options must be a list of strings, found {options!r}")
         name = video_name(row)
-        said = ""
+        subtitle_text = ""
         if "{subtitles}" in (config.prompt or self.prompt) and (file := subtitles / f"{name}.srt").is_file():
-            said = spoken(read_srt(file))
-        text = self.ask(config, question=asked, options="\n".join(options), subtitles=said)
+            subtitle_text = spoken(read_srt(file))
+        text = self.format_prompt(config, question=question, options="\n".join(options), subtitles=subtitle_text)
         sample = conversation(key, text, [Video(videos.find(name))], str(path))
         categories = (f"duration: {duration}", f"domain: {domain}", f"sub-category: {sub_category}", f"task: {kind}")
         details = {
@@ -84,7 +86,7 @@ class VideoMME(Benchmark):
             "video_category": domain,
             "video_subcategory": sub_category,
             "task_type": kind,
-            "question": asked,
+            "question": question,
             "choices": options,
         }
         return Question(key, sample, (answer,), str(row["video_id"]), categories, details)
@@ -95,13 +97,12 @@ class VideoMME(Benchmark):
         return Score(right, right, unparsed=not letter, counts={"answered": answered})
 
     def headline(self, totals: Totals, kind: str) -> np.ndarray:
-        """Percent of the answered (`official`; 0 where none is, as the script prints) or of all (`strict`)."""
-        asked = totals["answered"] if kind == "official" else totals["n"]
-        return 100 * totals[kind] / np.maximum(asked, 1)
+        """Return the accuracy over answered (`official`; 0 if there are none) or all (`strict`) questions."""
+        n = totals["answered"] if kind == "official" else totals["n"]
+        return 100 * totals[kind] / np.maximum(n, 1)
 
     def read_predictions(self, path: Path, questions: Sequence[Question]) -> list[tuple[str, str]]:
-        """The results' template: the questions' JSON with a "response" for each. Videos marked as "missing" are not
-        answered."""
+        """Read the results template: the question JSON with a "response" each. Videos marked "missing" have none."""
         rows = read_json(path) if path.suffix == ".json" else None
         if not (isinstance(rows, list) and rows and isinstance(rows[0], dict) and "questions" in rows[0]):
             return super().read_predictions(path, questions)
@@ -112,31 +113,35 @@ class VideoMME(Benchmark):
         return pairs
 
     def write_submission(self, results: Sequence[Result], out: Path) -> None:
-        """output_test_template.json: the videos with their questions, and the answers as "response"."""
-        result = self.only_result(results)
+        """Write output_test_template.json: the videos with their questions and responses."""
+        result = self.single_result(results)
         videos: dict[str, dict[str, Any]] = {}
         for row in result.rows:
             details = row["details"]
-            named = ("video_id", "duration_category", "video_category", "video_subcategory")
-            video = videos.setdefault(details["video_id"], {name: details[name] for name in named} | {"questions": []})
-            asked = {"question_id": row["id"]} | {name: details[name] for name in ("task_type", "question", "choices")}
-            video["questions"].append(asked | {"answer": row["references"][0], "response": row["response"]})
-        if lacking := [name for name, video in videos.items() if len(video["questions"]) != 3]:
-            raise UserError(f"{result.folder}: video {lacking[0]} has not its three questions")
+            video_fields = ("video_id", "duration_category", "video_category", "video_subcategory")
+            video = videos.setdefault(
+                details["video_id"], {name: details[name] for name in video_fields} | {"questions": []}
+            )
+            question = {"question_id": row["id"]} | {
+                name: details[name] for name in ("task_type", "question", "choices")
+            }
+            video["questions"].append(question | {"answer": row["references"][0], "response": row["response"]})
+        if incomplete := [name for name, video in videos.items() if len(video["questions"]) != 3]:
+            raise UserError(f"{result.folder}: video {incomplete[0]} does not have three questions")
         write_whole(out, json.dumps(list(videos.values()), indent=4, ensure_ascii=False) + "\n")
 
 
 def extract_letter(response: str) -> str:
-    """The official extraction: A, B, C, D or ""."""
-    said = response.strip()
+    """Return A, B, C, D or "", as the official code extracts it."""
+    text = response.strip()
     for prefix in PREFIXES:
-        said = said.replace(prefix, "")
-    found = re.search("[ABCD]", said)
-    return found[0] if found else ""
+        text = text.replace(prefix, "")
+    match = re.search("[ABCD]", text)
+    return match[0] if match else ""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One dict a question, what is said of its video included."""
+    """Yield one dict per question, including the fields of its video."""
     if path.suffix == ".parquet":
         rows: Any = read_parquet(path)
     else:
@@ -146,24 +151,24 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows):
         where = f"row {number}"
         next(fields(row, path, where, "video_id"))
-        of_video = {name: value for name, value in row.items() if name != "questions"}
-        asked = row.get("questions", [row])
-        if not isinstance(asked, list):
-            raise UserError(f"{path}, {where}: questions must be a list, found {type(asked).__name__}")
-        for question in asked:
+        video_fields = {name: value for name, value in row.items() if name != "questions"}
+        questions = row.get("questions", [row])
+        if not isinstance(questions, list):
+            raise UserError(f"{path}, {where}: questions must be a list, found {type(questions).__name__}")
+        for question in questions:
             list(fields(question, path, where, "question_id", "task_type"))
-            yield of_video | question
+            yield video_fields | question
 
 
 def video_name(row: Mapping[str, Any]) -> str:
-    """The video's YouTube id, by which its files are named."""
+    """Return the video's YouTube id, which names its files."""
     if name := row.get("videoID"):
         return str(name)
-    address = re.search(r"(?:v=|youtu\.be/|shorts/)([\w-]{11})", str(row.get("url", "")))
-    return address[1] if address else str(row["video_id"])
+    match = re.search(r"(?:v=|youtu\.be/|shorts/)([\w-]{11})", str(row.get("url", "")))
+    return match[1] if match else str(row["video_id"])
 
 
-def _either(row: dict[str, Any], path: Path, names: Sequence[str]) -> Any:
+def _first_of(row: dict[str, Any], path: Path, names: Sequence[str]) -> Any:
     if (name := next((name for name in names if name in row), None)) is None:
         raise UserError(f"{path}, question {row['question_id']}: no field {' or '.join(names)}")
     return row[name]

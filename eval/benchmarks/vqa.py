@@ -1,9 +1,9 @@
-"""`vqa`: open questions over any dataset format, scored as VQA v2.0 scores them.
+"""VQA accuracy: open questions from your own data in any dataset format, and the scorer that VQA benchmarks share.
 
-Scorer: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py: an answer earns min(matches / 3, 1), averaged
-over the leave-one-out subsets of the annotators. Two of its ways are kept: answers are normalised only where the
-annotators differ, and a period between words is removed only as its regular expression finds it. A question with a
-single reference, as in one's own data, is right or wrong, normalised on both sides.
+Scorer: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py: an answer scores min(matches / 3, 1),
+averaged over the leave-one-out subsets of the annotators. Two quirks are reproduced: answers are normalised only if the
+annotators disagree, and a period between words is removed only where the official regular expression matches. A
+question with a single reference, as in your own data, scores 0 or 1 after both sides are normalised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARTICLES = {"a", "an", "the"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(i) for i, word in enumerate(DIGITS)} | {"none": "0"}
 PUNCTUATION = list(';/[]"{}()=+\\_-><@`,?!')
-PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # the official pattern, its misplaced look-behind included
+PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # the official pattern, including its malformed look-behind
 COMMA_IN_NUMBER = re.compile(r"(\d)(\,)(\d)")
 CONTRACTIONS = """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
@@ -55,7 +55,9 @@ def process_punctuation(text: str) -> str:
             out = out.replace(mark, "")
         else:
             out = out.replace(mark, " ")
-    return PERIOD.sub("", out, re.UNICODE)  # the official call passes the flag as `count`: at most 32 periods go
+    return PERIOD.sub(
+        "", out, re.UNICODE
+    )  # the official call passes the flag as `count`: at most 32 periods are removed
 
 
 def process_digits_and_articles(text: str, contractions: Mapping[str, str] = EXPANDED) -> str:
@@ -64,13 +66,13 @@ def process_digits_and_articles(text: str, contractions: Mapping[str, str] = EXP
     return " ".join(contractions.get(word, word) for word in kept)
 
 
-@lru_cache(maxsize=100_000)  # VQAv2's two million answers repeat each other
+@lru_cache(maxsize=100_000)  # VQAv2's two million answers contain many repeats
 def normalize(text: str) -> str:
     return process_digits_and_articles(process_punctuation(strip_whitespace(text)))
 
 
 def vqa_accuracy(response: str, references: Sequence[str]) -> float:
-    """The official accuracy, 0 to 1, against the answers of several annotators (an only annotator's answer earns 0)."""
+    """Return the official accuracy, 0 to 1, against several annotators' answers. With one annotator it is always 0."""
     answer, gold = strip_whitespace(response), [strip_whitespace(r) for r in references]
     if len(set(gold)) > 1:
         answer, gold = normalize(answer), [normalize(g) for g in gold]
@@ -78,24 +80,26 @@ def vqa_accuracy(response: str, references: Sequence[str]) -> float:
 
 
 def leave_one_out(answer: str, gold: Sequence[str]) -> float:
-    """min(matches / 3, 1), averaged over the subsets of all annotators but one."""
+    """Return min(matches / 3, 1), averaged over the subsets that leave out one annotator."""
     matches = sum(g == answer for g in gold)
     return sum(min(1.0, (matches - (g == answer)) / 3) for g in gold) / len(gold)
 
 
 def evalai_normalize(text: str) -> str:
-    """As TextVQA's scorer has it, and LLaVA for what it hands in to EvalAI: without commas and question marks, and
-    then as above (facebookresearch/mmf, mmf/utils/m4c_evaluators.py, EvalAIAnswerProcessor)."""
+    """Remove commas and question marks, then normalise, as TextVQA's scorer and LLaVA's EvalAI submissions do.
+
+    Source: facebookresearch/mmf, mmf/utils/m4c_evaluators.py, EvalAIAnswerProcessor.
+    """
     return normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 @BENCHMARKS.register("vqa")
 class VQA(OwnData):
-    """Open questions over any dataset format, by the VQA v2.0 metric (GT-Vision-Lab/VQA, vqaEval.py)."""
+    """VQA accuracy: open questions from your own data, scored like VQA v2.0 (GT-Vision-Lab/VQA, vqaEval.py)."""
 
     def score(self, response: str, question: Question) -> Score:
         if len(question.references) == 1:
             value = float(normalize(response) == normalize(question.references[0]))
         else:
             value = vqa_accuracy(response, question.references)
-        return Score.of_words(value, response)
+        return Score.free_text(value, response)

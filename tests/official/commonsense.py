@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.benchmarks.commonsense import RESPONSE, TASKS, completion, extract, prompt_for
+from eval.benchmarks.commonsense import RESPONSE, TASKS, completion, extract, official_prompt
 from tests.official import official
 
 
@@ -14,7 +14,7 @@ def extracted(case):
 
 @official("commonsense", "prompt")
 def prompt(case):
-    return prompt_for(case["instruction"], case.get("input") or "")
+    return official_prompt(case["instruction"], case.get("input") or "")
 
 
 @official("commonsense", "split_response")

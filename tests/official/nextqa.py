@@ -47,7 +47,7 @@ def open_ended(case):
         further = case["additional_refs"].get(video, {}).get(str(qid))
         references = (answer,) if further is None else (answer, further)
         question = Question("q", Sample("q", (), "t"), references, "c", (), {"type": kind})
-        value = open_score(case["predictions"][video][str(qid)], question, words=lambda text: text.lower().split())
+        value = open_score(case["predictions"][video][str(qid)], question, lemmatize=lambda text: text.lower().split())
         for name in ("TPN" if kind == "TN" else kind, f"WUPS_{kind[0]}", "WUPS"):
             groups.setdefault(name, []).append(value)
     return {name: percent(values) for name, values in groups.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from eval.benchmarks.textvqa import ANNOTATORS, anls, question_in_llava_prompt, stvqa_accuracy, textvqa_accuracy
+from eval.benchmarks.stvqa import anls, stvqa_accuracy
+from eval.benchmarks.textvqa import ANNOTATORS, question_in_llava_prompt, textvqa_accuracy
 from eval.benchmarks.vqa import evalai_normalize
 from tests.official import official
 
