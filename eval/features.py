@@ -64,7 +64,9 @@ def evaluate_by_features(
     embed_texts(texts, encoder, features, config.batch_size)
     for _ in embed_videos(videos, encoder, features):
         advance(1)
-    similarity = similarities([text for text, _ in pairs], [video for _, video in pairs], features)
+    advance(len(questions) - len(videos))  # several texts may belong to one video
+    columns = {q.references[0]: video for q, (_, video) in zip(questions, pairs, strict=True)}  # one per video
+    similarity = similarities([text for text, _ in pairs], columns.values(), features)
     np.save(folder / "similarity.npy", similarity)
     return score_and_write(folder, config, ranked(similarity, questions), questions, receipt)
 

@@ -44,15 +44,15 @@ def sentence_ranks(similarity: np.ndarray) -> np.ndarray:
     return np.diagonal(places, axis1=1, axis2=2)[np.isfinite(own)]
 
 
-def sentence_figures(similarity: np.ndarray) -> dict[str, float]:
+def sentence_figures(ranks: Sequence[int] | np.ndarray) -> dict[str, float]:
     """Return the figures of `sentence_ranks` as the official code computes them.
 
     Unlike `rank_figures`: recalls in single precision, the lower of two medians, and the ranks' standard deviation.
     """
-    ranks = sentence_ranks(similarity) + 1
-    figures = {f"R{k}": float(np.float32(100 * np.sum(ranks <= k)) / np.float32(len(ranks))) for k in RECALLS}
-    median = float(np.sort(ranks)[(len(ranks) - 1) // 2])
-    return figures | {"MedianR": median, "MeanR": float(np.mean(ranks)), "Std_Rank": float(np.std(ranks))}
+    array = np.asarray(ranks) + 1
+    figures = {f"R{k}": float(np.float32(100 * np.sum(array <= k)) / np.float32(len(array))) for k in RECALLS}
+    median = float(np.sort(array)[(len(array) - 1) // 2])
+    return figures | {"MedianR": median, "MeanR": float(np.mean(array)), "Std_Rank": float(np.std(array))}
 
 
 def video_to_sentences(similarity: np.ndarray) -> np.ndarray:

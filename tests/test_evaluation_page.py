@@ -17,7 +17,7 @@ from tests.media import write_image
 from tests.test_runs import command
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-LINE = re.compile(r"^    (?:torchrun .* )?((?:mmdora|-m mmdora\.commands) .*)$", re.MULTILINE)
+LINE = re.compile(r"^    (?:torchrun .* )?((?:mmdora|-m mmdora\.cli) .*)$", re.MULTILINE)
 COMMANDS = [line.partition("  #")[0] for line in LINE.findall(PAGE)]
 
 

@@ -6,7 +6,7 @@ from itertools import chain
 
 import numpy as np
 
-from eval.retrieval import rank_figures, sentence_figures, tied_ranks, video_to_sentences
+from eval.retrieval import rank_figures, sentence_figures, sentence_ranks, tied_ranks, video_to_sentences
 from tests.official import official
 
 
@@ -27,6 +27,6 @@ def multi_sentence(case):
     (rows,) = case.values()
     similarity = np.asarray(rows, dtype=np.float64)  # null becomes NaN
     padded = np.where(np.isnan(similarity), -np.inf, similarity)
-    text_to_video = sentence_figures(padded)
+    text_to_video = sentence_figures(sentence_ranks(padded))
     text_to_video["MR"] = text_to_video["MedianR"]
     return {"t2v": text_to_video, "v2t": one_way(video_to_sentences(padded))}
