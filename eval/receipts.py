@@ -1,4 +1,4 @@
-"""Receipts record what a result depends on, and tell whether the same evaluation has finished already."""
+"""Receipts: the settings that a result depends on, by which a finished result of the same evaluation is recognised."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[
     if benchmark.headline_is_mean:
         return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters, benchmark.bounds))
     table = score_table([asdict(s) for s in chosen], clusters)
-    found = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
-    return asdict(found) if found is not None else None
+    headline = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
+    return asdict(headline) if headline is not None else None
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], clusters: Sequence[str]) -> Table:

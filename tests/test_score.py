@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from eval.results import find_results, read_result
 from mmdora.apps.tables import results_table
 from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
+from tests.conftest import ROOT
 from tests.media import write_image
 from tests.scored import command, edit, right, scored, write_answers, write_questions
 
@@ -52,6 +55,17 @@ def test_json_prints_the_report_and_changes_no_file(rows, tmp_path, capsys):
     code, out, _ = score(capsys, rows, predictions)
     assert code == 0
     assert "75.0 [" in out
+
+
+HEAVY = ["torch", "transformers", "scipy", "pandas", "openpyxl", "pyarrow", "wn", "nltk"]
+LIGHT = "benchmarks, questions, scoring, compare, leaderboard_page, judge, digests, receipts"
+
+
+def test_scores_and_benchmark_names_need_no_heavy_library():
+    """A config's benchmarks are checked, and predictions scored, before torch is imported."""
+    code = f"import sys\nsys.modules.update(dict.fromkeys({HEAVY}))\nfrom eval import {LIGHT}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nlvr_is_scored_from_its_file_of_labels(tmp_path, capsys):
