@@ -1,4 +1,4 @@
-"""Zip files that leaderboards take."""
+"""Zip files for leaderboard submissions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mmdora.core.errors import UserError
 
 
 def write_zip(out: Path, files: Mapping[str, str]) -> None:
-    """Texts by the name of their file in the zip. The same texts make the same bytes. Raises UserError for a file that
-    is not to be called a zip file."""
+    """Write texts, by file name, into a zip file. Equal texts give equal bytes.
+
+    Raises UserError if the name of `out` does not end in ".zip".
+    """
     if out.suffix != ".zip":
-        raise UserError(f"{out}: the leaderboard takes a zip file, as {out.with_suffix('.zip')}")
+        raise UserError(f"{out}: the leaderboard takes a zip file, such as {out.with_suffix('.zip')}")
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for name, text in files.items():

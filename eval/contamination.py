@@ -1,8 +1,10 @@
-"""What a benchmark shares with the data that a model is trained on: files, pictures that look the same, questions.
+"""Contamination: what a benchmark shares with the data that a model is trained on.
 
-A file that is the same byte for byte is exact (SHA-256); one that looks the same is near (eval/fingerprints.py). A
-question is shared where its words, but for case and punctuation, are asked about the same pictures and clips, or about
-none in both. Words alone that are asked about other pictures ("What colour is it?") are counted apart and no leak.
+- Files with the same bytes (SHA-256) are exact copies.
+- Files that look the same are near copies (eval/fingerprints.py).
+- A question is shared if its words, apart from case and punctuation, occur in training with the same images and videos,
+  or with none in both. The same words with other images ("What colour is it?") are counted separately; they are no
+  leak.
 """
 
 from __future__ import annotations
@@ -16,41 +18,42 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.dataset import Source, read_source
 from data_pipelines.inspection import readable_samples
 from data_pipelines.samples import Image, Sample, Video
-from data_pipelines.sources import Source, read_source
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.benchmarks.choice import LETTER_PROMPT
 from eval.digests import media_digest
-from eval.fingerprints import Fingerprint, FingerprintCache, Near, fingerprint_cache
+from eval.fingerprints import Fingerprint, FingerprintCache, FingerprintIndex, fingerprint_cache
 from mmdora.core.config import EvaluationConfig, SourceConfig
 from mmdora.core.errors import UserError
 
-MOST_FILES = 10_000  # on each side, compared by their looks after an evaluation
-SHOWN = 5  # examples of each kind in a receipt
-CHUNK = 256  # fingerprints that are searched for at once
+MAX_FILES = 10_000  # on each side, compared by fingerprints after an evaluation
+EXAMPLES = 5  # of each kind in a receipt
+CHUNK = 256  # fingerprints in one search
 WORD = re.compile(r"[^\W_]+")
-NO_MEDIA = Path()  # in place of the pictures of a sample that has none
+NO_MEDIA = Path()  # stands for the media of a sample that has none
 
-Asked = Mapping[str, Sequence[Question]]  # by the name of the `evaluation` entry
+QuestionsByEntry = Mapping[str, Sequence[Question]]  # by the name of the `evaluation` entry
+Affixes = tuple[str, str]  # a prompt's words before and after the question
 
 
 @dataclass
 class Overlap:
-    """Of one benchmark with the training data."""
+    """What one benchmark shares with the training data."""
 
-    files: int  # of the benchmark
-    files_compared: int  # of them, by their looks
+    files: int  # the benchmark's files
+    files_compared: int  # those that were compared by fingerprint
     training_files: int
-    training_files_compared: int  # of them, by their looks
-    exact: dict[Path, Path] = field(default_factory=dict)  # the benchmark's file, and one that is trained on
-    near: dict[Path, Path] = field(default_factory=dict)  # likewise, without those that are exact
+    training_files_compared: int
+    exact: dict[Path, Path] = field(default_factory=dict)  # benchmark file -> training file
+    near: dict[Path, Path] = field(default_factory=dict)  # likewise, without exact copies
     questions: list[str] = field(default_factory=list)  # ids
     words_alone: int = 0
 
     def receipt(self) -> dict[str, Any]:
-        """Counts and examples, of JSON's types."""
-        found: dict[str, Any] = {
+        """Return counts and examples as JSON types."""
+        receipt: dict[str, Any] = {
             "files": self.files,
             "files_compared": self.files_compared,
             "training_files": self.training_files,
@@ -60,164 +63,173 @@ class Overlap:
             "questions": len(self.questions),
             "question_words_alone": self.words_alone,
             "examples": {
-                kind: [{"file": str(mine), "training": str(theirs)} for mine, theirs in sorted(pairs.items())[:SHOWN]]
+                kind: [
+                    {"file": str(file), "training": str(training)}
+                    for file, training in sorted(pairs.items())[:EXAMPLES]
+                ]
                 for kind, pairs in (("exact", self.exact), ("near", self.near))
             },
         }
-        found["examples"]["questions"] = self.questions[:SHOWN]
-        return found
+        receipt["examples"]["questions"] = self.questions[:EXAMPLES]
+        return receipt
 
 
-def comparison(
-    training: Sequence[SourceConfig], seed: int, entries: Sequence[EvaluationConfig], asked: Asked
+def contamination_check(
+    training: Sequence[SourceConfig], seed: int, entries: Sequence[EvaluationConfig], questions: QuestionsByEntry
 ) -> Callable[[], dict[str, dict[str, Any]]]:
-    """What finds out, when it is first wanted, what each entry shares with a run's training data: for receipts, by the
-    entry's name. Training data that is not there any more is said to be absent, and why."""
+    """Return a function that compares a run's training data with its benchmarks when it is first called.
+
+    Its result is each entry's part of the receipt, by entry name. Training data that no longer exists is listed as
+    `absent`, with the reason.
+    """
 
     @cache
-    def found() -> dict[str, dict[str, Any]]:
+    def check() -> dict[str, dict[str, Any]]:
         sources, absent = [], []
         for config in training:
             try:
                 sources.append(read_source(config, seed))
             except UserError as error:
                 absent.append(str(error))
-        about = {"compared_with": [str(source.path) for source in sources], "absent": absent}
-        overlaps = find_overlaps(sources, entries, asked, MOST_FILES)
-        return {name: about | overlap.receipt() for name, overlap in overlaps.items()}
+        common = {"compared_with": [str(source.path) for source in sources], "absent": absent}
+        overlaps = find_overlaps(sources, entries, questions, MAX_FILES)
+        return {name: common | overlap.receipt() for name, overlap in overlaps.items()}
 
-    return found
+    return check
 
 
 def find_overlaps(
     sources: Sequence[Source],
     entries: Sequence[EvaluationConfig],
-    asked: Asked,
-    most: int,
+    questions: QuestionsByEntry,
+    max_files: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Overlap]:
-    """What each entry's questions share with the training data, by the entry's name.
+    """Return what each entry's questions share with the training data, by entry name.
 
-    Every training file is compared by its bytes. By their looks at most about `most` files on each side are, at equal
-    steps over all; what that takes is kept in the user's cache. `advance` hears how many more samples were seen.
+    The bytes of all training files are compared. Fingerprints are compared for about `max_files` files on each side,
+    evenly spaced; they are cached in the user's cache. `advance` is called with the number of samples read since the
+    last call.
     """
     prompts = {entry.prompt or BENCHMARKS[entry.benchmark].prompt for entry in entries}
-    frames = [_frame(prompt) for prompt in (*prompts, Benchmark.prompt, LETTER_PROMPT)]  # training data has LLaVA's
+    # LLaVA's training data has LLaVA's prompts, whatever the entries' prompts are.
+    affixes = [_affixes(prompt) for prompt in (*prompts, Benchmark.prompt, LETTER_PROMPT)]
     with fingerprint_cache() as cache:
-        held_out = _HeldOut(asked, frames, cache, most)
+        held_out = _HeldOut(questions, affixes, cache, max_files)
         seen: set[Path] = set()
         with_media = sum(int(((source.images > 0) | (source.videos > 0)).sum()) for source in sources)
-        step, place, compared = max(1, -(-with_media // most)), 0, 0
+        step, place, compared = max(1, -(-with_media // max_files)), 0, 0
         for sample in (sample for source in sources for sample in readable_samples(source)):
             advance(1)
-            held_out.hear(sample, frames)
+            held_out.match_words(sample)
             media = list(sample.media())
             new = [part for part in media if part.path not in seen]
             seen.update(part.path for part in new)
             for part in new:
                 held_out.match_bytes(part)
                 if place % step == 0:
-                    compared += held_out.match_looks(part)
+                    compared += held_out.match_fingerprint(part)
             place += bool(media)
         held_out.search()
-    return {name: held_out.overlap(asked[name], frames, len(seen), compared) for name in asked}
+    return {name: held_out.overlap(questions[name], len(seen), compared) for name in questions}
 
 
 class _HeldOut:
-    """All entries' files and words, against which training samples are held one by one; no content is held."""
+    """All entries' files and words. Training samples are matched against them one by one; no content is kept."""
 
-    def __init__(self, asked: Asked, frames: Sequence[tuple[str, str]], cache: FingerprintCache, most: int):
-        questions = [question for entry in asked.values() for question in entry]
+    def __init__(
+        self, entries: QuestionsByEntry, affixes: Sequence[Affixes], cache: FingerprintCache, max_files: int
+    ) -> None:
+        questions = [question for entry in entries.values() for question in entry]
         parts = {part.path: part for question in questions for part in question.sample.media()}
-        self.cache = cache
+        self.affixes, self.cache = affixes, cache
         self.by_size: defaultdict[int, dict[Path, Image | Video]] = defaultdict(dict)
         for path, part in parts.items():
-            self.by_size[_bytes(part)][path] = part
+            self.by_size[_size(part)][path] = part
         self.by_size.pop(0, None)
-        self.digests: dict[int, dict[str, list[Path]]] = {}  # of a size, once a training file has it
-        chosen = list(parts.values())[:: max(1, -(-len(parts) // most))]
-        looks = {part.path: found for part in chosen if (found := cache.get(part)) is not None}
-        self.looked, self.near = list(looks), Near(list(looks.values()))
+        self.digests: dict[int, dict[str, list[Path]]] = {}  # by size, once a training file has that size
+        chosen = list(parts.values())[:: max(1, -(-len(parts) // max_files))]
+        fingerprints = {part.path: found for part in chosen if (found := cache.get(part)) is not None}
+        self.fingerprinted, self.index = list(fingerprints), FingerprintIndex(list(fingerprints.values()))
         self.waiting: list[tuple[Path, Fingerprint]] = []
         self.exact: defaultdict[Path, set[Path]] = defaultdict(set)
-        self.alike: defaultdict[Path, set[Path]] = defaultdict(set)
-        self.said: dict[str, set[Path]] = {
-            words: set() for question in questions for words in _wordings(question.sample.messages[-1].text, frames)
-        }
+        self.near: defaultdict[Path, set[Path]] = defaultdict(set)
+        self.media_of_words: dict[str, set[Path]] = {words: set() for q in questions for words in self._wordings(q)}
 
-    def hear(self, sample: Sample, frames: Sequence[tuple[str, str]]) -> None:
-        """What of the sample's words is asked too, and about which files."""
+    def _wordings(self, question: Question) -> Iterator[str]:
+        return _wordings(question.sample.messages[-1].text, self.affixes)
+
+    def match_words(self, sample: Sample) -> None:
+        """Record which of the sample's user messages are questions of a benchmark, and with which media."""
         for message in sample.messages:
             if message.role != "user":
                 continue
-            for words in _wordings(message.text, frames):
-                if words in self.said:
-                    self.said[words].update([part.path for part in sample.media()] or [NO_MEDIA])
+            for words in _wordings(message.text, self.affixes):
+                if words in self.media_of_words:
+                    self.media_of_words[words].update([part.path for part in sample.media()] or [NO_MEDIA])
 
     def match_bytes(self, part: Image | Video) -> None:
-        """Only files of one size are read and compared."""
-        size = _bytes(part)
+        """Record exact copies. Only files of equal size are read."""
+        size = _size(part)
         if size not in self.by_size:
             return
         if size not in self.digests:
             self.digests[size] = defaultdict(list)
-            for path, mine in self.by_size[size].items():
-                self.digests[size][media_digest(mine)].append(path)
+            for path, held_out in self.by_size[size].items():
+                self.digests[size][media_digest(held_out)].append(path)
         for path in self.digests[size].get(media_digest(part), []):
             self.exact[path].add(part.path)
 
-    def match_looks(self, part: Image | Video) -> bool:
-        """Whether the file could be looked at; it is compared with some others at once."""
-        found = self.cache.get(part) if self.looked else None
-        if found is None:
+    def match_fingerprint(self, part: Image | Video) -> bool:
+        """Queue the file for the next search. Return whether it has a fingerprint."""
+        fingerprint = self.cache.get(part) if self.fingerprinted else None
+        if fingerprint is None:
             return False
-        self.waiting.append((part.path, found))
+        self.waiting.append((part.path, fingerprint))
         if len(self.waiting) == CHUNK:
             self.search()
         return True
 
     def search(self) -> None:
-        for mine, theirs in self.near.search([found for _, found in self.waiting]):
-            self.alike[self.looked[mine]].add(self.waiting[theirs][0])
+        """Record near copies among the queued files."""
+        for held_out, training in self.index.search([fingerprint for _, fingerprint in self.waiting]):
+            self.near[self.fingerprinted[held_out]].add(self.waiting[training][0])
         self.waiting = []
 
-    def overlap(
-        self, questions: Sequence[Question], frames: Sequence[tuple[str, str]], files: int, compared: int
-    ) -> Overlap:
-        mine = {part.path for question in questions for part in question.sample.media()}
-        found = Overlap(len(mine), len(mine & set(self.looked)), files, compared)
-        found.exact = {path: min(self.exact[path]) for path in mine if path in self.exact}
-        found.near = {path: min(self.alike[path]) for path in mine if path in self.alike and path not in self.exact}
+    def overlap(self, questions: Sequence[Question], training_files: int, compared: int) -> Overlap:
+        files = {part.path for question in questions for part in question.sample.media()}
+        overlap = Overlap(len(files), len(files & set(self.fingerprinted)), training_files, compared)
+        overlap.exact = {path: min(self.exact[path]) for path in files if path in self.exact}
+        overlap.near = {path: min(self.near[path]) for path in files if path in self.near and path not in self.exact}
         for question in questions:
-            about = set[Path]().union(*(self.said[w] for w in _wordings(question.sample.messages[-1].text, frames)))
-            shown = [part.path for part in question.sample.media()]
-            shared = [(self.exact.get(p, set()) | self.alike.get(p, set())) & about for p in shown]
-            if all(shared) if shown else NO_MEDIA in about:
-                found.questions.append(question.id)
-            elif about:
-                found.words_alone += 1
-        return found
+            same_words = set[Path]().union(*(self.media_of_words[words] for words in self._wordings(question)))
+            media = [part.path for part in question.sample.media()]
+            shared = [(self.exact.get(p, set()) | self.near.get(p, set())) & same_words for p in media]
+            if all(shared) if media else NO_MEDIA in same_words:
+                overlap.questions.append(question.id)
+            elif same_words:
+                overlap.words_alone += 1
+        return overlap
 
 
-def _bytes(part: Image | Video) -> int:
-    """Of a file's content; 0 for one that is missing, or that is a directory of pictures."""
+def _size(part: Image | Video) -> int:
+    """Return the content's size in bytes; 0 for a missing file, and for a video that is a directory of images."""
     if part.data is not None:
         return len(part.data)
     return part.path.stat().st_size if part.path.is_file() else 0
 
 
 def _words(text: str) -> str:
-    """Without case and punctuation."""
+    """Return the text's words without case and punctuation."""
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
-def _frame(template: str) -> tuple[str, str]:
-    """What a prompt says before and after the question."""
+def _affixes(template: str) -> Affixes:
     return _words(template.partition("{")[0]), _words(template.rpartition("}")[2])
 
 
-def _wordings(text: str, frames: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """A question's words, as they stand and without the words that a prompt adds."""
+def _wordings(text: str, affixes: Sequence[Affixes]) -> Iterator[str]:
+    """Yield a question's words, with and without the words that a prompt adds."""
     words = _words(text)
-    bare = {words} | {words.removeprefix(before).removesuffix(after).strip() for before, after in frames}
-    yield from (each for each in bare if each)
+    wordings = {words} | {words.removeprefix(before).removesuffix(after).strip() for before, after in affixes}
+    yield from (wording for wording in wordings if wording)

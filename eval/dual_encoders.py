@@ -1,4 +1,4 @@
-"""Models whose texts and pictures share a space: CLIP, SigLIP and their kin in transformers, and OpenCLIP's."""
+"""Models that embed texts and images in one space: CLIP, SigLIP and similar models of transformers, and OpenCLIP."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ OPEN_CLIP = "open_clip:"  # open_clip:ViT-B-32/openai: an architecture, and a ta
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """`texts` and `images` give features [texts or images, width] that one can compare by their cosine; `weights` and
-    `preprocessing` are digests of all that they depend on."""
+    """A model that embeds texts and images.
+
+    `texts` and `images` return features [texts or images, width] to compare by cosine similarity. `weights` and
+    `preprocessing` are digests of everything that the features depend on.
+    """
 
     texts: Callable[[Sequence[str]], Tensor]
     images: Callable[[Sequence[PILImage.Image]], Tensor]
@@ -32,25 +35,30 @@ class DualEncoder:
 
 
 def load_dual_encoder(target: str, trust_remote_code: bool = False) -> DualEncoder:
-    """The model of a hub id or a directory (of transformers, of OpenCLIP, or of an adapter on one of them), or of
-    `open_clip:ARCHITECTURE/WEIGHTS`. Raises UserError."""
+    """Load a model with text and image features.
+
+    `target` is a hub id, a directory (of transformers, of OpenCLIP, or of an adapter on one of them) or
+    `open_clip:ARCHITECTURE/WEIGHTS`. Raises UserError.
+    """
     from mmdora.adapters.save_load import load_adapter
 
     folder = find_path(target)
-    about, base = folder / "adapter_config.json", target
-    if about.is_file():
-        base = str(json.loads(about.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    adapter_config, base = folder / "adapter_config.json", target
+    if adapter_config.is_file():
+        base = str(json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
         if not base:
-            raise UserError(f"{target}: its adapter_config.json does not name the base model")
-    kinds = [find_path(base) / name for name in ("config.json", "open_clip_config.json")]  # LAION's have both
-    is_open_clip = base.startswith(OPEN_CLIP) or (kinds[1].is_file() and not kinds[0].is_file())
+            raise UserError(f"{target}: adapter_config.json has no base_model_name_or_path")
+    has_config, has_open_clip_config = (
+        (find_path(base) / name).is_file() for name in ("config.json", "open_clip_config.json")
+    )  # LAION's directories have both
+    is_open_clip = base.startswith(OPEN_CLIP) or (has_open_clip_config and not has_config)
     try:
         model, build = _open_clip(base) if is_open_clip else _transformers(base, trust_remote_code)
     except UserError:
         raise
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load {base!r} as a model with text and image features: {why(error, base)}") from error
-    if about.is_file():
+    if adapter_config.is_file():
         load_adapter(model, folder)
     return build(to_local_device(model).eval())
 
@@ -60,7 +68,7 @@ def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callab
 
     path = find_path(name)
     source = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
-    model, found = AutoModel.from_pretrained(
+    model, loading_info = AutoModel.from_pretrained(
         **source,
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,
@@ -69,32 +77,32 @@ def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callab
     )
     if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
         raise UserError(f"{name}: a {type(model).__name__} has no text and image features to compare")
-    check_complete("the model", name, found)
+    check_complete("the model", name, loading_info)
     processor = AutoProcessor.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
     def build(model: Any) -> DualEncoder:
-        # SigLIP was trained on texts padded to their full length.
+        # SigLIP was trained on texts padded to the maximum length.
         padding = "max_length" if model.config.model_type.startswith("siglip") else True
         length = model.config.text_config.max_position_embeddings
 
-        def texts(sentences: Sequence[str]) -> Tensor:
+        def embed_texts(texts: Sequence[str]) -> Tensor:
             tokens = processor(
-                text=list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt"
+                text=list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt"
             )
-            kept = {k: v.to(model.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
-            return _pooled(model.get_text_features(**kept))
+            inputs = {k: v.to(model.device) for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+            return _pooled(model.get_text_features(**inputs))
 
-        def images(pictures: Sequence[PILImage.Image]) -> Tensor:
-            pixels = processor(images=list(pictures), return_tensors="pt")
+        def embed_images(images: Sequence[PILImage.Image]) -> Tensor:
+            pixels = processor(images=list(images), return_tensors="pt")
             return _pooled(model.get_image_features(**pixels.to(model.device)))
 
-        return DualEncoder(texts, images, weights_digest(model), processor_digest(processor))
+        return DualEncoder(embed_texts, embed_images, weights_digest(model), processor_digest(processor))
 
     return model, build
 
 
 def _pooled(output: Any) -> Tensor:
-    """Releases of transformers differ in whether features come alone."""
+    """Return the features, which some releases of transformers wrap in an output object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -112,12 +120,12 @@ def _open_clip(name: str) -> tuple[nn.Module, Callable[[nn.Module], DualEncoder]
     def build(model: Any) -> DualEncoder:
         device = next(model.parameters()).device
 
-        def texts(sentences: Sequence[str]) -> Tensor:
-            return model.encode_text(tokenizer(list(sentences)).to(device))
+        def embed_texts(texts: Sequence[str]) -> Tensor:
+            return model.encode_text(tokenizer(list(texts)).to(device))
 
-        def images(pictures: Sequence[PILImage.Image]) -> Tensor:
-            return model.encode_image(torch.stack([preprocess(picture) for picture in pictures]).to(device))
+        def embed_images(images: Sequence[PILImage.Image]) -> Tensor:
+            return model.encode_image(torch.stack([preprocess(image) for image in images]).to(device))
 
-        return DualEncoder(texts, images, weights_digest(model), f"{preprocess} {type(tokenizer).__name__}")
+        return DualEncoder(embed_texts, embed_images, weights_digest(model), f"{preprocess} {type(tokenizer).__name__}")
 
     return model, build

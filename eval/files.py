@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically, whatever text a model produced."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 
 def write_whole(out: Path, data: bytes | str) -> None:
-    """Write a file aside, and then put it in its place."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    """Write a file under a temporary name, then rename it, so that it never exists in part."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(utf8(data) if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(out)
+        temporary.replace(out)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def utf8(text: str) -> bytes:
-    """Half of a surrogate pair, as a model's answer may hold, is no UTF-8: it is written as JSON's escape."""
+    """Return the text as UTF-8, with lone surrogates, which a model's answer may hold, as JSON escapes."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def json_text(value: Any) -> str:
-    """One line of JSON."""
+    """Return a value as one line of JSON."""
     return json.dumps(value, ensure_ascii=False) + "\n"

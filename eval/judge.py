@@ -1,9 +1,8 @@
-"""A judge's verdicts on answers that no rule can score: by a language model at an OpenAI-compatible address, or from a
-file of verdicts that were given before.
+"""Verdicts on answers that no rule can score: from a language model at an OpenAI-compatible URL, or from a file.
 
-Verdicts are kept in the result's folder as `verdicts.jsonl`, one fsynced line each, keyed by the judge and all that it
-was told: killed and restarted, nothing is asked twice, and a changed answer, prompt or judge is asked again. A verdict
-that cannot be read is an error that names the question, and is not kept.
+Verdicts are stored in the result's folder as `verdicts.jsonl`, one fsynced line each, keyed by the judge and its whole
+prompt. A restarted evaluation requests only the verdicts that are missing; a changed answer, prompt or judge needs a
+new one. A verdict that cannot be parsed is an error that names the question, and is not stored.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import Benchmark, Question
+from eval.digests import json_digest
 from eval.files import json_text, write_whole
 from eval.layout import fields, read_jsonl
 from mmdora.core.config import JudgeConfig
@@ -30,20 +30,22 @@ from mmdora.core.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
-CONCURRENT = 8  # questions that wait for the model at once
-TIMEOUT = 120.0  # seconds that one of them may take
+CONCURRENT_REQUESTS = 8
+TIMEOUT = 120.0  # seconds for each request
 ATTEMPTS = 4
-PAUSE = 1.0  # seconds before the second attempt; doubled before each further one
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses that another attempt may mend
+PAUSE = 1.0  # seconds before the second attempt; doubled before each further attempt
+RETRY_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which another attempt may succeed
 
 Row = dict[str, str]  # id, verdict, model, prompt (a digest), key
 
 
 def describe_judge(benchmark: Benchmark, config: JudgeConfig) -> dict[str, Any]:
-    """What a receipt says of the judge. Raises UserError for a benchmark that is not judged, and for verdicts that are
-    not there."""
+    """Return the receipt's entry for the judge.
+
+    Raises UserError if the benchmark uses no judge, or the file of verdicts does not exist.
+    """
     if not benchmark.is_judged:
-        raise UserError(f"judge: {type(benchmark).__name__} is not judged; leave the judge out")
+        raise UserError(f"judge: {type(benchmark).__name__} uses no judge; remove the setting")
     if config.verdicts is None:
         return {"url": config.url, "model": config.model, "prompt_version": benchmark.judge_version}
     path = find_path(config.verdicts)
@@ -60,61 +62,69 @@ def judge_all(
     questions: Sequence[Question],
     folder: Path,
 ) -> dict[str, float]:
-    """What each answer is worth to the judge, 0 to 1, by question id.
+    """Return the judge's score of each answer, 0 to 1, by question id.
 
-    Raises RunError or UserError where the judge cannot be reached, or a verdict cannot be read.
+    Raises RunError or UserError if the judge cannot be reached, or a verdict cannot be parsed.
     """
     judge = describe_judge(benchmark, config)
     prompts = {q.id: benchmark.judge_prompt(responses[q.id], q) for q in questions}
     keys = {question_id: _digest([prompt, judge]) for question_id, prompt in prompts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "verdicts.jsonl"
-    kept = {i: row for i, row in read_verdicts(path, keys).items() if benchmark.judge_score(row["verdict"]) is not None}
-    wanted = {question_id: prompt for question_id, prompt in prompts.items() if question_id not in kept}
-    given = recorded(find_path(config.verdicts), wanted) if config.verdicts is not None else ask_all(config, wanted)
-    unreadable: dict[str, str] = {}
+    stored = {i: row for i, row in read_stored(path, keys).items() if benchmark.judge_score(row["verdict"]) is not None}
+    missing = {question_id: prompt for question_id, prompt in prompts.items() if question_id not in stored}
+    if config.verdicts is None:
+        verdicts = request_verdicts(config, missing)
+    else:
+        verdicts = recorded_verdicts(find_path(config.verdicts), missing)
+    unparsed: dict[str, str] = {}
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        for question_id, verdict, model in given:
+        for question_id, verdict, model in verdicts:
             if benchmark.judge_score(verdict) is None:
-                unreadable[question_id] = verdict
+                unparsed[question_id] = verdict
                 continue
             prompt = _digest(prompts[question_id])
             row = {"id": question_id, "verdict": verdict, "model": model, "prompt": prompt, "key": keys[question_id]}
-            kept[question_id] = row
+            stored[question_id] = row
             file.write(json_text(row))
             file.flush()
             os.fsync(file.fileno())
-    if unreadable:
-        question_id, verdict = min(unreadable.items())
-        what = f"{len(unreadable)} verdicts cannot be read, such as that on {question_id}: {verdict!r:.80}"
-        raise (RunError if config.verdicts is None else UserError)(f"judge: {what}")
-    # The file as a whole, in the order of the questions, without what was kept of other answers.
-    write_whole(path, "".join(json_text(kept[question_id]) for question_id in prompts))
-    return {question_id: _worth(benchmark, kept[question_id]["verdict"]) for question_id in prompts}
+    if unparsed:
+        question_id, verdict = min(unparsed.items())
+        message = f"judge: {len(unparsed)} verdicts cannot be parsed, such as the one on {question_id}: {verdict!r:.80}"
+        raise (RunError if config.verdicts is None else UserError)(message)
+    # Rewrite the file in the order of the questions, without verdicts on other answers.
+    write_whole(path, "".join(json_text(stored[question_id]) for question_id in prompts))
+    return {question_id: _score(benchmark, stored[question_id]["verdict"]) for question_id in prompts}
 
 
-def read_verdicts(path: Path, keys: Mapping[str, str]) -> dict[str, Row]:
-    """The verdicts kept that were given to what is asked now, by question id. A line that was cut off is dropped, and
-    ended, so that another can follow it."""
+def read_stored(path: Path, keys: Mapping[str, str]) -> dict[str, Row]:
+    """Return the stored verdicts with the given keys, by question id.
+
+    An incomplete last line is skipped, and completed with a line break so that another line can follow it.
+    """
     if not path.is_file():
         return {}
-    text, kept = path.read_text(encoding="utf-8", errors="replace"), {}
+    text, stored = path.read_text(encoding="utf-8", errors="replace"), {}
     for line in text.split("\n"):
         try:
             row = json.loads(line) if line else {}
             if row and row["key"] == keys.get(row["id"]):
-                kept[row["id"]] = {name: str(row[name]) for name in ("id", "verdict", "model", "prompt", "key")}
+                stored[row["id"]] = {name: str(row[name]) for name in ("id", "verdict", "model", "prompt", "key")}
         except (ValueError, KeyError, TypeError):
-            log.warning("%s: dropped a line that was cut off", path)
+            log.warning("%s: skipped an incomplete line", path)
     if text and not text.endswith("\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
-    return kept
+    return stored
 
 
-def recorded(path: Path, prompts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(question id, verdict, model) from JSON lines with `id` and `verdict`. Raises UserError for questions without
-    one, and for one that its line's `prompt`, if it has that, says was given on another answer."""
+def recorded_verdicts(path: Path, prompts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (question id, verdict, model) from a file of JSON lines with `id` and `verdict`.
+
+    Raises UserError for questions without a verdict, for a second verdict on a question, and for a line whose `prompt`
+    digest (optional) belongs to another answer.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(read_jsonl(path)):
         question_id, _ = fields(row, path, f"row {number}", "id", "verdict")
@@ -126,24 +136,24 @@ def recorded(path: Path, prompts: Mapping[str, str]) -> Iterator[tuple[str, str,
     for question_id, prompt in prompts.items():
         row = rows[question_id]
         if row.get("prompt", _digest(prompt)) != _digest(prompt):
-            raise UserError(f"{path}: the verdict on {question_id} was given on another answer, or asked for otherwise")
+            raise UserError(f"{path}: the verdict on {question_id} belongs to another answer or another judge prompt")
         yield question_id, str(row["verdict"]), str(row.get("model", ""))
 
 
-def ask_all(config: JudgeConfig, prompts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(question id, verdict, model) as they come, several at once. Raises RunError that names the address."""
-    with ThreadPoolExecutor(CONCURRENT) as pool:
-        asked = {pool.submit(ask, config, prompt): question_id for question_id, prompt in prompts.items()}
+def request_verdicts(config: JudgeConfig, prompts: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (question id, verdict, model) as replies arrive. Raises RunError that names the URL."""
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        ids = {pool.submit(request_verdict, config, prompt): question_id for question_id, prompt in prompts.items()}
         try:
-            for future in as_completed(asked):
+            for future in as_completed(ids):
                 verdict, model = future.result()
-                yield asked[future], verdict, model
+                yield ids[future], verdict, model
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def ask(config: JudgeConfig, prompt: str) -> tuple[str, str]:
-    """The model's words, and the name that it gives itself. Greedy: temperature 0."""
+def request_verdict(config: JudgeConfig, prompt: str) -> tuple[str, str]:
+    """Return the judge's reply at temperature 0, and the model name in it. The API key is OPENAI_API_KEY."""
     address = f"{str(config.url).rstrip('/')}/chat/completions"
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
@@ -153,10 +163,10 @@ def ask(config: JudgeConfig, prompt: str) -> tuple[str, str]:
     for attempt in range(ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                return _words(reply.read(), address, config)
+                return _parse_reply(reply.read(), address, config)
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-            if error.code not in AGAIN:
+            if error.code not in RETRY_STATUSES:
                 break
         except (OSError, HTTPException) as error:
             why = str(error) or type(error).__name__
@@ -165,20 +175,20 @@ def ask(config: JudgeConfig, prompt: str) -> tuple[str, str]:
     raise RunError(f"judge at {address}: {why}")
 
 
-def _words(reply: bytes, address: str, config: JudgeConfig) -> tuple[str, str]:
+def _parse_reply(reply: bytes, address: str, config: JudgeConfig) -> tuple[str, str]:
     try:
         content = json.loads(reply)
-        words, model = content["choices"][0]["message"]["content"], content.get("model", config.model)
-        return ("" if words is None else str(words)), str(model)
+        text, model = content["choices"][0]["message"]["content"], content.get("model", config.model)
+        return ("" if text is None else str(text)), str(model)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise RunError(f"judge at {address}: not a chat completion: {reply[:200].decode(errors='replace')}") from None
 
 
-def _worth(benchmark: Benchmark, verdict: str) -> float:
-    worth = benchmark.judge_score(verdict)
-    assert worth is not None, "only verdicts that can be read are kept"
-    return worth
+def _score(benchmark: Benchmark, verdict: str) -> float:
+    score = benchmark.judge_score(verdict)
+    assert score is not None, "only verdicts that can be parsed are stored"
+    return score
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(value, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Reading benchmarks' official files: a missing, misplaced or malformed one is named, with the layout expected."""
+"""Read benchmarks' official files. Errors name a missing, misplaced or malformed file and the expected layout."""
 
 from __future__ import annotations
 
@@ -29,22 +29,26 @@ TYPES: dict[Any, str] = {
 
 
 def find_file(data: str, candidates: Sequence[str], layout: str) -> Path:
-    """The questions' file: `data` itself, if it is a file, else the first of `candidates` (relative paths, which may
-    hold wildcards) that lies in the folder `data`. Raises UserError with the layout."""
+    """Return the file of questions: `data` itself if it is a file, else the first candidate in the folder `data`.
+
+    `candidates` are relative paths, which may contain wildcards. Raises UserError with the layout.
+    """
     root = find_path(data)
     if root.is_file():
         return root
     for pattern in candidates:
         if found := sorted(path for path in root.glob(pattern) if path.is_file()):
             return found[0]
-    what = "no such file or folder" if not root.exists() else f"holds no {' or '.join(candidates)}"
-    raise UserError(f"{root}: {what}; expected layout:\n{layout}")
+    problem = "no such file or folder" if not root.exists() else f"holds no {' or '.join(candidates)}"
+    raise UserError(f"{root}: {problem}; expected layout:\n{layout}")
 
 
 def find_folder(data: str, candidates: Sequence[str], media: str | None, layout: str) -> Path:
-    """Where the media lie: `media`, if the config names a folder, else the first of `candidates` in the folder `data`
-    (or beside the file `data`) or in the one above, else the first that should be: whether the media are there is asked
-    of each file."""
+    """Return the folder of media files: `media` if the config names one, else the first candidate that exists.
+
+    Candidates are looked up in the folder `data` (or beside the file `data`), then in its parent. If none exists, the
+    first is returned: read_questions checks every media file later.
+    """
     if media is not None:
         return find_path(media)
     root = find_path(data)
@@ -54,33 +58,33 @@ def find_folder(data: str, candidates: Sequence[str], media: str | None, layout:
 
 
 def warn_of_missing(data: str, missing: Sequence[str], layout: str) -> None:
-    """Say what of a benchmark of several parts is not there: it is scored on the others."""
+    """Warn that a benchmark of several parts is scored without the missing ones."""
     if missing:
         log.warning(
-            "%s: no %s, so it is not the whole benchmark; expected layout: %s", data, ", ".join(missing), layout
+            "%s: scoring an incomplete benchmark, %s is missing; expected layout: %s", data, ", ".join(missing), layout
         )
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, blank ones left out."""
+    """Return the lines of a text file that are not blank."""
     return [line for line in _text(path).split("\n") if line.strip()]
 
 
 def read_json(path: Path, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """A JSON file. Raises UserError that names the file, and where in it the JSON ends to be one."""
+    """Read a JSON file. Raises UserError that names the file and the position of the syntax error."""
     text = _text(path)
     try:
         return json.loads(text, object_pairs_hook=make_object)
-    except UserError:  # of `make_object`
+    except UserError:  # from `make_object`
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """A JSON-lines file, blank lines left out. Raises UserError that names the file and the line."""
+    """Read a JSON-lines file, skipping blank lines. Raises UserError that names the file and the line."""
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would cut at U+2028 too
+    for number, line in enumerate(_text(path).split("\n"), 1):  # splitlines would also split at U+2028
         if not line.strip():
             continue
         try:
@@ -91,20 +95,20 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list, or of JSON lines whatever the file's suffix: POPE's `.json` files are JSON lines.
+    """Read a JSON list or JSON lines, whatever the file's suffix: POPE's `.json` files are JSON lines.
 
-    Raises UserError that names the file, and the line that is not JSON.
+    Raises UserError that names the file and the line that is not JSON.
     """
     if not _text(path).lstrip().startswith(("[", "{\n")):
         return read_jsonl(path)
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of objects, or an object a line; found one object")
+        raise UserError(f"{path}: expected a list of objects or one object per line; found a single object")
     return rows
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file. Raises UserError that names a file which is none."""
+    """Return the rows of a Parquet file. Raises UserError if it is not one."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -115,23 +119,23 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path, delimiter: str = ",", names: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """A CSV or TSV file as one dict a row; `names` for a file without a header line.
+    """Read a CSV or TSV file as one dict per row. `names` are the columns of a file without a header line.
 
-    Raises UserError that names the file and the row that has other columns than the header.
+    Raises UserError that names the file and a row whose columns do not match the header.
     """
-    csv.field_size_limit(1 << 30)  # MMBench has whole pictures in its cells
-    lines = (f"{line}\n" for line in _text(path).split("\n"))  # a StringIO would take four times the file
+    csv.field_size_limit(1 << 30)  # MMBench stores whole images in cells
+    lines = (f"{line}\n" for line in _text(path).split("\n"))  # a StringIO would take four times the file's size
     reader = csv.DictReader(lines, fieldnames=names, delimiter=delimiter)
     rows = []
     for row in reader:
         if None in row or None in row.values():
-            raise UserError(f"{path}, line {reader.line_num}: not the {len(reader.fieldnames or ())} columns expected")
+            raise UserError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns")
         rows.append(row)
     return rows
 
 
 def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
-    """The values of a row's fields. Raises UserError that names the file, the row and the field it lacks."""
+    """Yield the values of a row's fields. Raises UserError that names the file, the row and a missing field."""
     if not isinstance(row, dict):
         raise UserError(f"{path}, {where}: expected an object, found {type(row).__name__}")
     for name in names:
@@ -141,13 +145,13 @@ def fields(row: Any, path: Path, where: str, *names: str) -> Iterator[Any]:
 
 
 def typed(row: Any, path: Path, where: str, name: str, kind: type[T]) -> T:
-    """A row's field, which is of `kind`, one of TYPES. Raises UserError that names the file, the row and the field."""
+    """Return a row's field of type `kind`, one of TYPES. Raises UserError that names file, row and field."""
     (value,) = typed_fields(row, path, where, **{name: kind})
     return value
 
 
 def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any]:
-    """As `fields`, of these types by name, which are among TYPES. Raises UserError for a value of another type."""
+    """Yield the values of a row's fields with their types, which are among TYPES. Raises UserError for other types."""
     for (name, kind), value in zip(kinds.items(), fields(row, path, where, *kinds), strict=True):
         if not _is(value, kind):
             raise UserError(f"{path}, {where}: {name!r} is {value!r:.60}, not {TYPES[kind]}")
@@ -155,28 +159,28 @@ def typed_fields(row: Any, path: Path, where: str, **kinds: Any) -> Iterator[Any
 
 
 def read_predicted(path: Path) -> Any:
-    """A file of predictions: a JSON value, or JSON lines, which evaluation scripts write into `.json` files too.
+    """Read a file of predictions: a JSON value, or JSON lines, which evaluation scripts also write to `.json` files.
 
-    Raises UserError that names the file, and where it is not JSON, or the id that an object holds twice: JSON's reader
-    would take the last.
+    Raises UserError that names the file and the syntax error, or a key that an object has twice (json.loads would keep
+    the last).
     """
     first, _, rest = _text(path).strip().partition("\n")
     is_lines = path.suffix == ".jsonl" or (first.startswith("{") and first.rstrip().endswith("}") and rest)
-    return read_jsonl(path) if is_lines else read_json(path, partial(_without_doubles, path))
+    return read_jsonl(path) if is_lines else read_json(path, partial(_unique_keys, path))
 
 
-def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        doubled = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise UserError(f"{path}: {len(doubled)} ids or fields are there twice in an object, such as {doubled[0]!r}")
-    return found
+def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        duplicates = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise UserError(f"{path}: {len(duplicates)} duplicate ids or fields in an object, such as {duplicates[0]!r}")
+    return unique
 
 
 def read_answers(path: Path, key: str = "id", value: str = "response") -> list[tuple[str, str]]:
-    """(id, answer) of each row of a JSON list or of JSON lines; numbers are taken as they are written.
+    """Return (id, answer) of each row of a JSON list or JSON lines. Numbers are answers as they are written.
 
-    Raises UserError that names the file and the row whose answer is neither text nor a number.
+    Raises UserError that names the file and a row whose answer is neither text nor a number.
     """
     pairs = []
     for number, row in enumerate(read_rows(path)):
@@ -189,8 +193,11 @@ def read_answers(path: Path, key: str = "id", value: str = "response") -> list[t
 
 
 def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[str, str]], tuple[str, str]]:
-    """Answers in the first of several formats, (id field, answer field), whose fields the file's first row has, and
-    which format that was. Raises UserError where it has those of none."""
+    """Return the answers, and which of several formats the file has.
+
+    A format is a pair (id field, answer field). The first whose fields are in the file's first row is used. Raises
+    UserError if there is none.
+    """
     rows = read_rows(path)
     first = rows[0] if rows and isinstance(rows[0], dict) else dict.fromkeys(formats[0])
     chosen = next((names for names in formats if first.keys() >= set(names)), None)
@@ -201,7 +208,7 @@ def read_answers_as(path: Path, *formats: tuple[str, str]) -> tuple[list[tuple[s
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """As `isinstance`, but that JSON's true is no number; `list[str]` has nothing but strings inside."""
+    """Return whether a value has a type. A bool is not a number here, and `list[str]` checks the items."""
     if kind == list[str]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

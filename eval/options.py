@@ -1,4 +1,4 @@
-"""Options of a multiple-choice question, as they stand in a prompt."""
+"""The options of a multiple-choice question in a prompt."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["LETTERS", "option_lines"]
 
 
 def option_lines(options: Sequence[str]) -> str:
-    """One option a line, "A. cat" and then "B. dog", as LLaVA-1.5 shows them; at most 26."""
+    """Return one line per option, "A. cat" then "B. dog", as in LLaVA-1.5's prompts; at most 26 options."""
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

@@ -1,4 +1,4 @@
-"""What a number depends on, and whether a result of the very same is there already."""
+"""Receipts: the settings that a result depends on, by which a finished result of the same evaluation is recognised."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from eval.benchmarks import BENCHMARKS
 from eval.results import read_report
 from mmdora.core.config import EvaluationConfig
+from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 
 
-def receipt_of(config: EvaluationConfig) -> dict[str, Any]:
-    """What every receipt tells, whatever answers the questions."""
+def common_receipt(config: EvaluationConfig) -> dict[str, Any]:
+    """Return the entries that every receipt of a model's evaluation has."""
+    import torch
+    import transformers
+
     return {
         "data": config.data,
         "split": config.split,
@@ -31,18 +32,28 @@ def receipt_of(config: EvaluationConfig) -> dict[str, Any]:
     }
 
 
-def finished(folder: Path, benchmark: str, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report that `folder` holds, where its questions, and its judge if one is asked for, are `receipt`'s; None
-    where there is no report. Raises UserError where it is that of another evaluation."""
-    if not (folder / "report.json").exists():
-        return None
-    report = read_report(folder)
-    there = report["receipt"]
-    same = (report["benchmark"], there["questions"]) == (benchmark, receipt["questions"])
-    if same and receipt.get("judge") in (None, there.get("judge")):
-        return report
-    changed = [key for key, value in receipt.items() if key != "questions" and there.get(key, value) != value]
-    raise UserError(
-        f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; --overwrite replaces it, "
-        "--out puts the new one elsewhere"
-    )
+def reuse_report(
+    folder: Path, benchmark: str, receipt: Mapping[str, Any], overwrite: bool = False
+) -> dict[str, Any] | None:
+    """Return the report in `folder` if it is of the same evaluation; otherwise clear the way for a new one.
+
+    The evaluation is the same if the benchmark, the digest of the questions and (if one is configured) the judge are
+    those of `receipt`. Without a report, or with `overwrite`, return None; rank 0 then removes the old `report.json`,
+    because its answers are about to be replaced.
+
+    Raises UserError if the folder holds the report of another evaluation.
+    """
+    if not overwrite and (folder / "report.json").exists():
+        report = read_report(folder)
+        earlier = report["receipt"]
+        same = (report["benchmark"], earlier["questions"]) == (benchmark, receipt["questions"])
+        if same and receipt.get("judge") in (None, earlier.get("judge")):
+            return report
+        changed = [key for key, value in receipt.items() if key != "questions" and earlier.get(key, value) != value]
+        raise UserError(
+            f"{folder} holds a finished result with other {' and '.join(changed) or 'questions'}; --overwrite replaces "
+            "it, --out puts the new one elsewhere"
+        )
+    if is_main():
+        (folder / "report.json").unlink(missing_ok=True)
+    return None

@@ -1,5 +1,4 @@
-"""`report.html`: one static page that shows a run's scores, and pictures with questions and answers before and
-after."""
+"""`report.html`: one static page with a run's scores, and example answers before and after training."""
 
 from __future__ import annotations
 
@@ -17,27 +16,33 @@ from data_pipelines.video import load_video
 from eval.results import read_report, read_scores
 from mmdora.core.config import VideoConfig
 
-SHOWN = 12  # questions of each benchmark
+EXAMPLES = 12  # questions of each benchmark
 THUMBNAIL = 132  # pixels, the longer side
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One question on the page."""
 
     question: str
-    pictures: list[str]  # data addresses
+    images: list[str]  # data URLs
     reference: str
     before: str | None
     after: str
-    before_right: bool
-    after_right: bool
+    before_correct: bool
+    after_correct: bool
 
 
 def write_report(
     path: Path, title: str, results: list[tuple[Path, Path | None]], video: VideoConfig, loss: Path
 ) -> None:
-    """Write the page. `results` holds a result directory, and the one of the base model where it was scored too."""
+    """Write the page.
+
+    Args:
+        results: for each benchmark the result directory, and that of the base model if it was evaluated too.
+        video: how the model samples frames, for the thumbnails of videos.
+        loss: the image of the training loss, which need not exist.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     sections = [_section(after, before, video) for after, before in results]
@@ -45,64 +50,66 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         title=title,
         sections=sections,
-        loss=_address(loss.read_bytes(), "png") if loss.exists() else None,
+        loss=_data_url(loss.read_bytes(), "png") if loss.exists() else None,
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _section(after: Path, before: Path | None, video: VideoConfig) -> dict[str, Any]:
-    scores = read_scores(after)
-    earlier = {s["id"]: s for s in read_scores(before)} if before is not None else {}
+    rows = read_scores(after)
+    rows_before = {row["id"]: row for row in read_scores(before)} if before is not None else {}
     return {
         "report": read_report(after),
         "before": read_report(before) if before is not None else None,
-        "rows": [_row(s, earlier.get(s["id"]), video) for s in shown(scores)],
+        "examples": [_example(row, rows_before.get(row["id"]), video) for row in select_examples(rows)],
     }
 
 
-def shown(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The questions that people look at: up to a third wrong ones, the rest spread over the set."""
-    wrong = [s for s in scores if s["official"] is not None and s["official"] < 1][: SHOWN // 3]
-    right = [s for s in scores if s["official"] is None or s["official"] >= 1]
-    wanted = SHOWN - len(wrong)
-    step = max(1, len(right) // wanted)
-    return right[::step][:wanted] + wrong
+def select_examples(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return up to EXAMPLES rows of scores.jsonl: up to a third wrong answers, the rest evenly spaced."""
+    wrong = [row for row in rows if row["official"] is not None and row["official"] < 1][: EXAMPLES // 3]
+    correct = [row for row in rows if row["official"] is None or row["official"] >= 1]
+    wanted = EXAMPLES - len(wrong)
+    step = max(1, len(correct) // wanted)
+    return correct[::step][:wanted] + wrong
 
 
-def _row(score: dict[str, Any], earlier: dict[str, Any] | None, video: VideoConfig) -> Row:
-    return Row(
-        question=score["question"],
-        pictures=[jpeg_address(picture) for path in score["media"] for picture in thumbnails(Path(path), video)],
-        reference=" / ".join(dict.fromkeys(score["references"])),
-        before=earlier["response"] if earlier else None,
-        after=score["response"],
-        before_right=bool(earlier and (earlier["official"] or 0) >= 0.5),
-        after_right=(score["official"] or 0) >= 0.5,
+def _example(row: dict[str, Any], row_before: dict[str, Any] | None, video: VideoConfig) -> Example:
+    return Example(
+        question=row["question"],
+        images=[jpeg_url(image) for path in row["media"] for image in thumbnails(Path(path), video)],
+        reference=" / ".join(dict.fromkeys(row["references"])),
+        before=row_before["response"] if row_before else None,
+        after=row["response"],
+        before_correct=bool(row_before and (row_before["official"] or 0) >= 0.5),
+        after_correct=(row["official"] or 0) >= 0.5,
     )
 
 
 def thumbnails(path: Path, video: VideoConfig, size: int = THUMBNAIL) -> list[PILImage.Image]:
-    """The picture, or the frames that the model saw, made small (pixels, the longer side); none for a file that is
-    gone."""
+    """Return small copies of an image, or of the frames of a video that the model saw; none for an unreadable file.
+
+    `size` is the longer side in pixels.
+    """
     try:
-        pictures = [load_image(path).copy()]
+        images = [load_image(path).copy()]
     except MediaError:
         try:
             frames = load_video(path, video).frames
         except MediaError:
             return []
-        pictures = [PILImage.fromarray(frame) for frame in frames]
-    for picture in pictures:
-        picture.thumbnail((size, size))
-    return pictures
+        images = [PILImage.fromarray(frame) for frame in frames]
+    for image in images:
+        image.thumbnail((size, size))
+    return images
 
 
-def jpeg_address(picture: PILImage.Image) -> str:
-    """The picture as an address that holds it."""
+def jpeg_url(image: PILImage.Image) -> str:
+    """Return the image as a data URL."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return _address(buffer.getvalue(), "jpeg")
+    image.save(buffer, "JPEG", quality=85)
+    return _data_url(buffer.getvalue(), "jpeg")
 
 
-def _address(data: bytes, kind: str) -> str:
+def _data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""A result directory: `report.json` with the figures, `scores.jsonl` with one line a question."""
+"""Read result directories: `report.json` holds the figures, `scores.jsonl` one line per question."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROW: dict[str, Any] = {
     "details": dict,
     "counts": dict,
 }
-FIGURES = {"scores": ("value", "low", "high"), "categories": ("n", "value")}  # a score without a figure is null
-WORTH = ("official", "strict")  # a finite number, or null where the split's answers are not public
+FIGURES = {"scores": ("value", "low", "high"), "categories": ("n", "value")}  # a score may be null instead
+SCORES = ("official", "strict")  # finite numbers, or null if the split's answers are not public
 
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark's answers and scores by one model, as `mmdora eval` or `mmdora score` wrote them."""
+    """One model's answers and scores on one benchmark, written by `mmdora eval` or `mmdora score`."""
 
     folder: Path
     report: dict[str, Any]
@@ -52,9 +52,11 @@ class Result:
 
 
 @contextmanager
-def many_rows() -> Iterator[None]:
-    """Inside, nobody looks for garbage in circles, of which rows have none: with VQAv2's 214,354 questions, the looking
-    takes two thirds of the time."""
+def without_garbage_collection() -> Iterator[None]:
+    """Pause the cyclic garbage collector while many rows are read.
+
+    Rows hold no reference cycles, and with VQAv2's 214,354 questions the collector takes two thirds of the time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -65,40 +67,40 @@ def many_rows() -> Iterator[None]:
 
 
 def find_results(folder: Path) -> list[Path]:
-    """The result directories that `folder` stands for: itself, those of a run, or those that lie in it.
+    """Return `folder` if it is a result, else the results of a run, else the results inside the folder.
 
-    Raises UserError where there is none.
+    Raises UserError if there are none.
     """
     if (folder / "report.json").is_file():
         return [folder]
     for parent in (folder / "eval", folder):
         if found := sorted(path.parent for path in parent.glob("*/report.json")):
             return found
-    what = "no such folder" if not folder.is_dir() else "holds no result"
+    problem = "no such folder" if not folder.is_dir() else "holds no result"
     raise UserError(
-        f"{folder}: {what}; give a result (a folder with a report.json, such as <run>/eval/<name>), a run, "
+        f"{folder}: {problem}; give a result (a folder with a report.json, such as <run>/eval/<name>), a run, "
         "or a folder of results"
     )
 
 
 def read_result(folder: Path) -> Result:
-    """Raises UserError where `folder` holds no finished result, or one that was changed by hand."""
+    """Read a result. Raises UserError if it is unfinished, or its two files do not fit together."""
     if not (folder / "report.json").is_file():
         raise UserError(f"{folder}: no report.json; a result is a folder such as <run>/eval/<name>")
     result = Result(folder, read_report(folder), read_scores(folder))
     if result.report["n"] != len(result.rows):
-        asked = result.report["n"]
-        raise UserError(f"{folder}: report.json is of {asked} questions, scores.jsonl has {len(result.rows)}")
+        n = result.report["n"]
+        raise UserError(f"{folder}: report.json has n = {n}, but scores.jsonl has {len(result.rows)} questions")
     if not result.rows:
-        raise UserError(f"{folder}: the result is of no questions")
-    doubled = [i for i, count in Counter(row["id"] for row in result.rows).items() if count > 1]
-    if doubled:
-        raise UserError(f"{folder / 'scores.jsonl'}: {len(doubled)} ids are there twice, such as {doubled[0]!r}")
+        raise UserError(f"{folder}: the result has no questions")
+    duplicates = [i for i, count in Counter(row["id"] for row in result.rows).items() if count > 1]
+    if duplicates:
+        raise UserError(f"{folder / 'scores.jsonl'}: {len(duplicates)} duplicate ids, such as {duplicates[0]!r}")
     return result
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Raises UserError for a file that is not a report."""
+    """Read `report.json`. Raises UserError if it is not a report."""
     path = folder / "report.json"
     report = read_json(path)
     list(typed_fields(report, path, "the report", **REPORT))
@@ -112,14 +114,14 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """Raises UserError that names the line which is not a question's."""
+    """Read `scores.jsonl`. Raises UserError that names an invalid line."""
     path = folder / "scores.jsonl"
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         where = f"row {number}"
         list(typed_fields(row, path, where, **ROW))
-        worths = dict(zip(WORTH, fields(row, path, where, *WORTH), strict=True)) | {"judged": row.get("judged")}
-        _check_numbers(worths | row["counts"], path, where)
+        scores = dict(zip(SCORES, fields(row, path, where, *SCORES), strict=True)) | {"judged": row.get("judged")}
+        _check_numbers(scores | row["counts"], path, where)
     return rows
 
 

@@ -1,7 +1,7 @@
 """Recall at k and ranks of text-video retrieval, as CLIP4Clip's metrics.py computes them (ArrowLuo/CLIP4Clip).
 
-Pure functions on similarities; ranks count from 0. Where the right one ties with others, the official code counts every
-tied place as a rank of its own, so that there are more ranks than queries.
+Pure functions on similarities. Ranks count from 0. If the correct candidate ties with others, the official code counts
+every tied place as a separate rank, so there can be more ranks than queries.
 """
 
 from __future__ import annotations
@@ -14,23 +14,29 @@ RECALLS = (1, 5, 10)
 
 
 def tied_ranks(similarity: np.ndarray) -> list[list[int]]:
-    """For each row of a square matrix [queries, candidates], whose right ones are on the diagonal: the places, best
-    first, of the candidates as similar as the right one (metrics.py, compute_metrics)."""
+    """Return for each query the places of all candidates that are as similar as the correct one, the best place first.
+
+    `similarity` is square, [queries, candidates], with the correct candidates on the diagonal (metrics.py,
+    compute_metrics).
+    """
     ordered = np.sort(-similarity, axis=1)
-    same = ordered - np.diag(-similarity)[:, np.newaxis] == 0
-    return [np.flatnonzero(row).tolist() for row in same]
+    tied = ordered - np.diag(-similarity)[:, np.newaxis] == 0
+    return [np.flatnonzero(row).tolist() for row in tied]
 
 
 def rank_figures(ranks: Sequence[int]) -> dict[str, float]:
-    """R1, R5 and R10 in percent, the median and the mean rank, counted from 1."""
-    found = np.asarray(ranks)
-    figures = {f"R{k}": float(np.sum(found < k)) * 100 / len(found) for k in RECALLS}
-    return figures | {"MedianR": float(np.median(found)) + 1, "MeanR": float(np.mean(found)) + 1}
+    """Return R1, R5 and R10 in percent, and the median and mean rank counted from 1."""
+    array = np.asarray(ranks)
+    figures = {f"R{k}": float(np.sum(array < k)) * 100 / len(array) for k in RECALLS}
+    return figures | {"MedianR": float(np.median(array)) + 1, "MeanR": float(np.mean(array)) + 1}
 
 
 def sentence_ranks(similarity: np.ndarray) -> np.ndarray:
-    """Each sentence's rank of its video, where videos have several: `similarity` [videos, sentences, videos] is padded
-    with -inf where a video has fewer (metrics.py, tensor_text_to_video_metrics). Ties stand in the videos' order."""
+    """Return each sentence's rank of its video, for videos with several sentences.
+
+    `similarity` is [videos, sentences, videos], padded with -inf for videos with fewer sentences (metrics.py,
+    tensor_text_to_video_metrics). Tied videos keep their order.
+    """
     by_sentence = similarity.transpose(1, 0, 2)
     order = np.argsort(-by_sentence, axis=-1, kind="stable")
     places = np.argsort(order, axis=-1, kind="stable")
@@ -39,15 +45,17 @@ def sentence_ranks(similarity: np.ndarray) -> np.ndarray:
 
 
 def sentence_figures(ranks: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """As `rank_figures`, of `sentence_ranks`: the recalls in single precision, the lower of two medians, and the ranks'
-    standard deviation, as the official code has them."""
-    found = np.asarray(ranks) + 1
-    figures = {f"R{k}": float(np.float32(100 * np.sum(found <= k)) / np.float32(len(found))) for k in RECALLS}
-    median = float(np.sort(found)[(len(found) - 1) // 2])
-    return figures | {"MedianR": median, "MeanR": float(np.mean(found)), "Std_Rank": float(np.std(found))}
+    """Return the figures of `sentence_ranks` as the official code computes them.
+
+    Unlike `rank_figures`: recalls in single precision, the lower of two medians, and the ranks' standard deviation.
+    """
+    array = np.asarray(ranks) + 1
+    figures = {f"R{k}": float(np.float32(100 * np.sum(array <= k)) / np.float32(len(array))) for k in RECALLS}
+    median = float(np.sort(array)[(len(array) - 1) // 2])
+    return figures | {"MedianR": median, "MeanR": float(np.mean(array)), "Std_Rank": float(np.std(array))}
 
 
 def video_to_sentences(similarity: np.ndarray) -> np.ndarray:
-    """[videos, groups of sentences]: how similar a video is to its most similar sentence of each group (metrics.py,
+    """Return each video's similarity to the most similar sentence of each video's group, [videos, groups] (metrics.py,
     tensor_video_to_text_sim)."""
     return np.where(np.isnan(similarity), -np.inf, similarity).max(axis=1).T

@@ -1,8 +1,10 @@
-"""Stages two and three: answers to scores (pure), and scores to `report.json` with intervals and a receipt."""
+"""Stages two and three of an evaluation: score answers, then write `report.json` with intervals and a receipt.
+
+Scoring is pure: it needs no model and uses no randomness.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -13,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, Score
+from eval.digests import json_digest
 from eval.files import json_text, write_whole
 from eval.metrics import Table, cluster_bootstrap, estimate, majority_share
 from mmdora.core.config import EvaluationConfig
 
-Figure = dict[str, float | None] | None  # {"value", "low", "high"}; None where it means nothing
+Figure = dict[str, float | None] | None  # {"value", "low", "high"}; None if there is no such figure
 
 
 def score_all(benchmark: str, responses: Mapping[str, str], questions: Sequence[Question]) -> dict[str, Score]:
-    """Every question's score by id; none where the split's answers are not public, or only a judge's word counts.
-
-    No model, no randomness: scoring again never changes a number.
-    """
+    """Return every question's score by id; empty if the split's answers are not public, or only a judge scores them."""
     scorer = BENCHMARKS[benchmark]()
     if not scorer.has_official or not all(q.references for q in questions):
         return {}
@@ -39,9 +39,12 @@ def make_report(
     receipt: Mapping[str, Any],
     judged: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What `report.json` holds. Values are in the benchmark's own unit (accuracy in percent), `low` and `high` the 95%
-    interval (clusters of one image or video). `judged` is what a judge holds answers for, 0 to 1, by question id: a
-    column of its own, in percent."""
+    """Return the contents of `report.json`.
+
+    Values are in the benchmark's unit (accuracy in percent). `low` and `high` are the 95% interval, from a bootstrap
+    over clusters (images or videos). `judged` holds a judge's scores, 0 to 1, by question id; they are reported
+    separately, in percent.
+    """
     benchmark = BENCHMARKS[config.benchmark]()
     report: dict[str, Any] = {
         "name": config.name,
@@ -63,7 +66,7 @@ def make_report(
     if benchmark.has_strict:
         strict = figure(benchmark, questions, scores, "strict")
         unparsed = sum(scores[q.id].unparsed for q in questions) / len(questions)
-        # Other headlines than means are not of a share's unit.
+        # A headline that is not a mean has another unit than the baseline's share.
         if benchmark.headline_is_mean and all(len(q.references) == 1 for q in questions):
             majority = 100 * majority_share([q.references[0] for q in questions])
     report["scores"] |= {"official": figure(benchmark, questions, scores, "official"), "strict": strict}
@@ -80,7 +83,7 @@ def breakdown(
     scores: Mapping[str, Score],
     judged: Mapping[str, float] | None,
 ) -> dict[str, dict[str, Any]]:
-    """The official figure of each category, and the judged one beside it; none where there are no figures at all."""
+    """Return each category's official figure, with the judged one beside it; empty if there are no scores."""
     members: dict[str, list[Question]] = defaultdict(list)
     for q in questions if scores or judged else ():
         for category in q.categories:
@@ -96,25 +99,25 @@ def breakdown(
 
 
 def judged_figure(questions: Sequence[Question], judged: Mapping[str, float] | None) -> Figure:
-    """The mean in percent, with its interval."""
+    """Return the mean in percent with its interval, or None without a judge."""
     if not judged:
         return None
     return asdict(cluster_bootstrap([judged[q.id] for q in questions], [q.cluster for q in questions]))
 
 
 def figure(benchmark: Benchmark, questions: Sequence[Question], scores: Mapping[str, Score], kind: str) -> Figure:
-    """The benchmark's headline over some questions, with its interval."""
+    """Return the benchmark's headline over some questions, with its interval."""
     clusters = [q.cluster for q in questions]
     chosen = [scores[q.id] for q in questions]
     if benchmark.headline_is_mean:
         return asdict(cluster_bootstrap([getattr(s, kind) for s in chosen], clusters, benchmark.bounds))
     table = score_table([asdict(s) for s in chosen], clusters)
-    found = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
-    return asdict(found) if found is not None else None
+    headline = estimate(table, partial(benchmark.headline, kind=kind), benchmark.bounds)
+    return asdict(headline) if headline is not None else None
 
 
 def score_table(scores: Sequence[Mapping[str, Any]], clusters: Sequence[str]) -> Table:
-    """What `Benchmark.headline` sums: of scores as they stand in `scores.jsonl`."""
+    """Return the columns that `Benchmark.headline` sums, from rows of `scores.jsonl`."""
     names = sorted({name for score in scores for name in score["counts"]})
     columns = {name: [score["counts"].get(name, 0.0) for score in scores] for name in names}
     fixed = {kind: [float(score[kind]) for score in scores] for kind in ("official", "strict")}
@@ -122,12 +125,27 @@ def score_table(scores: Sequence[Mapping[str, Any]], clusters: Sequence[str]) ->
 
 
 def question_set(questions: Iterable[Question]) -> str:
-    """A digest of what was asked, whoever answers: ids, words, media by name, and references."""
+    """Return a digest of the questions, independent of the model: ids, texts, names of media files, references."""
     rows = [
         (q.id, [m.text for m in q.sample.messages], [part.path.name for part in q.sample.media()], q.references)
         for q in questions
     ]
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:32]
+    return json_digest(sorted(rows))
+
+
+def score_and_write(
+    folder: Path,
+    config: EvaluationConfig,
+    responses: Mapping[str, str],
+    questions: Sequence[Question],
+    receipt: Mapping[str, Any],
+    judged: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Score the answers, write the result into `folder` and return the report."""
+    scores = score_all(config.benchmark, responses, questions)
+    report = make_report(config, responses, questions, scores, receipt, judged)
+    write_results(folder, responses, questions, scores, report, judged)
+    return report
 
 
 def write_results(
@@ -138,7 +156,7 @@ def write_results(
     report: Mapping[str, Any],
     judged: Mapping[str, float] | None = None,
 ) -> None:
-    """`scores.jsonl`, one line a question, and then `report.json`, whose presence says that the result is complete."""
+    """Write `scores.jsonl`, one line per question, then `report.json`, whose presence marks the result as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     unscored: dict[str, Any] = {"official": None, "strict": None, "unparsed": None, "counts": {}}
     lines = [
@@ -161,7 +179,7 @@ def write_results(
 
 
 def _finite(value: Any) -> Any:
-    """The value in JSON's types, which know no NaN: null in its place."""
+    """Return the value with null in place of NaN and infinity, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

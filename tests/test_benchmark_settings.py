@@ -1,4 +1,4 @@
-"""Settings of a benchmark: each takes effect, or is refused."""
+"""Settings of a benchmark take effect or are refused."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def config(benchmark: str, data="x", **keys) -> EvaluationConfig:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_prompt_stands_around_the_words_of_ones_own_questions(name, tmp_path):
+def test_a_prompt_is_applied_to_questions_of_ones_own_data(name, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([ROW]))
-    plain, asked = (
+    plain, prompted = (
         BENCHMARKS[name]().questions(config(name, path, **keys)) for keys in ({}, {"prompt": "Say: {question}!"})
     )
-    assert [q.id for q in asked] == ["a/0", "a/1"]
-    words = "Which?\nA. cat\nB. dog"
+    assert [q.id for q in prompted] == ["a/0", "a/1"]
+    text = "Which?\nA. cat\nB. dog"
     kinds = [type(part) for part in plain[0].sample.messages[-1].parts]
     assert kinds == [Image, Text, Image, Text]
-    assert plain[0].sample.messages[-1].parts[-1] == Text(words)
-    assert asked[0].sample.messages[-1].parts == (*plain[0].sample.messages[-1].parts[:-1], Text(f"Say: {words}!"))
-    assert asked[1].sample.messages[-1].text == "Say: Surely?\nA. yes\nB. no!"
-    assert asked[1].sample.messages[:-1] == plain[1].sample.messages[:-1]  # what was said before stays as it was
-    assert [q.references for q in asked] == [q.references for q in plain]
+    assert plain[0].sample.messages[-1].parts[-1] == Text(text)
+    assert prompted[0].sample.messages[-1].parts == (*plain[0].sample.messages[-1].parts[:-1], Text(f"Say: {text}!"))
+    assert prompted[1].sample.messages[-1].text == "Say: Surely?\nA. yes\nB. no!"
+    assert prompted[1].sample.messages[:-1] == plain[1].sample.messages[:-1]  # earlier turns are unchanged
+    assert [q.references for q in prompted] == [q.references for q in plain]
 
 
-def test_a_picture_alone_is_asked_about_by_the_prompt(tmp_path):
+def test_a_prompt_can_complete_a_question_that_is_only_an_image(tmp_path):
     path = tmp_path / "rows.json"
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "cat"}]
     path.write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": turns}]))
@@ -62,7 +62,7 @@ def test_a_picture_alone_is_asked_about_by_the_prompt(tmp_path):
         ("{question} {", "write a literal brace"),
     ],
 )
-def test_a_prompt_that_does_not_fit_is_refused(prompt, message, tmp_path):
+def test_an_invalid_prompt_is_refused(prompt, message, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([ROW]))
     with pytest.raises(UserError, match=message):
@@ -74,10 +74,10 @@ def test_a_setting_without_effect_is_refused(name):
     benchmark = BENCHMARKS[name]()
     benchmark.check_settings(config(name))
     given = {"split": "val", "format": "llava", "media": "images", "where": {"kind": ["a"]}}
-    heeded = {*benchmark.settings, *(["split"] if benchmark.splits else [])}
-    assert heeded == {"media", "format", "where"} if name in OWN else not heeded & {"format"}
+    used = {*benchmark.settings, *(["split"] if benchmark.splits else [])}
+    assert used == {"media", "format", "where"} if name in OWN else not used & {"format"}
     for key, value in given.items():
-        if key in heeded:
+        if key in used:
             benchmark.check_settings(config(name, **{key: value}))
         else:
             with pytest.raises(UserError, match=f"{key}: not supported by the benchmark {name!r}"):

@@ -1,4 +1,4 @@
-"""`mmdora compare`: paired question by question, and refused where questions differ."""
+"""`mmdora compare`: paired tests over the same questions; other questions are refused."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def compared(capsys, a, b) -> dict:
 def refused(capsys, a, b) -> str:
     capsys.readouterr()
     assert command("compare", a, b) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
 
 
-def test_flips_are_counted_and_shown(rows, tmp_path, capsys):
+def test_answers_that_only_one_model_has_right_are_counted_and_printed(rows, tmp_path, capsys):
     a = scored(tmp_path / "a", rows, right(40, 0, 1, 2, 3, 4, 5, 6, 7, 8))
     b = scored(tmp_path / "b", rows, right(40, 0, 39))
     document = compared(capsys, a, b)
@@ -48,13 +48,13 @@ def test_flips_are_counted_and_shown(rows, tmp_path, capsys):
     example = one["examples"]["better_in_a"][0]
     assert (example["response_a"], example["response_b"], example["references"]) == ("yes", "no", ["yes"])
     assert command("compare", a, b) == 0
-    said = capsys.readouterr().out
-    assert "+17.5" in said
-    assert "both right 30, only A 1, only B 8, both wrong 1" in said
-    assert "q39: Question number 39?" in said
+    printed = capsys.readouterr().out
+    assert "+17.5" in printed
+    assert "both right 30, only A 1, only B 8, both wrong 1" in printed
+    assert "q39: Question number 39?" in printed
 
 
-def test_the_other_way_round_is_the_same(rows, tmp_path, capsys):
+def test_swapping_the_results_flips_the_sign(rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40, 0, 1, 2)), scored(tmp_path / "b", rows, right(40, 5))
     there, back = (compared(capsys, *pair)["comparisons"][0] for pair in ((a, b), (b, a)))
     assert there["difference"] == -back["difference"]
@@ -62,19 +62,19 @@ def test_the_other_way_round_is_the_same(rows, tmp_path, capsys):
     assert (there["low"], there["high"]) == pytest.approx((-back["high"], -back["low"]))
 
 
-def test_questions_on_one_picture_are_no_independent_ones(tmp_path, capsys):
+def test_questions_about_one_image_are_not_independent(tmp_path, capsys):
     rows = write_questions(tmp_path / "data", 40, per_image=4)
     wrong = range(20)
     a, b = scored(tmp_path / "a", rows, right(40, *wrong)), scored(tmp_path / "b", rows, right(40))
     one = compared(capsys, a, b)["comparisons"][0]
     assert (one["clusters"], one["test"], one["p"]) == (10, BOOTSTRAP, one["bootstrap_p"])
     assert one["mcnemar_p"] == mcnemar(0, 20)
-    assert one["p"] > 100 * one["mcnemar_p"]  # five pictures differ, not twenty
+    assert one["p"] > 100 * one["mcnemar_p"]  # five images differ, not twenty
     assert command("compare", a, b) == 0
     assert "McNemar's test, which takes questions to be independent, has <0.001" in capsys.readouterr().out
 
 
-def test_partly_right_answers_are_bootstrapped(tmp_path, capsys):
+def test_partly_correct_answers_are_tested_by_bootstrap(tmp_path, capsys):
     rows = write_questions(tmp_path / "data", 30, answers=["yes"] * 2 + ["no"] * 8)
     a, b = scored(tmp_path / "a", rows, right(30, *range(20))), scored(tmp_path / "b", rows, right(30, *range(25)))
     one = compared(capsys, a, b)["comparisons"][0]
@@ -85,7 +85,7 @@ def test_partly_right_answers_are_bootstrapped(tmp_path, capsys):
 
 
 def test_holm_over_the_benchmarks_of_two_runs(tmp_path, capsys):
-    """Folders of results are matched by name and benchmark; what one side lacks is left out, and said."""
+    """Folders of results are matched by name and benchmark; results without a partner are skipped."""
     for name, (n, wrong) in {"small": (20, 8), "large": (40, 9), "alone": (12, 2)}.items():
         rows = write_questions(tmp_path / "data" / name, n)
         for side, errors in (("a", range(wrong)), ("b", ())):
@@ -100,14 +100,13 @@ def test_holm_over_the_benchmarks_of_two_runs(tmp_path, capsys):
     assert official["small"]["p_holm"] == pytest.approx(max(ps["small"], 2 * ps["large"]))
 
 
-def test_other_questions_are_refused(rows, tmp_path, capsys):
+def test_different_questions_are_refused(rows, tmp_path, capsys):
     a = scored(tmp_path / "a", rows, right(40))
     fewer = scored(tmp_path / "fewer", write_questions(tmp_path / "half", 30), right(30))
-    said = refused(capsys, a, fewer)
-    assert "10 only in A, such as 'q30', 'q31', 'q32'" in said
+    assert "10 only in A, such as 'q30', 'q31', 'q32'" in refused(capsys, a, fewer)
     other = write_questions(tmp_path / "other", 40, answers=["no"])
-    said = refused(capsys, a, scored(tmp_path / "other_result", other, right(40)))
-    assert "references: other in 40 questions, such as 'q0': ['yes'] and ['no']" in said
+    error = refused(capsys, a, scored(tmp_path / "other_result", other, right(40)))
+    assert "references: 40 questions differ, such as 'q0': ['yes'] and ['no']" in error
     renamed = scored(tmp_path / "renamed", rows, right(40)) / "scores.jsonl"
     renamed.write_text(renamed.read_text().replace('"q7"', '"z7"'))
     assert "questions: 1 only in A, such as 'q7'" in refused(capsys, a, renamed.parent)
@@ -123,7 +122,7 @@ def test_other_questions_are_refused(rows, tmp_path, capsys):
         ({"split": "test", "question_set": "another"}, "split: none and test"),
     ],
 )
-def test_what_differs_is_named(receipt, expected, rows, tmp_path, capsys):
+def test_different_conditions_are_named(receipt, expected, rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40)), scored(tmp_path / "b", rows, right(40))
     for out in (a, b):
         edit(out / "report.json", receipt={"prompt_template": "{question}", "judge": "one"})
@@ -131,7 +130,7 @@ def test_what_differs_is_named(receipt, expected, rows, tmp_path, capsys):
     assert expected in refused(capsys, a, b)
 
 
-def test_other_benchmarks_are_refused(rows, tmp_path, capsys):
+def test_different_benchmarks_are_refused(rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40)), scored(tmp_path / "b", rows, right(40))
     edit(b / "report.json", benchmark="nlvr")
     assert "benchmark: vqa and nlvr" in refused(capsys, a, b)
@@ -140,17 +139,17 @@ def test_other_benchmarks_are_refused(rows, tmp_path, capsys):
     assert "holds no result" in refused(capsys, tmp_path / "empty", b)
 
 
-def test_what_else_is_unlike_is_said(rows, tmp_path, capsys):
+def test_other_differences_in_settings_are_printed(rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40)), scored(tmp_path / "b", rows, right(40, 1))
     edit(a / "report.json", receipt={"num_frames": 8, "prompt_template": "{question}"})
     edit(b / "report.json", receipt={"num_frames": 16})
     assert compared(capsys, a, b)["also_unlike"]["vqa"] == [
         "num_frames: 8 and 16",
-        "the prompt is not told by B: answers that were not generated here",
+        "the prompt of B is unknown: not generated by `mmdora eval`",
     ]
 
 
-def test_judged_scores_have_a_row_of_their_own(rows, tmp_path, capsys):
+def test_judged_scores_have_their_own_row(rows, tmp_path, capsys):
     a, b = scored(tmp_path / "a", rows, right(40)), scored(tmp_path / "b", rows, right(40))
     judge(a, 0.25)
     judge(b, 0.5)
@@ -165,17 +164,17 @@ def test_judged_scores_have_a_row_of_their_own(rows, tmp_path, capsys):
     assert "no scores to compare" in refused(capsys, a, b)
 
 
-def test_an_answer_cannot_command_the_terminal(rows, tmp_path, capsys):
+def test_control_characters_in_answers_are_not_printed(rows, tmp_path, capsys):
     hostile = ["\x1b[2J[bold]\ud800\u2028no", *right(39)]
     a, b = scored(tmp_path / "a", rows, hostile), scored(tmp_path / "b", rows, right(40))
     capsys.readouterr()
     assert command("compare", a, b) == 0
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert "�[2J[bold]� no" in said
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "�[2J[bold]� no" in printed
 
 
-def test_garbage_is_collected_again_after_a_comparison(tmp_path):
+def test_garbage_collection_is_enabled_again_after_an_error(tmp_path):
     with pytest.raises(UserError):
         run(tmp_path / "none", tmp_path / "none", False, [])
     assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""What training data and benchmarks share: copies, what looks the same, and questions."""
+"""Contamination: exact copies, near copies and questions that training data and benchmarks share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import ImageDraw
 from data_pipelines.dataset import read_source
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.benchmarks import Question
-from eval.contamination import comparison, find_overlaps
-from eval.fingerprints import SIDE, Near, fingerprint, fingerprint_cache
+from eval.contamination import contamination_check, find_overlaps
+from eval.fingerprints import SIDE, FingerprintIndex, fingerprint, fingerprint_cache
 from eval.run import read_questions
 from mmdora.core.config import EvaluationConfig, SourceConfig
 from mmdora.core.errors import UserError
@@ -25,15 +25,15 @@ from tests.test_runs import command
 ASK = "Answer the question using a single word or phrase."
 
 
-def row(name: str, ask: str, answer: str = "red", **media: str) -> dict:
+def row(name: str, question: str, answer: str = "red", **media: str) -> dict:
     marks = "".join(f"<{kind}>\n" for kind in media)
-    turns = [{"from": "human", "value": marks + ask}, {"from": "gpt", "value": answer}]
+    turns = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
     return {"id": name, "conversations": turns} | media
 
 
 @pytest.fixture
 def leaky(tmp_path) -> Path:
-    """Training data that shares with a benchmark a file, a picture and a clip that were encoded anew, and questions."""
+    """Training data that shares a file, a re-encoded image, a re-encoded video and questions with a benchmark."""
     for i in range(6):
         write_image(tmp_path / f"train{i}.png", seed=i)
     write_video(tmp_path / "train.mp4", frames=24, rate=12)
@@ -71,17 +71,17 @@ def entry(folder: Path) -> EvaluationConfig:
     return EvaluationConfig(name="mine", benchmark="vqa", data=str(folder / "held_out.json"))
 
 
-def overlap_of(folder: Path, most: int = 100):
+def overlap_of(folder: Path, max_files: int = 100):
     config = entry(folder)
     sources = [read_source(SourceConfig(path=str(folder / "train.json")))]
-    return find_overlaps(sources, [config], {"mine": read_questions(config)}, most)["mine"]
+    return find_overlaps(sources, [config], {"mine": read_questions(config)}, max_files)["mine"]
 
 
-def test_copies_looks_and_questions_are_told_apart(leaky):
+def test_exact_copies_near_copies_and_questions_are_found(leaky):
     found = overlap_of(leaky)
     assert found.exact == {leaky / "copy.png": leaky / "train0.png"}
     assert found.near == {leaky / "resized.jpg": leaky / "train1.png", leaky / "again.mp4": leaky / "train.mp4"}
-    # Other words about the same picture are another question; the same words about another one, too.
+    # Other words about the same image are another question; so are the same words about another image.
     assert found.questions == ["copy", "resized", "text"]
     assert found.words_alone == 1
     assert (found.files, found.files_compared, found.training_files, found.training_files_compared) == (5, 5, 4, 4)
@@ -90,8 +90,8 @@ def test_copies_looks_and_questions_are_told_apart(leaky):
     assert receipt["examples"]["exact"] == [{"file": str(leaky / "copy.png"), "training": str(leaky / "train0.png")}]
 
 
-def test_looks_are_bounded_and_bytes_are_not(leaky):
-    found = overlap_of(leaky, most=2)
+def test_max_files_limits_fingerprints_but_not_bytes(leaky):
+    found = overlap_of(leaky, max_files=2)
     assert (found.training_files, found.training_files_compared) == (4, 2)
     assert found.exact == {leaky / "copy.png": leaky / "train0.png"}
     assert found.files_compared < found.files
@@ -118,45 +118,46 @@ def drawing(x: int, colour: str = "red") -> PILImage.Image:
         (PILImage.new("RGB", (200, 100), "white"), False),
     ],
 )
-def test_drawings_of_one_layout_are_told_apart(other, near, tmp_path):
+def test_drawings_with_the_same_layout_are_not_near(other, near, tmp_path):
     drawing(20).save(tmp_path / "a.png")
     other.save(tmp_path / "b.jpg", quality=80)
     a, b = (fingerprint(Image(tmp_path / name)) for name in ("a.png", "b.jpg"))
-    assert Near([a]).search([b]) == ([(0, 0)] if near else [])
+    assert FingerprintIndex([a]).search([b]) == ([(0, 0)] if near else [])
 
 
-def test_clips_are_near_by_most_of_their_frames(tmp_path):
-    def clip(name: str, seeds: list[int]) -> np.ndarray:
+def test_videos_are_near_if_most_of_their_frames_are(tmp_path):
+    def video(name: str, seeds: list[int]) -> np.ndarray:
         (tmp_path / name).mkdir()
         for i, seed in enumerate(seeds):
             write_image(tmp_path / name / f"{i}.png", seed=seed)
         return fingerprint(Video(tmp_path / name))
 
-    first = clip("first", [1, 2, 3, 4])
-    others = [clip("three", [1, 2, 3, 9]), clip("two", [1, 2, 8, 9]), clip("longer", [1, 1, 2, 2, 3, 3, 4, 4])]
-    assert Near([first]).search(others) == [(0, 0), (0, 2)]
-    assert Near([fingerprint(Image(tmp_path / "first" / "2.png"))]).search([first]) == [(0, 0)]  # a frame of it
-    assert Near([]).search([first]) == Near([first]).search([]) == []
+    first = video("first", [1, 2, 3, 4])
+    others = [video("three", [1, 2, 3, 9]), video("two", [1, 2, 8, 9]), video("longer", [1, 1, 2, 2, 3, 3, 4, 4])]
+    assert FingerprintIndex([first]).search(others) == [(0, 0), (0, 2)]
+    frame = fingerprint(Image(tmp_path / "first" / "2.png"))
+    assert FingerprintIndex([frame]).search([first]) == [(0, 0)]
+    assert FingerprintIndex([]).search([first]) == FingerprintIndex([first]).search([]) == []
 
 
-def test_a_copy_is_found_among_many_pictures():
-    """100,000 training pictures against 1,000: what is near is found among them."""
+def test_a_copy_is_found_among_many_images():
+    """50,000 training images against 1,000 held-out ones."""
     rng = np.random.default_rng(0)
     held_out = list(rng.integers(0, 256, (1000, 1, SIDE, SIDE, 3), dtype=np.uint8))
-    near, found = Near(held_out), []
-    for chunk in range(40):
+    index, found = FingerprintIndex(held_out), []
+    for chunk in range(20):
         others = rng.integers(0, 256, (2500, 1, SIDE, SIDE, 3), dtype=np.uint8)
         others[7] = held_out[chunk]
-        found += [(mine, chunk) for mine, other in near.search(list(others)) if other == 7]
-    assert found == [(chunk, chunk) for chunk in range(40)]
+        found += [(copied, chunk) for copied, other in index.search(list(others)) if other == 7]
+    assert found == [(chunk, chunk) for chunk in range(20)]
 
 
-def test_fingerprints_are_kept_until_the_file_changes(tmp_path, monkeypatch):
+def test_fingerprints_are_cached_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("MMDORA_CACHE", str(tmp_path / "cache"))
     file = Image(write_image(tmp_path / "a.png"))
     with fingerprint_cache() as cache:
         first = cache.get(file)
-    monkeypatch.setattr("eval.fingerprints.load_image", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr("eval.fingerprints.load_image", lambda *_: pytest.fail("the file was read again"))
     with fingerprint_cache() as cache:
         assert (cache.get(file) == first).all()
     monkeypatch.undo()
@@ -165,13 +166,12 @@ def test_fingerprints_are_kept_until_the_file_changes(tmp_path, monkeypatch):
     with fingerprint_cache() as cache:
         assert (cache.get(file) != first).any()
         assert cache.get(Image(tmp_path / "gone.png")) is None
-    next((tmp_path / "cache").glob("*.sqlite")).write_text("not a database, but long enough to be taken for one " * 99)
-    with pytest.raises(UserError, match="remove it, or MMDORA_CACHE names"), fingerprint_cache():
+    next((tmp_path / "cache").glob("*.sqlite")).write_text("not a database, but longer than the header of one " * 99)
+    with pytest.raises(UserError, match="remove it, or set MMDORA_CACHE"), fingerprint_cache():
         pass
 
 
-def test_embedded_pictures_are_not_held_while_they_are_compared(tmp_path):
-    """Also where the training data lies in shards: content is let go of once it was looked at."""
+def test_images_in_shards_are_not_kept_in_memory(tmp_path):
 
     class Shards(list):
         images, videos = np.ones(40), np.zeros(40)
@@ -180,23 +180,23 @@ def test_embedded_pictures_are_not_held_while_they_are_compared(tmp_path):
             return Sample(str(i), (Message("user", (Image(Path(f"t/{i}"), bytes([i]) * 1_000_000), Text("?"))),), "t")
 
     held_out = [Image(Path(f"h/{i}"), bytes([i]) * (1_000_000 if i == 3 else 1_000)) for i in range(40)]
-    asked = [
+    questions = [
         Question(str(i), Sample(str(i), (Message("user", (part,)),), "h"), (), "") for i, part in enumerate(held_out)
     ]
     tracemalloc.start()
-    found = find_overlaps([Shards(range(40))], [entry(tmp_path)], {"mine": asked}, 100)["mine"]
+    found = find_overlaps([Shards(range(40))], [entry(tmp_path)], {"mine": questions}, 100)["mine"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.training_files == 40
     assert found.exact == {Path("h/3"): Path("t/3")}
-    assert found.training_files_compared == 0  # they are no pictures
+    assert found.training_files_compared == 0  # the bytes are not images
     assert peak < 8_000_000
 
 
-def test_training_data_that_is_gone_is_said_to_be(leaky):
+def test_missing_training_data_is_listed_as_absent(leaky):
     config = entry(leaky)
     training = [SourceConfig(path=str(leaky / name)) for name in ("train.json", "gone.json")]
-    (found,) = comparison(training, 0, [config], {"mine": read_questions(config)})().values()
+    (found,) = contamination_check(training, 0, [config], {"mine": read_questions(config)})().values()
     assert found["compared_with"] == [str(leaky / "train.json")]
     assert len(found["absent"]) == 1
     assert "gone.json" in found["absent"][0]
@@ -215,13 +215,13 @@ def settings(folder: Path) -> list[str]:
     ]
 
 
-def test_the_doctor_warns_and_a_run_is_told_in_its_receipt(leaky, capsys):
+def test_doctor_warns_and_receipts_report_contamination(leaky, capsys):
     assert command("doctor", *settings(leaky)) == 0
-    told = capsys.readouterr().out
-    assert f"1 of its 5 files are training data too, such as {leaky}/copy.png ({leaky}/train0.png)" in told
-    assert f"2 of its 5 files look like training data, such as {leaky}/again.mp4 ({leaky}/train.mp4)" in told
-    assert "3 of its questions are asked in training too, about the same, such as 'copy'  [evaluation.0]" in told
-    assert "Looks were compared with 4 of 4 training files, bytes with all." in told
+    printed = capsys.readouterr().out
+    assert f"1 of its 5 files are training data too, such as {leaky}/copy.png ({leaky}/train0.png)" in printed
+    assert f"2 of its 5 files look like training data, such as {leaky}/again.mp4 ({leaky}/train.mp4)" in printed
+    assert "3 of its questions are asked in training too, about the same, such as 'copy'  [evaluation.0]" in printed
+    assert "Looks were compared with 4 of 4 training files, bytes with all." in printed
     assert command("train", *settings(leaky)) == 0
     report = json.loads((leaky / "run" / "eval" / "mine" / "report.json").read_text())
     assert report["receipt"]["contamination"]["near"] == 2

@@ -1,4 +1,4 @@
-"""Intervals by simulation, and answers that are kept, resumed and keyed."""
+"""Scorers, intervals by simulation, and answers that are stored, resumed and keyed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoProcessor
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
@@ -22,19 +23,20 @@ from eval.run import evaluate
 from eval.scoring import make_report, score_all
 from mmdora.core.config import EvaluationConfig, VideoConfig
 from mmdora.core.errors import RunError, UserError
+from tests.conftest import ROOT
 from tests.media import write_image
 from tests.test_runs import command, small
 
 
 @given(st.text())
-def test_no_answer_breaks_a_scorer(text):
+def test_any_text_can_be_scored(text):
     sample = Sample("q", (Message("user", (Text("?"),)),), "t")
     for name in ("vqa", "nlvr"):
         score = BENCHMARKS[name]().score(text, Question("q", sample, ("true",), "c"))
         assert 0 <= score.strict <= score.official <= 1
 
 
-def test_a_single_reference_is_compared_normalized():
+def test_a_single_reference_is_compared_after_normalization():
     question = Question("q", Sample("q", (), "t"), ("A dog.",), "c")
     assert BENCHMARKS["vqa"]().score("the dog", question).official == 1
     assert BENCHMARKS["vqa"]().score("two dogs", question).official == 0
@@ -43,19 +45,19 @@ def test_a_single_reference_is_compared_normalized():
 
 
 def test_intervals_cover_the_truth():
-    """Of 300 simulated studies with clusters of three that agree, about 95% of the intervals hold the true mean."""
+    """In 300 simulated studies with correlated clusters of three, about 95% of the intervals contain the true mean."""
     rng = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for _ in range(300):
-        shares = rng.beta(7, 3, 120)  # mean 0.7, one share a cluster
+        shares = rng.beta(7, 3, 120)  # mean 0.7, one share per cluster
         values = (rng.random((120, 3)) < shares[:, None]).astype(float).ravel()
         clusters = [str(i) for i in range(120) for _ in range(3)]
         estimate = cluster_bootstrap(values.tolist(), clusters)
-        held += estimate.low <= 70 <= estimate.high
-    assert 0.91 <= held / 300 <= 0.985
+        covered += estimate.low <= 70 <= estimate.high
+    assert 0.91 <= covered / 300 <= 0.985
 
 
-def test_intervals_know_clusters_and_never_vanish():
+def test_intervals_widen_with_clusters_and_never_vanish():
     values = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0] * 20
     together = cluster_bootstrap(values, [str(i // 3) for i in range(120)])
     apart = cluster_bootstrap(values, [str(i) for i in range(120)])
@@ -91,16 +93,15 @@ def test_nlvr_official_rule(tmp_path):
 @pytest.fixture
 def questions(tmp_path) -> list[Question]:
     out = []
-    for i, ask in enumerate(
-        ["What color is the circle?", "Is there a red square?", "What shape is the blue thing?"] * 2
-    ):
+    texts = ["What color is the circle?", "Is there a red square?", "What shape is the blue thing?"] * 2
+    for i, text in enumerate(texts):
         path = write_image(tmp_path / f"{i}.png", seed=i, size=(64, 64 if i % 2 else 128))
-        sample = Sample(f"q{i}", (Message("user", (Image(path), Text(ask))),), "t")
+        sample = Sample(f"q{i}", (Message("user", (Image(path), Text(text))),), "t")
         out.append(Question(sample.id, sample, ("red",), str(path)))
     return out
 
 
-def test_batched_answers_equal_single_ones(tiny, questions):
+def test_batches_give_the_answers_of_single_questions(tiny, questions):
     model, processor = tiny
     encoder = Encoder(processor)
     batched = {q.id: text for q, text in generate(model, encoder, questions, 4, 8)}
@@ -109,50 +110,51 @@ def test_batched_answers_equal_single_ones(tiny, questions):
     assert set(batched) == {q.id for q in questions}
 
 
-def test_answers_are_kept_resumed_and_keyed(tiny, questions, tmp_path):
+def test_only_missing_or_changed_answers_are_generated(tiny, questions, tmp_path):
     model, processor = tiny
     encoder, folder = Encoder(processor), tmp_path / "result"
-    asked: list[int] = []
+    progress: list[int] = []
 
     def keys(max_new_tokens: int = 8) -> dict[str, str]:
         return question_keys(questions, encoder, max_new_tokens, weights_digest(model))
 
     def answers(max_new_tokens: int = 8) -> dict[str, str]:
-        return answer_all(model, encoder, questions, keys(max_new_tokens), folder, 2, max_new_tokens, asked.append)
+        return answer_all(model, encoder, questions, keys(max_new_tokens), folder, 2, max_new_tokens, progress.append)
 
     first = answers()
 
-    def ask_again(max_new_tokens: int = 8) -> int:
-        """How many questions were generated anew."""
-        asked.clear()
+    def generated(max_new_tokens: int = 8) -> int:
+        """Run again and return how many answers were generated."""
+        progress.clear()
         assert set(answers(max_new_tokens)) == set(first)
-        return sum(asked[1:])  # what was known is told first
+        return sum(progress[1:])  # the first number is that of stored answers
 
-    assert ask_again() == 0
+    assert generated() == 0
     lines = (folder / "responses.jsonl").read_text().splitlines()
-    torn = "\n".join([*lines[:4], lines[4][:20]])
-    (folder / "responses.jsonl").write_text(torn)
-    assert ask_again() == 2
+    incomplete = "\n".join([*lines[:4], lines[4][:20]])
+    (folder / "responses.jsonl").write_text(incomplete)
+    assert generated() == 2
     assert Responses(folder, keys()).known == first
-    assert ask_again(max_new_tokens=7) == len(questions)  # another decoding is another answer
+    assert generated(max_new_tokens=7) == len(questions)
     Path(next(iter(questions[0].sample.media())).path).write_bytes(write_image(tmp_path / "x.png", 99).read_bytes())
-    assert ask_again(max_new_tokens=7) == 1  # another picture, too
+    assert generated(max_new_tokens=7) == 1
     model.lm_head.weight.data[0] += 1
-    assert ask_again(max_new_tokens=7) == len(questions)  # and other weights
+    assert generated(max_new_tokens=7) == len(questions)
 
 
-def test_a_key_changes_with_the_frames(tiny, tmp_path):
-    """Which frames of a video are shown, and what is in them, are part of what an answer depends on."""
+def test_a_key_changes_with_the_frames(tmp_path):
+    """Keys depend on which frames of a video the model sees, and on their content."""
+    processor = AutoProcessor.from_pretrained(ROOT / "assets" / "tiny-llava")
     for i in range(4):
         write_image(tmp_path / f"{i}.png", seed=i)
 
     def key(config: VideoConfig, video: Video) -> str:
         sample = Sample("q", (Message("user", (video, Text("What?"))),), "test")
-        return question_keys([Question("q", sample, ("yes",), "q")], Encoder(tiny[1], config), 8, "weights")["q"]
+        return question_keys([Question("q", sample, ("yes",), "q")], Encoder(processor, config), 8, "weights")["q"]
 
     video = Video(tmp_path)
     first = key(VideoConfig(num_frames=2), video)
-    assert key(VideoConfig(num_frames=2, timeout=None), video) == first  # the same frames, however long they take
+    assert key(VideoConfig(num_frames=2, timeout=None), video) == first  # the timeout changes no frames
     assert key(VideoConfig(num_frames=2, start=1.0), video) != first
     assert key(VideoConfig(num_frames=2, sampling="keyframe"), video) != first
     write_image(tmp_path / "3.png", seed=9)
@@ -161,8 +163,8 @@ def test_a_key_changes_with_the_frames(tiny, tmp_path):
     assert key(VideoConfig(), Video(shard, b"one")) != key(VideoConfig(), Video(shard, b"two"))
 
 
-def test_without_an_answer_to_each_question_there_is_no_report(tiny, questions, tmp_path):
-    """Nor an old one of other answers; mended, there is one, and what it took is not asked again."""
+def test_a_failed_question_means_no_report_until_it_is_repaired(tiny, questions, tmp_path):
+    """The old report is removed too. After the repair, the report is that of the first run."""
     config = EvaluationConfig(name="mine", benchmark="vqa", data="mine.json", max_new_tokens=2, batch_size=4)
     folder, encoder = tmp_path / "result", Encoder(tiny[1])
 
@@ -170,7 +172,7 @@ def test_without_an_answer_to_each_question_there_is_no_report(tiny, questions, 
         return evaluate(tiny[0], encoder, config, questions, folder, overwrite=overwrite)
 
     first = run()
-    assert run() == first  # told again
+    assert run() == first  # returned unchanged
     file = next(questions[2].sample.media()).path
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
@@ -186,7 +188,7 @@ def test_without_an_answer_to_each_question_there_is_no_report(tiny, questions, 
 
 
 class Unscored(BENCHMARKS["vqa"]):
-    """A test split, whose answers are not public."""
+    """A test split without public answers."""
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
         return [replace(q, references=()) for q in super().questions(config)]
@@ -198,13 +200,14 @@ def unscored(monkeypatch) -> str:
     return "unscored"
 
 
-def test_a_split_without_public_answers_is_answered_and_not_followed(unscored, world, tmp_path, capsys):
-    data = f"data: {world}/counting_held_out.json, format: shapes"
-    asked = ["--benchmark", unscored, "--format", "shapes", "--data", f"{world}/counting_held_out.json", "--limit", "2"]
-    assert command("eval", "assets/tiny-llava", *asked, "--out", str(tmp_path)) == 0
+def test_a_split_without_public_answers_is_evaluated_but_not_during_training(unscored, world, tmp_path, capsys):
+    file = f"{world}/counting_held_out.json"
+    data = f"data: {file}, format: shapes"
+    options = ["--benchmark", unscored, "--format", "shapes", "--data", file, "--limit", "2"]
+    assert command("eval", "assets/tiny-llava", *options, "--out", str(tmp_path)) == 0
     report = json.loads((tmp_path / unscored / "report.json").read_text())
     assert (report["n"], report["scores"]) == (2, {"official": None, "strict": None})
-    entry = f"evaluation=[{{name: blind, benchmark: {unscored}, {data}, limit: 2, during: true}}]"
+    entry = f"evaluation=[{{name: unscored, benchmark: {unscored}, {data}, limit: 2, during: true}}]"
     settings = [*small(world, tmp_path / "run"), entry, "training.evaluate_every=2", "model.path=nobody/nothing"]
     assert command("train", *settings) == 2
     assert "evaluation.0.during: the answers of unscored's questions" in capsys.readouterr().err

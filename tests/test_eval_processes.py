@@ -1,39 +1,27 @@
-"""`mmdora eval` in real processes: killed and gone on with, and shared out by torchrun."""
+"""`mmdora eval` in several processes: they share the questions, and an evaluation that was killed continues."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from eval import generation
-from tests.conftest import ROOT
+from tests.eval_worker import Plan
 from tests.grid import launch
 from tests.media import write_image
 from tests.test_runs import command
 from tests.test_zero import torchrun
 
 COUNT = 11
-# A plugin that writes down what is asked, and under which rank 1 meets its end in its second batch.
-WATCH = """
-import os
-from eval.generation import Answerer
-plain, left = Answerer.__call__, 2 if os.environ["RANK"] == os.environ.get("DIES") else 0
-def watched(self, batch):
-    global left
-    left -= 1
-    if left == 0:
-        raise LookupError("this rank has had enough")
-    with open(os.environ["ASKED"], "a") as file:
-        file.writelines(f"{question.id}\\n" for question, _ in batch)
-    return plain(self, batch)
-Answerer.__call__ = watched
-"""
+IDS = {f"q{i}" for i in range(COUNT)}
+RESULT_FILES = {"responses.jsonl", "scores.jsonl", "report.json"}
 
 
 @pytest.fixture(scope="module")
@@ -41,96 +29,95 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for i in range(COUNT):
-        words = ("What color is the circle?", "Is there a red square?", "How many objects are there in it?")[i % 3]
-        turns = [{"from": "human", "value": words if i == 4 else f"<image>\n{words}"}, {"from": "gpt", "value": "red"}]
+        text = ("What color is the circle?", "Is there a red square?", "How many objects are there in it?")[i % 3]
+        turns = [{"from": "human", "value": text if i == 4 else f"<image>\n{text}"}, {"from": "gpt", "value": "red"}]
         rows.append({"id": f"q{i}", "conversations": turns} | ({} if i == 4 else {"image": f"{i}.png"}))
         write_image(folder / f"{i}.png", seed=i, size=(64, 64))
     (folder / "data.json").write_text(json.dumps(rows))
     return folder / "data.json"
 
 
-def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    asked = ["--benchmark", "vqa", "--data", str(data), "--batch-size", "2", "--out", str(out)]
-    return ["eval", "assets/tiny-llava", *asked, *more]
+def arguments(data: Path, out: Path) -> list[str]:
+    options = ["--benchmark", "vqa", "--data", str(data), "--batch-size", "2", "--out", str(out)]
+    return ["eval", "assets/tiny-llava", *options]
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory) -> Path:
+def single(data, tmp_path_factory) -> Path:
     """The result of one process."""
-    out = tmp_path_factory.mktemp("alone")
+    out = tmp_path_factory.mktemp("single")
     assert command(*arguments(data, out)) == 0
     return out / "vqa"
+
+
+def run_plan(plan: Plan, folder: Path) -> tuple[subprocess.CompletedProcess[str], list[list[int]]]:
+    """Run a plan in two processes; return torchrun's outcome and each rank's exit codes, for ranks that finished."""
+    file = folder / "plan.json"
+    file.write_text(json.dumps(asdict(plan)))
+    done = launch([*torchrun(), "-m", "tests.eval_worker", str(file)], folder, limit=300)
+    return done, [json.loads(path.read_text()) for path in sorted(folder.glob("plan.json.rank*"))]
 
 
 def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
-def same_result(ours: Path, theirs: Path) -> bool:
-    reports = [json.loads((result / "report.json").read_text()) for result in (ours, theirs)]
-    files = [(result / name).read_text() for result in (ours, theirs) for name in ("responses.jsonl", "scores.jsonl")]
+def same_result(first: Path, second: Path) -> bool:
+    reports = [json.loads((result / "report.json").read_text()) for result in (first, second)]
+    files = [(result / name).read_text() for result in (first, second) for name in ("responses.jsonl", "scores.jsonl")]
     return files[:2] == files[2:] and reports[0] == reports[1]
 
 
-def test_killed_in_the_midst_it_asks_only_what_is_not_answered(data, alone, tmp_path, monkeypatch):
-    """SIGKILL while the third batch or a later one is answered, and a line that was half written."""
-    environment = os.environ | {"END": "forward 8 KILL", "RANK": "0"}
-    asked = arguments(data, tmp_path, "--plugin", "tests.killer")
-    killed = subprocess.run([sys.executable, "-m", "mmdora.cli", *asked], cwd=ROOT, env=environment, check=False)
-    assert killed.returncode == -9
-    own = tmp_path / "vqa" / "responses.jsonl"
-    answered = {row["id"] for row in rows_of(own)}
-    assert 0 < len(answered) < COUNT
-    with own.open("a") as file:
-        file.write('{"id": "q0", "resp')
-    plain, asked_again = generation.Answerer.__call__, []
-
-    def watched(self, batch):
-        asked_again.extend(question.id for question, _ in batch)
-        return plain(self, batch)
-
-    monkeypatch.setattr(generation.Answerer, "__call__", watched)
-    assert command(*arguments(data, tmp_path)) == 0
-    assert sorted(asked_again) == sorted({f"q{i}" for i in range(COUNT)} - answered)
-    assert same_result(tmp_path / "vqa", alone)
-    assert {p.name for p in (tmp_path / "vqa").iterdir()} == {"responses.jsonl", "scores.jsonl", "report.json"}
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory) -> Path:
+    """The output of two processes of which rank 1 was killed (SIGKILL) when its second batch began."""
+    folder = tmp_path_factory.mktemp("killed")
+    plan = Plan(arguments(data, folder), str(folder / "log"), kill_rank=1)
+    done, _ = run_plan(plan, folder)  # rank 0 does not wait for rank 1: the launch ends within its limit
+    assert done.returncode == 1
+    assert "SIGKILL" in done.stderr
+    assert not (folder / "vqa" / "report.json").exists()
+    assert len(rows_of(folder / "vqa" / "responses.1.jsonl")) == 2  # the first batch is on the disk
+    return folder
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the launch hides compilers as Linux finds them")
-def test_processes_share_the_questions_out(data, alone, tmp_path, monkeypatch):
-    """One rank dies: the other does not wait for it, and the error is told. Started again, all is answered once but a
-    picture that cannot be read, and the exit status says so. Mended, the result is one process's."""
-    (tmp_path / "watching_plugin.py").write_text(WATCH)
-    log = tmp_path / "asked"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("ASKED", str(log))
-    start = [*torchrun(), "-m", "mmdora.cli", *arguments(data, tmp_path, "--plugin", "watching_plugin")]
-    result, torn = tmp_path / "vqa", data.parent / "3.png"
-    whole = torn.read_bytes()
-    torn.write_bytes(whole[:100])
+def test_one_process_continues_after_a_kill(data, single, killed, tmp_path, monkeypatch):
+    """Only missing answers are generated, although the last line is incomplete; the result is that of one process."""
+    result = tmp_path / "vqa"
+    shutil.copytree(killed / "vqa", result)
+    answered = {row["id"] for file in result.glob("responses*.jsonl") for row in rows_of(file)}
+    with (result / "responses.jsonl").open("a") as file:
+        file.write('{"id": "q0", "resp')
+    answer, generated = generation.Answerer.__call__, []
 
-    monkeypatch.setenv("DIES", "1")
-    died = launch(start, tmp_path, limit=200)
-    assert died.returncode == 1
-    assert "this rank has had enough" in died.stderr
-    assert not (result / "report.json").exists()
-    assert rows_of(result / "responses.1.jsonl")
+    def watched(self, batch):
+        generated.extend(question.id for question, _ in batch)
+        return answer(self, batch)
 
-    monkeypatch.delenv("DIES")
-    unread = launch(start, tmp_path, limit=200)
-    assert unread.returncode == 1
-    assert "error: 1 of 11 questions could not be answered, such as 'q3'" in unread.stderr
-    assert [row["id"] for row in rows_of(result / "failed.jsonl")] == ["q3"]
-    assert len(rows_of(result / "responses.jsonl")) == COUNT - 1
-    assert not (result / "report.json").exists()
+    monkeypatch.setattr(generation.Answerer, "__call__", watched)
+    assert command(*arguments(data, tmp_path)) == 0
+    assert sorted(generated) == sorted(IDS - answered)
+    assert same_result(result, single)
+    assert {path.name for path in result.iterdir()} == RESULT_FILES
 
-    torn.write_bytes(whole)
-    done = launch(start, tmp_path, limit=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert same_result(result, alone)
-    assert not (result / "failed.jsonl").exists()
-    assert {path.name for path in result.iterdir()} == {"responses.jsonl", "scores.jsonl", "report.json"}
-    counts = Counter(log.read_text().split())
-    assert set(counts) == {f"q{i}" for i in range(COUNT)}
-    # What the two processes were at when one of them died, at two questions a batch, is asked again; nothing else is.
-    assert sum(counts.values()) - COUNT <= 4
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the launch hides compilers as Linux finds them")
+def test_two_processes_continue_after_a_kill(data, single, killed, tmp_path):
+    """An unreadable image fails the evaluation, and all other answers are kept. Once the image is repaired, the result
+    is that of one process."""
+    shutil.copytree(killed / "vqa", tmp_path / "vqa")
+    result, image, whole = tmp_path / "vqa", data.parent / "3.png", tmp_path / "whole.png"
+    shutil.copy(image, whole)
+    image.write_bytes(whole.read_bytes()[:100])
+    plan = Plan(arguments(data, tmp_path), str(killed / "log"), repairs=[[str(whole), str(image)]])
+    done, codes = run_plan(plan, tmp_path)
+    assert codes == [[1, 0]] * 2, done.stderr[-3000:]
+    assert "error: 1 of 11 questions could not be answered, such as 'q3'" in done.stderr
+    assert done.returncode == 0
+    assert same_result(result, single)
+    assert {path.name for path in result.iterdir()} == RESULT_FILES
+    generated = Counter((killed / "log").read_text().split())
+    assert set(generated) == IDS
+    # Only the batches that were in progress at the kill, of two questions each, are generated again.
+    assert sum(generated.values()) - COUNT <= 4

@@ -1,4 +1,4 @@
-"""docs/evaluation.md: its commands are those of the command line, and its recipe's own part runs."""
+"""docs/evaluation.md: the command line accepts its commands, and our part of its vLLM recipe runs."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from tests.media import write_image
 from tests.test_runs import command
 
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-LINE = re.compile(r"^    (?:torchrun .* )?((?:mmdora|-m mmdora\.commands) .*)$", re.MULTILINE)
+LINE = re.compile(r"^    (?:torchrun .* )?((?:mmdora|-m mmdora\.cli) .*)$", re.MULTILINE)
 COMMANDS = [line.partition("  #")[0] for line in LINE.findall(PAGE)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_page_can_be_given(line):
+def test_the_command_line_accepts_the_commands_of_the_page(line):
     known = typer.main.get_command(app).commands
     name, *arguments = shlex.split(line.removeprefix("-m mmdora.cli").removeprefix("mmdora"))
     if name not in known:
-        pytest.skip(f"{name} is not there yet")
+        pytest.skip(f"{name} does not exist yet")
     known[name].make_context(name, arguments)
 
 
-class Silent:
-    """In place of vLLM's model, which answers each prompt with its number of tokens."""
+class FakeLLM:
+    """A stand-in for vLLM's model that answers each prompt with its numbers of tokens and images."""
 
     def __init__(self, path, limit_mm_per_prompt):
         assert path == "merged"
 
     def generate(self, prompts, settings):
         assert settings.max_tokens == 16
-        said = [f" {len(p['prompt_token_ids'])} {len(p['multi_modal_data']['image'])}" for p in prompts]
-        return [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in said]
+        texts = [f" {len(p['prompt_token_ids'])} {len(p['multi_modal_data']['image'])}" for p in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=text)]) for text in texts]
 
 
-def test_what_the_vllm_recipe_asks_of_us_is_there(tmp_path, monkeypatch):
-    """vLLM itself is not installed here: the recipe is marked untested."""
+def test_our_part_of_the_vllm_recipe_runs(tmp_path, monkeypatch):
+    """vLLM itself is not installed, and the recipe is marked untested."""
     write_image(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "data.json").write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": turns}]))
     vllm = ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams = Silent, SimpleNamespace
+    vllm.LLM, vllm.SamplingParams = FakeLLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").symlink_to(ROOT / "assets" / "tiny-llava")

@@ -1,4 +1,4 @@
-"""Judged answers: a judge at an address (a local server) or in a file, kept, resumed and keyed."""
+"""Judged answers: verdicts from a local server or from a file, stored and resumed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ GRADES = {"x = 3": "0.0", "a cat | a dog": "0.5", "seven": "1.0"}
 
 
 class Server(ThreadingHTTPServer):
-    """Grades an answer as `grades` says, once `failures` requests have failed; keeps what it was asked."""
+    """Grade answers by `grades`, after `failures` requests have failed; record the requests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.grades, self.failures, self.status = dict(GRADES), 0, 503
-        self.asked: list[tuple[dict, str | None]] = []
+        self.requests: list[tuple[dict, str | None]] = []
 
     @property
     def url(self):
@@ -50,10 +50,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.failures or self.path != "/v1/chat/completions":
             self.server.failures -= 1
             return self.reply(self.server.status, {"error": "not now"})
-        self.server.asked.append((body, self.headers.get("Authorization")))
-        said = body["messages"][0]["content"].rpartition("Answer: ")[2].removesuffix("\nGrade:")
-        words = {"message": {"role": "assistant", "content": self.server.grades[said]}}
-        return self.reply(200, {"model": f"{body['model']}-0613", "choices": [words]})
+        self.server.requests.append((body, self.headers.get("Authorization")))
+        answer = body["messages"][0]["content"].rpartition("Answer: ")[2].removesuffix("\nGrade:")
+        choice = {"message": {"role": "assistant", "content": self.server.grades[answer]}}
+        return self.reply(200, {"model": f"{body['model']}-0613", "choices": [choice]})
 
     def reply(self, status, content):
         data = json.dumps(content).encode()
@@ -120,9 +120,9 @@ def test_mmvet_by_capability(mmvet, server):
     }
     assert report["receipt"]["judge"] == {"url": server.url, "model": "gpt-4", "prompt_version": 1}
     assert [row["judged"] for row in read_result(mmvet / "out").rows] == [0, 0.5, 1]
-    body, key = server.asked[0]
+    body, key = server.requests[0]
     assert (body["temperature"], body["model"], key) == (0, "gpt-4", None)
-    assert any("Reference: cat <OR> dog\n" in body["messages"][0]["content"] for body, _ in server.asked)
+    assert any("Reference: cat <OR> dog\n" in body["messages"][0]["content"] for body, _ in server.requests)
     submit([mmvet / "out"], mmvet / "handed_in.json", [])
     assert json.loads((mmvet / "handed_in.json").read_text()) == ANSWERS
 
@@ -131,53 +131,53 @@ def test_without_a_judge_there_is_no_score(mmvet):
     report = scored(mmvet, "out")
     assert report["scores"] == {"official": None, "strict": None, "judged": None}
     assert report["n"] == 3
-    with pytest.raises(UserError, match="is not judged"):
+    with pytest.raises(UserError, match="uses no judge"):
         judge.describe_judge(BENCHMARKS["vqav2"](), JudgeConfig(url="http://x", model="m"))
 
 
-def test_verdicts_are_kept_resumed_and_keyed(mmvet, server):
+def test_only_missing_verdicts_are_requested(mmvet, server):
     config, path = JudgeConfig(url=server.url, model="gpt-4"), mmvet / "out" / "verdicts.jsonl"
 
-    def asked_for(config=config, answers=ANSWERS):
-        server.asked.clear()
+    def requests(config=config, answers=ANSWERS):
+        server.requests.clear()
         verdicts(mmvet, config, answers)
-        return len(server.asked)
+        return len(server.requests)
 
-    assert asked_for() == 3
-    assert asked_for() == 0
+    assert requests() == 3
+    assert requests() == 0
     lines = path.read_text().split("\n")
     assert [json.loads(line)["model"] for line in lines if line] == ["gpt-4-0613"] * 3
-    path.write_text("\n".join([lines[0], lines[1][:30]]))  # killed in the midst of a line
-    assert asked_for() == 2
-    assert asked_for() == 0
+    path.write_text("\n".join([lines[0], lines[1][:30]]))  # killed while writing a line
+    assert requests() == 2
+    assert requests() == 0
     server.grades["four"] = "0.1"
-    assert asked_for(answers=ANSWERS | {"v1_2": "four"}) == 1
-    assert asked_for(JudgeConfig(url=server.url, model="other")) == 3
-    assert len(path.read_text().splitlines()) == 3  # of the present answers and judge
+    assert requests(answers=ANSWERS | {"v1_2": "four"}) == 1
+    assert requests(JudgeConfig(url=server.url, model="other")) == 3
+    assert len(path.read_text().splitlines()) == 3  # only of the current answers and judge
 
 
-def test_a_verdict_that_cannot_be_read_is_an_error(mmvet, server):
+def test_a_verdict_that_cannot_be_parsed_is_an_error(mmvet, server):
     server.grades["seven"] = "I cannot say."
     config = JudgeConfig(url=server.url, model="gpt-4")
-    with pytest.raises(RunError, match=r"1 verdicts cannot be read, such as that on v1_2: 'I cannot say\.'"):
+    with pytest.raises(RunError, match=r"1 verdicts cannot be parsed, such as the one on v1_2: 'I cannot say\.'"):
         verdicts(mmvet, config)
     server.grades["seven"] = "1.0"
-    server.asked.clear()
+    server.requests.clear()
     assert verdicts(mmvet, config) == {"v1_0": 0, "v1_1": 0.5, "v1_2": 1}
-    assert len(server.asked) == 1  # the others were kept
+    assert len(server.requests) == 1  # the others were stored
 
 
-def test_what_an_address_answers(mmvet, server, monkeypatch):
+def test_failed_requests_are_retried_or_reported(mmvet, server, monkeypatch):
     config = JudgeConfig(url=server.url, model="gpt-4")
     monkeypatch.setenv("OPENAI_API_KEY", "of the test")
     server.failures = 2
-    assert len(verdicts(mmvet, config)) == 3  # asked again
-    assert server.asked[0][1] == "Bearer of the test"
+    assert len(verdicts(mmvet, config)) == 3  # after two retries
+    assert server.requests[0][1] == "Bearer of the test"
     server.failures, server.status = 99, 401
     with pytest.raises(RunError, match=r"judge at http.*: HTTP 401: .*not now") as caught:
         verdicts(mmvet, JudgeConfig(url=server.url, model="b"))
     assert "of the test" not in str(caught.value)
-    assert server.failures >= 99 - 3  # none was asked twice: that would mend nothing
+    assert server.failures >= 99 - 3  # 401 is not retried
     with pytest.raises(RunError, match=r"judge at http://127\.0\.0\.1:9/v1"):
         verdicts(mmvet, JudgeConfig(url="http://127.0.0.1:9/v1", model="b"))
 
@@ -197,18 +197,18 @@ def test_recorded_verdicts(mmvet, server):
         verdicts(mmvet, record(given[:2]))
     with pytest.raises(UserError, match="a second verdict on v1_0"):
         verdicts(mmvet, record(given + given[:1]))
-    with pytest.raises(UserError, match="such as that on v1_0: 'maybe'"):
+    with pytest.raises(UserError, match="such as the one on v1_0: 'maybe'"):
         verdicts(mmvet, record([given[0] | {"verdict": "maybe"}, *given[1:]]))
     with pytest.raises(UserError, match="no such file"):
         verdicts(mmvet, JudgeConfig(verdicts=str(mmvet / "none.jsonl")))
     verdicts(mmvet, JudgeConfig(url=server.url, model="gpt-4"))
-    kept = JudgeConfig(verdicts=str((mmvet / "out" / "verdicts.jsonl").rename(mmvet / "kept.jsonl")))
-    assert verdicts(mmvet, kept) == {"v1_0": 0, "v1_1": 0.5, "v1_2": 1}
-    with pytest.raises(UserError, match="v1_2 was given on another answer"):
-        verdicts(mmvet, kept, ANSWERS | {"v1_2": "four"})
+    stored = JudgeConfig(verdicts=str((mmvet / "out" / "verdicts.jsonl").rename(mmvet / "stored.jsonl")))
+    assert verdicts(mmvet, stored) == {"v1_0": 0, "v1_1": 0.5, "v1_2": 1}
+    with pytest.raises(UserError, match="v1_2 belongs to another answer"):
+        verdicts(mmvet, stored, ANSWERS | {"v1_2": "four"})
 
 
-def test_a_model_is_asked_and_judged(tiny, mmvet, server):
+def test_a_models_answers_are_judged(tiny, mmvet, server):
     model, processor = tiny
     server.grades = type("Always", (dict,), {"__missing__": lambda *_: "0.3"})()
     entry = EvaluationConfig(name="m", benchmark="mmvet", data=str(mmvet), max_new_tokens=3)
@@ -222,15 +222,15 @@ def test_a_model_is_asked_and_judged(tiny, mmvet, server):
         run(with_judge)
     report = run(with_judge, overwrite=True)
     assert report["scores"]["judged"]["value"] == pytest.approx(30)
-    assert run(with_judge) == run(entry) == report  # a finished result, with or without a judge to ask
+    assert run(with_judge) == run(entry) == report  # finished: returned unchanged, with or without a judge
     assert report["receipt"]["prompt_template"] == "{question}"
-    followed = entry.model_copy(update={"during": True})
-    config = load_config("quickstart").model_copy(update={"evaluation": [followed]})
+    during = entry.model_copy(update={"during": True})
+    config = load_config("quickstart").model_copy(update={"evaluation": [during]})
     with pytest.raises(UserError, match=r"evaluation\.0\.during: mmvet is scored by a judge alone"):
-        check_scored(config, {followed.name: read_questions(followed)})
+        check_scored(config, {during.name: read_questions(during)})
 
 
-def test_a_runs_own_judge_is_asked_only_if_it_is_given_again(caplog):
+def test_a_judge_url_in_a_runs_config_is_used_only_if_given_again(caplog):
     given = JudgeConfig(url="http://mine", model="m")
     entry = EvaluationConfig(name="m", benchmark="mmvet", data="d", judge=JudgeConfig(url="http://theirs", model="m"))
     assert as_requested(entry, Request("run")).judge is None
@@ -251,18 +251,18 @@ def test_a_runs_own_judge_is_asked_only_if_it_is_given_again(caplog):
         {"url": "http://key@x", "model": "m"},
     ],
 )
-def test_a_judge_is_an_address_or_a_file(wrong):
+def test_a_judge_is_a_url_or_a_file(wrong):
     with pytest.raises(ValueError, match="url"):
         JudgeConfig(**wrong)
 
 
 @given(st.text())
-def test_no_verdict_breaks_the_reader(text):
-    worth = BENCHMARKS["mmvet"]().judge_score(text)
-    assert worth is None or 0 <= worth <= 1
+def test_any_text_is_parsed_as_a_score_or_none(text):
+    score = BENCHMARKS["mmvet"]().judge_score(text)
+    assert score is None or 0 <= score <= 1
 
 
-def test_verdicts_are_read_as_the_official_code_does():
+def test_verdicts_are_parsed_as_the_official_code_does():
     read = BENCHMARKS["mmvet"]().judge_score
     assert [read(v) for v in ("0.5", "1.0", "1", " 0.3 (ok)", "0.4\n")] == [0.5, 1, 1, 0.3, 0.4]
     assert [read(v) for v in ("", "10", "1.5", "0.5.1", "Grade: 0.5", "nan", "-0.5")] == [None] * 7

@@ -1,4 +1,4 @@
-"""`mmdora leaderboard`: one page that ranks models, looked at in headless Chromium where there is one."""
+"""`mmdora leaderboard`: one page that ranks models, tested in headless Chromium if it is installed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    """Three models on 120 questions, one of them also on 12 others; one's answers are hostile."""
+    """Three models on 120 questions, one of them also on 12 others. One model's answers contain markup."""
     rows = write_questions(folder / "data", 120, per_image=2)
     (folder / "data" / "3.png").unlink()
     small = write_questions(folder / "few", 12)
-    clip = write_video(folder / "few" / "clip.mp4", frames=8, size=(32, 32))
-    asked = json.loads(small.read_text())
-    asked[0] = {k: v for k, v in asked[0].items() if k != "image"} | {"video": clip.name}
-    small.write_text(json.dumps(asked))
+    video = write_video(folder / "few" / "video.mp4", frames=8, size=(32, 32))
+    questions = json.loads(small.read_text())
+    questions[0] = {k: v for k, v in questions[0].items() if k != "image"} | {"video": video.name}
+    small.write_text(json.dumps(questions))
     hostile = HOSTILE + right(120)[len(HOSTILE) :]
     results = [
         f"best={scored(folder / 'best', rows, right(120, 7))}",
@@ -56,7 +56,7 @@ def payload(page, number: int) -> dict:
     return json.loads(found[1])
 
 
-def test_the_page_holds_every_answer_and_no_markup_of_theirs(page):
+def test_the_page_holds_every_answer_without_its_markup(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 4  # models, two benchmarks, and the script
     assert 'onerror="' not in text
@@ -67,34 +67,34 @@ def test_the_page_holds_every_answer_and_no_markup_of_theirs(page):
     assert "49" not in [row[5][1] for row in payload(page, 0)["questions"]]
 
 
-def test_pictures_and_frames_are_in_the_page(page):
+def test_images_and_frames_are_in_the_page(page):
     large, few = payload(page, 0), payload(page, 1)
-    assert len(large["media"]) == len(large["pictures"]) == 60
-    by_name = dict(zip(large["media"], large["pictures"], strict=True))
+    assert len(large["media"]) == len(large["images"]) == 60
+    by_name = dict(zip(large["media"], large["images"], strict=True))
     assert by_name["3.png"] == []
     assert by_name["4.png"][0].startswith("data:image/jpeg;base64,")
-    assert "1 could not be read where the results say they are" in page.read_text(encoding="utf-8")
-    assert len(dict(zip(few["media"], few["pictures"], strict=True))["clip.mp4"]) == 2
+    assert "1 could not be read at the paths in the results" in page.read_text(encoding="utf-8")
+    assert len(dict(zip(few["media"], few["images"], strict=True))["video.mp4"]) == 2
 
 
-def test_only_so_many_pictures(folder, monkeypatch):
-    """Those of the questions on which models differ come first."""
-    monkeypatch.setattr("eval.leaderboard_page.MOST_PICTURES", 3)
-    monkeypatch.setattr("eval.leaderboard_page.MOST_QUESTIONS", 50)
+def test_the_numbers_of_questions_and_images_are_limited(folder, monkeypatch):
+    """Images of questions on which models differ come first."""
+    monkeypatch.setattr("eval.leaderboard_page.MAX_MEDIA_FILES", 3)
+    monkeypatch.setattr("eval.leaderboard_page.MAX_QUESTIONS", 50)
     rows = write_questions(folder / "many", 100)
     results = [scored(folder / "one", rows, right(100, 40)), scored(folder / "two", rows, right(100))]
     page = folder / "bounded.html"
     assert command("leaderboard", *results, "--html", page) == 0
     found = payload(page, 0)
     assert [row[0] for row in found["questions"]] == [f"q{i}" for i in range(0, 100, 2)]
-    assert len(found["pictures"]) == 3
+    assert len(found["images"]) == 3
     assert found["media"][0] == "40.png"
     text = page.read_text(encoding="utf-8")
     assert "50 of 100 questions are on this page" in text
-    assert "Pictures of 3 of 50 files are on this page" in text
+    assert "3 of 50 images and videos are on this page" in text
 
 
-def test_each_is_held_against_the_best(folder):
+def test_each_model_is_compared_with_the_best(folder):
     rows = write_questions(folder / "ranked", 40)
     answers = {"a": right(40, *range(12)), "b": right(40, 0), "c": right(40, 1, 2)}
     board = arrange([(name, read_result(scored(folder / f"r{name}", rows, given))) for name, given in answers.items()])
@@ -107,8 +107,9 @@ def test_each_is_held_against_the_best(folder):
     assert cells(board.columns[0], "judged") == {}
 
 
-def test_models_and_columns_are_told_apart(folder):
-    """One model of several results is one row; the same name twice is two; what cannot be compared is two columns."""
+def test_results_are_grouped_by_model_and_by_comparable_questions(folder):
+    """Results of one model share a row, another model of the same name has its own, and results that cannot be compared
+    have separate columns."""
     rows, other = write_questions(folder / "x", 12), write_questions(folder / "y", 12, answers=["no"])
     places = {name: folder / "apart" / name / "vqa" for name in "abcd"}
     for name, out in places.items():
@@ -120,7 +121,7 @@ def test_models_and_columns_are_told_apart(folder):
     assert board.models == ["tuned", "tuned (2)", "d"]
     assert [column.name for column in board.columns] == ["vqa", "vqa (2)"]
     assert [list(column.results) for column in board.columns] == [[0, 1, 2], [0]]
-    assert board.columns[1].unlike == ["references: other in 12 questions, such as 'q0': ['yes'] and ['no']"]
+    assert board.columns[1].differences == ["references: 12 questions differ, such as 'q0': ['yes'] and ['no']"]
 
 
 def test_a_run_is_named_by_its_folder(folder):
@@ -131,7 +132,7 @@ def test_a_run_is_named_by_its_folder(folder):
     assert arrange(named).models == ["tuned", "tuned, before"]
 
 
-def test_wrong_arguments(folder, capsys):
+def test_invalid_arguments(folder, capsys):
     assert command("leaderboard", folder / "nothing", "--html", folder / "x.html") == 2
     assert "no such folder" in capsys.readouterr().err
     out = scored(folder / "r", write_questions(folder / "x", 12), right(12))
@@ -154,24 +155,24 @@ def browser():
 
 
 def choose(page, control: str, value: str, event: str = "change") -> None:
-    """As a user who chooses or types."""
+    """Choose or type like a user."""
     page.run(f"(c => {{ c.value = {json.dumps(value)}; c.dispatchEvent(new Event('{event}')) }})({control})")
 
 
 @needs_chromium
-def test_in_a_browser(page, browser):
-    """Sorted, filtered down to a question, by mouse and by address; nothing hostile runs, nothing is fetched."""
+def test_the_page_sorts_and_filters_in_a_browser(page, browser):
+    """Sort, filter down to one question by mouse and by URL; no script of an answer runs, nothing is fetched."""
     seen = browser.open(page.as_uri())
     assert seen.run("document.title") == "Leaderboard: 3 models, 2 benchmarks"
     assert seen.run(ROWS) == ["best", "<b>bold</b>", "worst"]
     seen.run("document.querySelectorAll('table.sortable th button')[1].click()")
     assert seen.run(ROWS) == ["worst", "<b>bold</b>", "best"]
     seen.run("document.querySelectorAll('table.sortable th button')[2].click()")
-    assert seen.run(ROWS)[0] == "worst"  # gaps come last
+    assert seen.run(ROWS)[0] == "worst"  # missing values come last
     assert seen.run("document.querySelectorAll('table.sortable th')[2].getAttribute('aria-sort')") == "descending"
 
     assert seen.run(COUNT) == "1–50 of 120 questions"
-    assert "in the order of best · <b>bold</b> · worst" in seen.run("document.getElementById('order').textContent")
+    assert "in the order best · <b>bold</b> · worst" in seen.run("document.getElementById('order').textContent")
     seen.run("document.getElementById('next').click()")
     assert seen.run(SHOWN)[0] == "q50"
     choose(seen, "document.getElementById('show')", "differ")
@@ -191,7 +192,7 @@ def test_in_a_browser(page, browser):
     seen.run("document.querySelector('#list summary').click()")
     seen.run("new Promise(done => setTimeout(done, 50))")
     inside = seen.run("document.querySelector('#list details').innerText")
-    for text in ("Question number 1?", "answer: yes", HOSTILE[1], "<b>bold</b>", "✗ wrong (0)", "✓ right (1)"):
+    for text in ("Question number 1?", "reference: yes", HOSTILE[1], "<b>bold</b>", "✗ wrong (0)", "✓ correct (1)"):
         assert text in inside
     assert seen.run("document.querySelector('#list img').naturalWidth") == 32
     again = browser.open(address)
@@ -213,22 +214,22 @@ def test_in_a_browser(page, browser):
 
 
 @needs_chromium
-def test_links_go_down_the_page_and_to_a_question(page, browser):
+def test_links_lead_to_sections_and_to_questions(page, browser):
     seen = browser.open(f"{page.as_uri()}#benchmark=0&search=q7")
     found = seen.run(SHOWN)
     seen.run("document.querySelector('nav a:last-child').click()")
     seen.run("new Promise(done => setTimeout(done, 50))")
     assert seen.run("scrollY") > 0
-    assert seen.run(SHOWN) == found  # what was searched for is still shown
+    assert seen.run(SHOWN) == found  # the search is unchanged
     assert browser.open(f"{page.as_uri()}#id=q1").run("scrollY") > 0
 
 
 @needs_chromium
 @pytest.mark.parametrize(("only", "heads"), [(False, ["vqa", "vqa, judged"]), (True, ["vqa, judged"])])
-def test_judged_scores_have_a_column_of_their_own(only, heads, folder, browser):
+def test_judged_scores_have_their_own_column(only, heads, folder, browser):
     rows = write_questions(folder / "x", 12)
-    for name, worth in (("good", 1.0), ("bad", 0.25)):
-        judge(scored(folder / f"{name}_{only}", rows, right(12)), worth, only)
+    for name, score in (("good", 1.0), ("bad", 0.25)):
+        judge(scored(folder / f"{name}_{only}", rows, right(12)), score, only)
     page = folder / "judged.html"
     results = [f"{name}={folder}/{name}_{only}" for name in ("bad", "good")]
     assert command("leaderboard", *results, "--html", page) == 0
@@ -245,8 +246,7 @@ def test_judged_scores_have_a_column_of_their_own(only, heads, folder, browser):
 
 
 @needs_chromium
-def test_answers_that_are_not_public(folder, browser):
-    """Shown without a score."""
+def test_questions_without_public_references_have_no_score(folder, browser):
     out = scored(folder / "test_split", write_questions(folder / "x", 12), right(12))
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().split("\n") if line]
     hidden = {"references": [], "official": None, "strict": None}
@@ -256,13 +256,13 @@ def test_answers_that_are_not_public(folder, browser):
     seen = browser.open(f"{(folder / 'unscored.html').as_uri()}#id=q4")
     assert seen.run("document.querySelector('table.sortable').innerText").split()[-2:] == ["model", "–"]
     inside = seen.run("document.querySelector('#list').innerText")
-    assert "the answer is not public" in inside
+    assert "the reference is not public" in inside
     assert "· not scored" in inside
     assert seen.run("document.getElementById('show').options.length") == 1
 
 
 @needs_chromium
-def test_by_keyboard_alone(page, browser):
+def test_the_page_works_by_keyboard(page, browser):
     seen = browser.open(page.as_uri())
     reached = []
     for _ in range(20):
@@ -274,13 +274,13 @@ def test_by_keyboard_alone(page, browser):
     seen.press("Enter", 13, "\r")
     seen.run("new Promise(done => setTimeout(done, 50))")
     assert seen.run("document.activeElement.parentElement.open")
-    assert seen.run("document.activeElement.parentElement.innerText.includes('answer: yes')")
+    assert seen.run("document.activeElement.parentElement.innerText.includes('reference: yes')")
 
 
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
-def test_on_a_phone(page, browser, dark):
-    """At 390 pixels nothing but a table scrolls sideways; colours follow the system's scheme and stand out."""
+def test_the_page_fits_a_phone(page, browser, dark):
+    """At 390 pixels only tables scroll sideways. Colours follow the system's scheme with enough contrast."""
     seen = browser.open(f"{page.as_uri()}#id=q1", width=390, dark=dark)
     assert seen.run("document.documentElement.scrollWidth") == 390
     paper, ink = (seen.run(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))

@@ -1,4 +1,4 @@
-"""Retrieval by features: as plain transformers and open_clip would compute it, kept, resumed, and scored from files."""
+"""Retrieval by features: equal to plain transformers and open_clip, resumed, and scored from files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 def clip(tmp_path_factory) -> Path:
     """A tiny CLIP as transformers saves it."""
     folder, words = tmp_path_factory.mktemp("clip"), tokenizer()
-    ends = (words.eos_token, words.eos_token_id)  # where CLIP reads what the text means
+    ends = (words.eos_token, words.eos_token_id)  # CLIP reads the text's feature at this token
     words.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {ends[0]}", special_tokens=[ends])
     torch.manual_seed(0)
     text = TOWER | {"vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": words.eos_token_id}
@@ -88,28 +88,28 @@ def run(model: Path | str, data: Path, out: Path, **options) -> dict:
 
 
 def by_hand(model: hf.CLIPModel, processor, data: Path) -> np.ndarray:
-    """Cosines of every sentence with every video's mean frame."""
+    """Return the cosines of every sentence with every video's mean frame."""
     with torch.no_grad():
         tokens = processor.tokenizer(SENTENCES, padding=True, truncation=True, max_length=16, return_tensors="pt")
         tokens.pop("token_type_ids", None)
         texts = model.text_projection(model.text_model(**tokens).pooler_output)
         videos = []
         for path in sorted((data / "MSRVTT_Videos").iterdir()):
-            pictures = [PILImage.fromarray(frame) for frame in load_video(path, FRAMES).frames]
-            pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+            images = [PILImage.fromarray(frame) for frame in load_video(path, FRAMES).frames]
+            pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
             frames = model.visual_projection(model.vision_model(pixels).pooler_output)
             videos.append((frames / frames.norm(dim=-1, keepdim=True)).mean(0))
     texts, pooled = texts / texts.norm(dim=-1, keepdim=True), torch.stack(videos)
     return (texts @ (pooled / pooled.norm(dim=-1, keepdim=True)).T).numpy()
 
 
-def test_a_clip_from_files_to_report(clip, data, tmp_path, capsys):
+def test_clip_is_evaluated_from_files_to_report(clip, data, tmp_path, capsys):
     report = run(clip, data, tmp_path / "out")
     folder = tmp_path / "out" / "msrvtt_retrieval"
     expected = by_hand(hf.CLIPModel.from_pretrained(clip), hf.CLIPProcessor.from_pretrained(clip), data)
     found = np.load(folder / "similarity.npy")
     assert found == pytest.approx(expected, abs=1e-5)
-    assert len(np.unique(found)) == 16  # every sentence and every video is something else
+    assert len(np.unique(found)) == 16  # all sentences and videos have different features
     ranks = tied_ranks(found)
     assert report["scores"]["official"]["value"] == rank_figures([rank for row in ranks for rank in row])["R1"]
     assert report["n"] == 4
@@ -119,7 +119,7 @@ def test_a_clip_from_files_to_report(clip, data, tmp_path, capsys):
         for way in ("text_to_video", "video_to_text")
         for name in ("R1", "R5", "R10", "MedianR", "MeanR")
     }
-    assert report["receipt"]["frames"].startswith("1 a second, at most 12")
+    assert report["receipt"]["frames"].startswith("1 per second, at most 12")
     capsys.readouterr()
     for name in ("similarity.npy", "similarity.json"):
         if name.endswith("json"):
@@ -129,13 +129,13 @@ def test_a_clip_from_files_to_report(clip, data, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["scores"] == report["scores"]
 
 
-def test_features_are_kept_under_what_they_depend_on(clip, data, tmp_path):
+def test_features_are_reused_until_the_model_or_media_change(clip, data, tmp_path):
     out = tmp_path / "out"
     run(clip, data, out)
     kept = out / "msrvtt_retrieval" / "features"
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert len(before) == 8  # four sentences and four videos
-    run(clip, data, out)  # finished already
+    run(clip, data, out)  # finished: returned unchanged
     with pytest.raises(UserError, match="holds a finished result with other limit"):
         run(clip, data, out, limit=3)
     (kept / min(before)).unlink()
@@ -145,10 +145,10 @@ def test_features_are_kept_under_what_they_depend_on(clip, data, tmp_path):
     assert [name for name in after if after[name] != before.get(name)] == [min(before)]
     write_video(data / "MSRVTT_Videos" / "video9770.mp4", frames=9, size=(48, 48))
     run(clip, data, out, overwrite=True)
-    assert len(list(kept.iterdir())) == 9  # another video, and nothing else
+    assert len(list(kept.iterdir())) == 9  # only the changed video is embedded again
 
 
-def test_an_adapter_on_a_clip_is_scored(clip, data, tmp_path):
+def test_an_adapter_on_clip_is_scored(clip, data, tmp_path):
     model = hf.CLIPModel.from_pretrained(clip)
     mmdora.inject_adapters(model, {"": {"method": "dora", "rank": 2, "targets": ["q_proj", "v_proj"]}})
     with torch.no_grad():
@@ -183,36 +183,36 @@ def test_an_open_clip_model_is_scored(open_clip, data, tmp_path):
     assert np.load(tmp_path / "named" / "msrvtt_retrieval" / "similarity.npy") == pytest.approx(found, abs=1e-5)
 
 
-def test_what_cannot_be_compared_is_said(data, tmp_path):
+def test_models_and_questions_that_cannot_be_compared_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="has no text and image features to compare"):
         load_dual_encoder("assets/tiny-llava")
     with pytest.raises(UserError, match="cannot load 'open_clip:ViT-B-32/nothing'"):
         load_dual_encoder("open_clip:ViT-B-32/nothing")
     config = EvaluationConfig(name="m", benchmark="msrvtt_retrieval", data=str(data), prompt="a video: {question}")
-    with pytest.raises(UserError, match="is not answered in words"):
-        read_questions(config)  # as for a run that trains a model which generates
-    asked = read_questions(config, by_features=True)
-    assert [q.sample.messages[0].text for q in asked] == [f"a video: {sentence}" for sentence in SENTENCES]
+    with pytest.raises(UserError, match="compares embeddings and needs no generated text"):
+        read_questions(config)  # as in a run, whose model generates text
+    questions = read_questions(config, by_features=True)
+    assert [q.sample.messages[0].text for q in questions] == [f"a video: {sentence}" for sentence in SENTENCES]
     (data / "MSRVTT_Videos" / "video9772.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 4 media files are missing, such as .*video9772\.mp4"):
         read_questions(config, by_features=True)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ([[1, 2], [3, 4]], r"4 sentences and as many videos are asked about, and this is \(2, 2\)"),
         ([["a"] * 4] * 4, "expected a list of lists of numbers"),
         (np.full((4, 4), np.nan), "16 similarities are no finite numbers"),
     ],
 )
-def test_bad_similarities_are_named(values, said, data, tmp_path):
+def test_invalid_similarities_are_named(values, message, data, tmp_path):
     path = tmp_path / ("s.npy" if isinstance(values, np.ndarray) else "s.json")
     if isinstance(values, np.ndarray):
         np.save(path, values)
     else:
         path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         score("msrvtt_retrieval", path, str(data), None, True, None, False, [])
 
 
@@ -223,7 +223,7 @@ def test_no_answer_breaks_the_scorer(answer):
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4), min_size=4, max_size=4))
-def test_ties_of_sentences_stand_as_torch_sorts_them(rows):
+def test_tied_sentences_are_ordered_as_torch_sorts_them(rows):
     similarity = np.asarray(rows).reshape(4, 1, 4)
     order = torch.argsort(torch.tensor(similarity).permute(1, 0, 2), dim=-1, descending=True)
     places = torch.argsort(order, dim=-1)

@@ -1,5 +1,7 @@
-"""Every case that the official scorers answered gets the same answer from ours. `MMDORA_VECTORS` names another folder
-of such cases; a kind that nothing here answers is a failure."""
+"""Scores equal those of the official scorers, for every recorded case.
+
+`MMDORA_VECTORS` names another folder of cases. A kind of case without a function in tests/official fails.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,18 @@ def cases():
 
 
 @pytest.mark.parametrize(("file", "case"), cases())
-def test_as_the_official_scorer(file, case):
+def test_equals_the_official_scorer(file, case):
     kind = KINDS.get((file, case["kind"]))
-    assert kind is not None, f"{file}.json: a kind of case that nothing answers: {case['kind']!r}"
+    assert kind is not None, f"{file}.json: no function for cases of kind {case['kind']!r}"
     expected, found = case["expected"], kind.answer(case["input"])
     if isinstance(expected, dict):
-        expected = {k: v for k, v in expected.items() if k not in kind.left_out}
-        found = {k: v for k, v in found.items() if k in expected or k not in kind.sometimes}
+        expected = {k: v for k, v in expected.items() if k not in kind.ignored}
+        found = {k: v for k, v in found.items() if k in expected or k not in kind.optional}
     check(found, expected, kind.tolerance)
 
 
 def check(found, expected, tolerance, where="answer"):
-    """Equal, floats to within a relative tolerance; NaN where NaN (or null) is expected."""
+    """Compare recursively: floats within a relative tolerance, NaN equal to NaN."""
     if isinstance(expected, dict):
         assert isinstance(found, dict), f"{where}: {found!r} is not {expected!r}"
         assert found.keys() == expected.keys(), f"{where}: keys differ"
@@ -45,8 +47,8 @@ def check(found, expected, tolerance, where="answer"):
             check(found[key], expected[key], tolerance, f"{where}[{key!r}]")
     elif isinstance(expected, list):
         assert len(found) == len(expected), f"{where}: {found!r} is not {expected!r}"
-        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            check(one, other, tolerance, f"{where}[{i}]")
+        for i, (item, expected_item) in enumerate(zip(found, expected, strict=True)):
+            check(item, expected_item, tolerance, f"{where}[{i}]")
     elif isinstance(expected, float):
         same = math.isnan(found) if math.isnan(expected) else math.isclose(found, expected, rel_tol=tolerance)
         assert same, f"{where}: {found!r} is not {expected!r}"

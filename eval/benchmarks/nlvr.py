@@ -55,8 +55,6 @@ class NLVR(Benchmark):
         """
         media = find_path(config.media) if config.media else path.parent
         if (media / "images").is_dir():
-            from data_pipelines.dataset import read_source  # imports torch
-
             source = SourceConfig(path=str(path), format="nlvr", media=config.media, where=config.where)
             for sample in read_source(source):
                 sentence = sample.messages[0].text.removesuffix(PROMPT.format(sentence=""))

@@ -20,8 +20,6 @@ class OwnData(Benchmark):
     prompt = "{question}"  # the dataset's own text
 
     def questions(self, config: EvaluationConfig) -> list[Question]:
-        from data_pipelines.dataset import read_source  # imports torch
-
         source = read_source(
             SourceConfig(path=config.data, format=config.format, media=config.media, where=config.where)
         )

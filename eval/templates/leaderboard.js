@@ -1,20 +1,21 @@
 "use strict";
-// What is shown is told by the address (#benchmark=0&show=differ&search=cat&page=1&id=…), so that it can be passed on.
-// Text of models and data sets goes into the page as text only, never as markup.
+// The view is stored in the URL (#benchmark=0&show=differ&search=cat&page=1&id=…), so that it can be shared.
+// Text from models and datasets is inserted as text only, never as markup.
 const PAGE = 50;
-const RIGHT = 0.5; // of a question's worth
+const CORRECT = 0.5; // the least score of an answer that counts as correct
 const at = (id) => document.getElementById(id);
 const models = JSON.parse(at("models-data").textContent);
 const loaded = new Map();
 const START = { benchmark: "0", show: "all", category: "", search: "", page: "0", id: "" };
 let state = START;
 
-// Each benchmark's questions are read when they are first shown.
+// A benchmark's questions are parsed when they are first displayed.
 function load(index) {
   if (!loaded.has(index)) {
     const data = JSON.parse(at(`questions-${index}`).textContent);
-    data.questions = data.questions.map(([id, text, references, categories, media, answers, worths]) => ({
-      id, text, references, categories, media, answers, worths, right: worths.map((worth) => worth !== null && worth >= RIGHT),
+    data.questions = data.questions.map(([id, text, references, categories, media, answers, scores]) => ({
+      id, text, references, categories, media, answers, scores,
+      correct: scores.map((score) => score !== null && score >= CORRECT),
     }));
     loaded.set(index, data);
   }
@@ -22,104 +23,105 @@ function load(index) {
 }
 
 function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
+  const created = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) created.setAttribute(key, value);
+  created.append(...children);
+  return created;
 }
 
-// The choices of a benchmark: a test of a question by its key in the address.
-function choices(data) {
-  const scored = data.questions.some((question) => question.worths.some((worth) => worth !== null));
-  const found = [["all", "all", () => true]];
-  if (!scored) return found;
+// The filters of a benchmark: [key in the URL, label, test of a question].
+function filters(data) {
+  const scored = data.questions.some((question) => question.scores.some((score) => score !== null));
+  const list = [["all", "all", () => true]];
+  if (!scored) return list;
   const several = data.models.length > 1;
   if (several) {
-    found.push(["differ", "flipped: models differ", (q) => new Set(q.worths).size > 1]);
-    found.push(["right", "right: all models", (q) => q.right.every(Boolean)]);
-    found.push(["wrong", "wrong: all models", (q) => !q.right.some(Boolean)]);
+    list.push(["differ", "models differ", (q) => new Set(q.scores).size > 1]);
+    list.push(["right", "correct: all models", (q) => q.correct.every(Boolean)]);
+    list.push(["wrong", "wrong: all models", (q) => !q.correct.some(Boolean)]);
   }
   data.models.forEach((model, i) => {
     const name = models[model];
-    found.push([`right-${i}`, `right: ${name}`, (q) => q.right[i]]);
-    found.push([`wrong-${i}`, `wrong: ${name}`, (q) => !q.right[i]]);
+    list.push([`right-${i}`, `correct: ${name}`, (q) => q.correct[i]]);
+    list.push([`wrong-${i}`, `wrong: ${name}`, (q) => !q.correct[i]]);
     if (!several) return;
-    found.push([`only-${i}`, `right: only ${name}`, (q) => q.right.every((right, j) => right === (i === j))]);
-    found.push([`not-${i}`, `wrong: only ${name}`, (q) => q.right.every((right, j) => right === (i !== j))]);
+    list.push([`only-${i}`, `correct: only ${name}`, (q) => q.correct.every((correct, j) => correct === (i === j))]);
+    list.push([`not-${i}`, `wrong: only ${name}`, (q) => q.correct.every((correct, j) => correct === (i !== j))]);
   });
-  return found;
+  return list;
 }
 
-function haystack(question) {
-  question.words ??= [question.id, question.text, ...question.references, ...question.answers].join("\n").toLowerCase();
-  return question.words;
+function searchText(question) {
+  question.searchText ??= [question.id, question.text, ...question.references, ...question.answers].join("\n").toLowerCase();
+  return question.searchText;
 }
 
-function chosen(data) {
+function matching(data) {
   if (state.id) return data.questions.filter((question) => question.id === state.id);
-  const test = (choices(data).find(([key]) => key === state.show) ?? choices(data)[0])[2];
+  const test = (filters(data).find(([key]) => key === state.show) ?? filters(data)[0])[2];
   const category = state.category === "" ? null : Number(state.category);
-  const words = state.search.toLowerCase().trim();
+  const search = state.search.toLowerCase().trim();
   return data.questions.filter(
     (question) =>
       test(question) &&
       (category === null || question.categories.includes(category)) &&
-      (!words || haystack(question).includes(words))
+      (!search || searchText(question).includes(search))
   );
 }
 
-function mark(worth) {
-  const [sign, told, style] =
-    worth === null ? ["·", "not scored", "soft"]
-    : worth >= 1 ? ["✓", "right", "good"]
-    : worth >= RIGHT ? ["◐", "partly right", "good"]
-    : worth > 0 ? ["◔", "mostly wrong", "bad"]
-    : ["✗", "wrong", "bad"];
-  return [sign, told, style];
+// The symbol, label and style of a score.
+function mark(score) {
+  return (
+    score === null ? ["·", "not scored", "soft"]
+    : score >= 1 ? ["✓", "correct", "good"]
+    : score >= CORRECT ? ["◐", "partly correct", "good"]
+    : score > 0 ? ["◔", "mostly wrong", "bad"]
+    : ["✗", "wrong", "bad"]
+  );
 }
 
 function marks(question, data) {
-  const made = element("span", { class: "marks" });
-  question.worths.forEach((worth, i) => {
-    const [sign, told, style] = mark(worth);
-    const label = `${models[data.models[i]]}: ${told}`;
-    made.append(element("span", { class: style, role: "img", "aria-label": label, title: label }, sign));
+  const span = element("span", { class: "marks" });
+  question.scores.forEach((score, i) => {
+    const [symbol, meaning, style] = mark(score);
+    const label = `${models[data.models[i]]}: ${meaning}`;
+    span.append(element("span", { class: style, role: "img", "aria-label": label, title: label }, symbol));
   });
-  return made;
+  return span;
 }
 
 function media(question, data) {
-  const made = element("div");
+  const container = element("div");
   for (const place of question.media) {
-    const pictures = data.pictures[place] ?? [];
+    const urls = data.images[place] ?? [];
     const name = data.media[place];
-    if (pictures.length) {
-      const strip = element("div", { class: "pictures" });
-      pictures.forEach((picture, i) => {
+    if (urls.length) {
+      const strip = element("div", { class: "images" });
+      urls.forEach((url, i) => {
         const image = new Image();
-        image.alt = pictures.length > 1 ? `${name}, frame ${i + 1} of ${pictures.length}` : name;
-        image.src = picture;
+        image.alt = urls.length > 1 ? `${name}, frame ${i + 1} of ${urls.length}` : name;
+        image.src = url;
         strip.append(image);
       });
-      made.append(strip);
+      container.append(strip);
     } else {
-      const why = place < data.pictures.length ? "could not be read when this page was made" : "is not on this page";
-      made.append(element("p", { class: "soft" }, `${name} ${why}`));
+      const why = place < data.images.length ? "could not be read when this page was made" : "is not on this page";
+      container.append(element("p", { class: "soft" }, `${name} ${why}`));
     }
   }
-  return made;
+  return container;
 }
 
-function inside(question, data) {
+function details(question, data) {
   const table = element("table", { class: "answers" });
   question.answers.forEach((answer, i) => {
-    const [sign, told, style] = mark(question.worths[i]);
-    const worth = question.worths[i] === null ? "" : ` (${question.worths[i]})`;
+    const [symbol, meaning, style] = mark(question.scores[i]);
+    const score = question.scores[i] === null ? "" : ` (${question.scores[i]})`;
     table.append(
       element("tr", {},
         element("th", { scope: "row" }, models[data.models[i]]),
-        element("td", {}, answer || "(nothing)"),
-        element("td", { class: style }, `${sign} ${told}${worth}`)
+        element("td", {}, answer || "(empty)"),
+        element("td", { class: style }, `${symbol} ${meaning}${score}`)
       )
     );
   });
@@ -127,7 +129,7 @@ function inside(question, data) {
   return element("div", { class: "inside" },
     media(question, data),
     element("p", {}, question.text),
-    element("p", { class: "soft" }, question.references.length ? `answer: ${question.references.join(" / ")}` : "the answer is not public"),
+    element("p", { class: "soft" }, question.references.length ? `reference: ${question.references.join(" / ")}` : "the reference is not public"),
     element("div", { class: "wide" }, table),
     element("p", { class: "soft" }, link, ...question.categories.map((category) => ` · ${data.categories[category]}`))
   );
@@ -135,15 +137,15 @@ function inside(question, data) {
 
 function item(question, data) {
   const title = question.text.split("\n").find((line) => line.trim()) ?? question.id;
-  const details = element("details", {}, element("summary", {}, marks(question, data), title));
-  details.addEventListener("toggle", () => {
-    if (details.open && details.children.length === 1) details.append(inside(question, data));
+  const entry = element("details", {}, element("summary", {}, marks(question, data), title));
+  entry.addEventListener("toggle", () => {
+    if (entry.open && entry.children.length === 1) entry.append(details(question, data));
   });
   if (state.id) {
-    details.append(inside(question, data));
-    details.open = true;
+    entry.append(details(question, data));
+    entry.open = true;
   }
-  return element("li", { "data-id": question.id }, details);
+  return element("li", { "data-id": question.id }, entry);
 }
 
 function options(select, pairs, value) {
@@ -153,15 +155,15 @@ function options(select, pairs, value) {
 
 function render() {
   const data = load(state.benchmark);
-  const found = chosen(data);
-  const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
+  const questions = matching(data);
+  const last = Math.max(0, Math.ceil(questions.length / PAGE) - 1);
   const page = Math.min(Math.max(0, Math.floor(Number(state.page)) || 0), last);
   state.page = String(page);
-  const shown = found.slice(page * PAGE, (page + 1) * PAGE);
-  at("list").replaceChildren(...shown.map((question) => item(question, data)));
-  const range = last ? `${page * PAGE + 1}–${page * PAGE + shown.length} of ` : "";
-  at("count").textContent = `${range}${found.length.toLocaleString("en")} ${found.length === 1 ? "question" : "questions"}`;
-  at("order").textContent = `; right (✓) or wrong (✗) in the order of ${data.models.map((model) => models[model]).join(" · ")}`;
+  const visible = questions.slice(page * PAGE, (page + 1) * PAGE);
+  at("list").replaceChildren(...visible.map((question) => item(question, data)));
+  const range = last ? `${page * PAGE + 1}–${page * PAGE + visible.length} of ` : "";
+  at("count").textContent = `${range}${questions.length.toLocaleString("en")} ${questions.length === 1 ? "question" : "questions"}`;
+  at("order").textContent = `; correct (✓) or wrong (✗), in the order ${data.models.map((model) => models[model]).join(" · ")}`;
   at("previous").disabled = page === 0;
   at("next").disabled = page === last;
   at("single").hidden = !state.id;
@@ -170,38 +172,38 @@ function render() {
 function controls() {
   const data = load(state.benchmark);
   at("benchmark").value = state.benchmark;
-  options(at("show"), choices(data), state.show);
+  options(at("show"), filters(data), state.show);
   options(at("category"), [["", "all"], ...data.categories.map((name, i) => [String(i), name])], state.category);
   at("search").value = state.search;
 }
 
 function change(changes) {
   state = { ...state, page: "0", id: "", ...changes };
-  const told = Object.entries(state).filter(([key, value]) => value !== START[key]);
-  history.replaceState(null, "", `#${new URLSearchParams(told)}`);
+  const changed = Object.entries(state).filter(([key, value]) => value !== START[key]);
+  history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
   render();
 }
 
-function fromAddress() {
+function readUrl() {
   const given = new URLSearchParams(location.hash.slice(1));
-  state = Object.fromEntries(Object.entries(START).map(([key, otherwise]) => [key, given.get(key) ?? otherwise]));
+  state = Object.fromEntries(Object.entries(START).map(([key, start]) => [key, given.get(key) ?? start]));
   if (!at(`questions-${state.benchmark}`)) state.benchmark = START.benchmark;
   controls();
   render();
   if (state.id) at("questions-title").scrollIntoView();
 }
 
-function sort(table, place, direction) {
+function sort(table, column, direction) {
   const sign = direction === "ascending" ? 1 : -1;
-  const value = (row) => row.cells[place].dataset.value;
-  const rows = [...table.tBodies[0].rows].sort((one, other) => {
-    const [x, y] = [value(one), value(other)];
-    if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // gaps come last
-    return sign * (place === 0 ? x.localeCompare(y) : Number(x) - Number(y));
+  const value = (row) => row.cells[column].dataset.value;
+  const rows = [...table.tBodies[0].rows].sort((a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // missing values come last
+    return sign * (column === 0 ? x.localeCompare(y) : Number(x) - Number(y));
   });
   table.tBodies[0].append(...rows);
   [...table.tHead.rows[0].cells].forEach((cell, i) => {
-    if (i === place) cell.setAttribute("aria-sort", direction);
+    if (i === column) cell.setAttribute("aria-sort", direction);
     else cell.removeAttribute("aria-sort");
   });
 }
@@ -226,6 +228,6 @@ at("search").addEventListener("input", () => change({ search: at("search").value
 at("all").addEventListener("click", () => change({}));
 at("previous").addEventListener("click", () => change({ page: String(Number(state.page) - 1) }));
 at("next").addEventListener("click", () => change({ page: String(Number(state.page) + 1) }));
-// An address may also be a place on the page, which leaves what is shown as it is.
-addEventListener("hashchange", () => { if (!at(location.hash.slice(1))) fromAddress(); });
-fromAddress();
+// The URL may also name an element of the page, which leaves the view as it is.
+addEventListener("hashchange", () => { if (!at(location.hash.slice(1))) readUrl(); });
+readUrl();

@@ -17,7 +17,7 @@ from data_pipelines.inspection import Inspection, count_duplicates, decode_piece
 from data_pipelines.ledger import Ledger, by_reason, from_rejected
 from data_pipelines.sources import Source, read_source
 from eval.benchmarks import Question
-from eval.contamination import Asked, Overlap, find_overlaps
+from eval.contamination import Overlap, QuestionsByEntry, find_overlaps
 from eval.run import read_questions
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
@@ -198,7 +198,7 @@ def as_questions(source: Source) -> list[Question]:
 
 
 def contamination(
-    console: Console, config: RunConfig, sources: list[Source], asked: Asked, names: dict[str, str]
+    console: Console, config: RunConfig, sources: list[Source], asked: QuestionsByEntry, names: dict[str, str]
 ) -> list[Problem]:
     """Held-out files and questions that are training data too, and a table of what was compared; by their setting."""
     if not asked:

@@ -13,7 +13,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutCollator, HeldOutDataset
 from eval.benchmarks import BENCHMARKS, Question
 from eval.digests import tensors_digest
-from eval.report import shown, thumbnails
+from eval.report import select_examples, thumbnails
 from eval.results import read_scores
 from eval.run import evaluate
 from mmdora.adapters.save_load import adapter_contents
@@ -113,7 +113,7 @@ def sample_predictions(folder: Path, video: VideoConfig) -> list[Prediction]:
             row["official"],
             beside([picture for path in row["media"] for picture in thumbnails(Path(path), video)]),
         )
-        for row in shown(read_scores(folder))
+        for row in select_examples(read_scores(folder))
     ]
 
 

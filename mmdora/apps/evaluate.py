@@ -13,7 +13,7 @@ import torch
 
 from data_pipelines.encoding import Encoder
 from eval.benchmarks import BENCHMARKS
-from eval.contamination import comparison
+from eval.contamination import contamination_check
 from eval.digests import weights_digest
 from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
@@ -69,7 +69,7 @@ def run(request: Request, trust_remote_code: bool) -> None:
         encoder, weights = Encoder(loaded.processor, loaded.video), weights_digest(loaded.model)
         contamination = None
         if config is not None:
-            contamination = comparison(config.data.train, config.training.seed, entries, questions)
+            contamination = contamination_check(config.data.train, config.training.seed, entries, questions)
         reports = []
         for entry in entries:
             asked, origin = questions[entry.name], {"target": request.target}

@@ -19,7 +19,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Ledger, drop_incomplete_line, from_rejected
 from data_pipelines.sources import Source, ledger_names, read_source
-from eval.contamination import comparison
+from eval.contamination import contamination_check
 from eval.digests import weights_digest
 from eval.report import write_report
 from eval.results import read_report
@@ -189,7 +189,7 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
     origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
-    contamination = comparison(config.data.train, config.training.seed, config.evaluation, questions)
+    contamination = contamination_check(config.data.train, config.training.seed, config.evaluation, questions)
     weights = weights_digest(loaded.model) if config.evaluation else None
     for entry in config.evaluation:
         asked = questions[entry.name]

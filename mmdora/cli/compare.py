@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from eval.compare import EXACT, Comparison, adjusted, compare, flipped, matched, unlike
-from eval.results import Result, find_results, many_rows, read_result
+from eval.compare import EXACT, Comparison, adjusted, compare, flipped, matched, setting_differences
+from eval.results import Result, find_results, read_result, without_garbage_collection
 from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
 from mmdora.core.registry import import_plugins
@@ -21,7 +21,7 @@ from mmdora.core.registry import import_plugins
 log = logging.getLogger(__name__)
 
 
-@many_rows()
+@without_garbage_collection()
 def run(a: Path, b: Path, as_json: bool, plugins: list[str]) -> None:
     import_plugins(plugins)
     sides = [[read_result(folder) for folder in find_results(path)] for path in (a, b)]
@@ -34,7 +34,7 @@ def run(a: Path, b: Path, as_json: bool, plugins: list[str]) -> None:
     made = [(pair, one) for pair in pairs for one in compare(*pair)]
     comparisons = adjusted([one for _, one in made])
     examples = [flipped(*pair, one.kind) for pair, one in made]
-    notes = {pair[0].name: unlike(*pair) for pair in pairs}
+    notes = {pair[0].name: setting_differences(*pair) for pair in pairs}
     if as_json:
         rows = [asdict(one) | {"examples": shown} for one, shown in zip(comparisons, examples, strict=True)]
         document = {"a": str(a), "b": str(b), "comparisons": rows, "also_unlike": notes}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.leaderboard import arrange
-from eval.leaderboard_page import pictures_of_each, write_leaderboard
-from eval.results import Result, find_results, many_rows, read_result
+from eval.leaderboard_page import max_media_per_benchmark, write_leaderboard
+from eval.results import Result, find_results, read_result, without_garbage_collection
 from mmdora.core.config_files import make_folder
 from mmdora.core.console import make_console, progress_bar
 from mmdora.core.errors import UserError
 from mmdora.core.registry import import_plugins
 
 
-@many_rows()
+@without_garbage_collection()
 def run(results: list[str], html: Path, plugins: list[str]) -> None:
     import_plugins(plugins)
     if html.is_dir():
@@ -23,7 +23,7 @@ def run(results: list[str], html: Path, plugins: list[str]) -> None:
     make_folder(html.parent, "--html")
     console = make_console()
     files = [len({path for row in column.first.rows for path in row["media"]}) for column in board.columns]
-    shown = sum(min(pictures_of_each(board), count) for count in files)
+    shown = sum(min(max_media_per_benchmark(board), count) for count in files)
     with progress_bar(console, "pictures", shown) as advance:
         write_leaderboard(html, board, advance)
     size = html.stat().st_size / 2**20

@@ -12,8 +12,8 @@ from typing import Any
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.digests import file_digest
 from eval.judge import describe_judge, judge_all
-from eval.results import many_rows
-from eval.run import ask_nothing_twice
+from eval.questions import check_ids
+from eval.results import without_garbage_collection
 from eval.scoring import make_report, score_all, write_results
 from mmdora.apps.tables import results_table
 from mmdora.core.config import EvaluationConfig, JudgeConfig
@@ -25,7 +25,7 @@ from mmdora.core.registry import import_plugins
 log = logging.getLogger(__name__)
 
 
-@many_rows()
+@without_garbage_collection()
 def run(
     benchmark: str,
     predictions: Path,
@@ -45,7 +45,7 @@ def run(
         raise UserError("a judge wants --out, the folder that its verdicts are kept in")
     config = EvaluationConfig(name=benchmark, benchmark=benchmark, data=annotations, split=split)
     scorer.check_settings(config)
-    questions = ask_nothing_twice(scorer.questions(config), config)
+    questions = check_ids(scorer.questions(config), config)
     responses = answers_to(questions, scorer, predictions)
     if not all(q.references for q in questions):
         raise UserError(f"{annotations}: the answers of this split are not public, so nothing can be scored")

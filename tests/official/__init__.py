@@ -1,5 +1,7 @@
-"""What answers each kind of case in the official scorers' vectors: a function from a case's input to its output, in the
-file named for the benchmark's vectors or their family."""
+"""For each kind of case in the official scorers' vectors, a function from a case's input to its output.
+
+Each file holds the kinds of one benchmark or family of benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,21 @@ from typing import Any
 class Kind:
     answer: Callable[[Any], Any]
     tolerance: float  # relative, of floats
-    left_out: tuple[str, ...]  # keys of the expected output that say nothing of a score
-    sometimes: tuple[str, ...]  # keys that not every case's expected output has
+    ignored: tuple[str, ...]  # keys of the expected output that are not scores
+    optional: tuple[str, ...]  # keys that are missing from some cases' expected output
 
 
 KINDS: dict[tuple[str, str], Kind] = {}
 
 
 def official(
-    file: str, kind: str, tolerance: float = 1e-9, left_out: tuple[str, ...] = (), sometimes: tuple[str, ...] = ()
+    file: str, kind: str, tolerance: float = 1e-9, ignored: tuple[str, ...] = (), optional: tuple[str, ...] = ()
 ) -> Callable:
-    """Register what answers the cases of `kind` in `file`.json."""
+    """Register a function for the cases of `kind` in `file`.json."""
 
     def register(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        assert (file, kind) not in KINDS, f"{file}: {kind!r} is answered twice"
-        KINDS[file, kind] = Kind(answer, tolerance, left_out, sometimes)
+        assert (file, kind) not in KINDS, f"{file}: {kind!r} is registered twice"
+        KINDS[file, kind] = Kind(answer, tolerance, ignored, optional)
         return answer
 
     return register

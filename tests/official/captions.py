@@ -19,16 +19,16 @@ from tests.official import official
 
 @cache
 def meteor():
-    """One for all cases: it takes seconds to start."""
+    """Return one process for all cases, since it takes seconds to start."""
     stack = ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(meteor_process())
 
 
 def metrics(references, captions):
-    values, each = bleu(references, captions)
+    values, by_order = bleu(references, captions)
     by_image = {
-        "Bleu_per_image": [list(order) for order in zip(*each, strict=True)],
+        "Bleu_per_image": [list(order) for order in zip(*by_order, strict=True)],
         "CIDEr_per_image": cider(references, captions),
         "ROUGE_L_per_image": rouge_l(references, captions),
     }
@@ -42,7 +42,7 @@ def ptb_tokenize(caption):
     return tokenize([caption])[0]
 
 
-@official("cider", "pretokenized", tolerance=1e-6, sometimes=("METEOR", "METEOR_per_image"))
+@official("cider", "pretokenized", tolerance=1e-6, optional=("METEOR", "METEOR_per_image"))
 def pretokenized(case):
     return metrics(list(case["refs"].values()), [caption for (caption,) in case["hyps"].values()])
 
@@ -52,13 +52,13 @@ def raw_captions(case):
     flat = iter(tokenize([caption for captions in case["refs"].values() for caption in captions]))
     references = [[next(flat) for _ in captions] for captions in case["refs"].values()]
     captions = tokenize([caption for (caption,) in case["hyps"].values()])
-    said = {key: [caption] for key, caption in zip(case["hyps"], captions, strict=True)}
-    return metrics(references, captions) | {"tokenized_hyps": said}
+    tokenized = {key: [caption] for key, caption in zip(case["hyps"], captions, strict=True)}
+    return metrics(references, captions) | {"tokenized_hyps": tokenized}
 
 
 @official("tvc_yc2c", "dataset")
-def clips(case):
-    """From files of VALUE's form."""
+def video_captions(case):
+    """Score from files in VALUE's format."""
     benchmark = BENCHMARKS["tvc"]()
     with TemporaryDirectory() as folder:
         annotations, predictions = Path(folder, "tvc_val_release.jsonl"), Path(folder, "tvc_val_predictions.jsonl")

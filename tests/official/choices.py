@@ -22,18 +22,18 @@ def parse_two(text):
 
 @official("scienceqa", "dataset")
 def science(case):
-    said = {p["question_id"]: p for p in case["predictions"]}
+    predictions = {p["question_id"]: p for p in case["predictions"]}
     about = {"hint": "", "grade": "grade1", "subject": "natural science", "topic": "physics"}
     questions = []
     for i, problem in case["problems"].items():
-        image = "<image>" in said.get(i, {"prompt": ""})["prompt"]
+        image = "<image>" in predictions.get(i, {"prompt": ""})["prompt"]
         details = {"choices": len(problem["choices"]), "answer": problem["answer"], "image": image, **about}
         questions.append(Question(i, Sample(i, (), ""), (LETTERS[problem["answer"]],), i, (), details))
-    responses = {q.id: said[q.id]["text"] if q.id in said else FAILED for q in questions}
+    responses = {q.id: predictions[q.id]["text"] if q.id in predictions else FAILED for q in questions}
     correct = sum(s.official for s in ScienceQA().score_all(responses, questions).values())
     extras = ScienceQA().extras(responses, questions)
     if extras["img_accuracy"] is None:
-        return {"error": "ZeroDivisionError"}  # where the official script stops, there is no figure
+        return {"error": "ZeroDivisionError"}  # the official script fails here; ours reports no figure
     return {
         "acc": extras["acc_average"],
         "correct": int(correct),
@@ -60,13 +60,13 @@ def circular(groups):
     for group in groups:
         about = {"category": group["category"], "l2-category": group["l2"], "split": group["split"]}
         passes = zip(group["rolled_options"], group["rolled_answers"], group["predictions"], strict=True)
-        for k, (options, answer, said) in enumerate(passes):
+        for k, (options, answer, response) in enumerate(passes):
             index = group["index"] + k * PASS
             q = Question(
                 str(index), Sample("", (), ""), (answer,), "", (), {"index": index, "options": options, **about}
             )
             questions.append(q)
-            responses[q.id] = said
+            responses[q.id] = response
     hits = {i: s.official for i, s in MMBench().score_all(responses, questions).items()}
     return {
         "hit": {str(group["index"]): int(hits[str(group["index"])]) for group in groups},

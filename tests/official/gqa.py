@@ -26,7 +26,7 @@ def normalised(text):
 
 @official("gqa", "dataset")
 def dataset(case):
-    """As the official script is run: files in a folder, predictions in its format, two decimals."""
+    """Score like the official script: from files in a folder, predictions in its format, two decimals."""
     benchmark = BENCHMARKS["gqa"]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -37,17 +37,17 @@ def dataset(case):
         config = EvaluationConfig(name="gqa", benchmark="gqa", data=name, split="val_all")
         questions = benchmark.questions(config)
         responses = dict(benchmark.read_predictions(folder / "predictions.json", questions))
-        wanted = questions if case["consistency"] else [q for q in questions if q.details["balanced"]]
-        if any(q.id not in responses for q in wanted):
+        scored = questions if case["consistency"] else [q for q in questions if q.details["balanced"]]
+        if any(q.id not in responses for q in scored):
             return {"error": "missing predictions"}
-        report = make_report(config, responses, wanted, score_all("gqa", responses, wanted), {})
+        report = make_report(config, responses, scored, score_all("gqa", responses, scored), {})
     if "distribution" not in report["metrics"]:  # no question is in a group
         return {"error": "ZeroDivisionError"}
     return _printed(report, case["consistency"])
 
 
 def _printed(report, with_consistency):
-    """What the script prints; of what it has no number for, it prints 0.00."""
+    """Return what the official script prints: 0.00 for a figure that it cannot compute."""
     kinds = {kind: report["categories"].get(f"kind: {kind}", {"value": 0.0})["value"] for kind in ("binary", "open")}
     figures = {**kinds, "accuracy": report["scores"]["official"]["value"]}
     for key in ("consistency", "validity", "plausibility", "distribution"):

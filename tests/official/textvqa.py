@@ -1,4 +1,4 @@
-"""TextVQA, ST-VQA (facebookresearch/mmf), and LLaVA's way from a prompt to its question."""
+"""TextVQA and ST-VQA (facebookresearch/mmf), and LLaVA's extraction of a question from its prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stvqa(case):
 @official("textvqa", "anls")
 def average_normalized_levenshtein_similarity(case):
     if not case["prediction"].strip() and not any(answer.strip() for answer in case["answers"]):
-        return {"error": "ZeroDivisionError"}  # of the official code; ours goes on
+        return {"error": "ZeroDivisionError"}  # of the official code; ours returns a value
     return anls(case["prediction"], case["answers"])
 
 

@@ -31,9 +31,9 @@ def extracted(response):
     return extract_letter(response)
 
 
-@official("videomme", "dataset", left_out=("stdout_sha_lines",))
+@official("videomme", "dataset", ignored=("stdout_sha_lines",))
 def dataset(case):
-    assert case["skip_missing"], "the official script would ask for 300 videos of each duration"
+    assert case["skip_missing"], "the official script requires 300 videos of each duration"
     overall, everything = [], []
     for duration in case["video_types"]:
         videos = [v for v in case["results"] if v["duration_category"] == duration and not v["missing"]]
@@ -46,7 +46,7 @@ def dataset(case):
 def percent(rows):
     questions = [Question(r["question_id"], Sample("", (), ""), (r["answer"],), r["question_id"]) for r in rows]
     if not questions:
-        return 0.0  # what the script prints of no answers
+        return 0.0  # what the script prints without answers
     scores = score_all("videomme", {r["question_id"]: r["response"] for r in rows}, questions)
     return float(f"{figure(VideoMME(), questions, scores, 'official')['value']:.1f}")
 
@@ -65,7 +65,7 @@ def value(case):
 def accuracy(name, file, questions):
     try:
         responses = answers_to(questions, BENCHMARKS[name](), file)
-    except UserError:  # with the words that the official code's exceptions were recorded with
+    except UserError:  # in the words of the recorded official exceptions
         missing = [q.id for q in questions if q.id not in json.loads(file.read_text())]
         faults = {"tvqa": f"KeyError: {', '.join(missing[:1])}", "how2qa": "AssertionError: submission qids != GT qids"}
         return {"error": faults[name]}

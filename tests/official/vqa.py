@@ -37,7 +37,7 @@ def question(case):
 
 @official("vqa_v2", "dataset")
 def dataset(rows):
-    """As the official script is run: annotations and results in files, two decimals."""
+    """Score like the official script: annotations and results in files, two decimals."""
     benchmark = BENCHMARKS["vqav2"]()
     annotations = [
         {

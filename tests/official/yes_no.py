@@ -25,11 +25,11 @@ def mme_parse(text):
 def mme_dataset(tasks):
     questions, responses = [], {}
     for task, lines in tasks.items():
-        for number, (image, _, answer, said) in enumerate(lines):
+        for number, (image, _, answer, response) in enumerate(lines):
             details = {"task": task, "pair": f"{task}/{image}"}
             q = Question(f"{task}/{number}", Sample("", (), ""), (answer.lower(),), image, (), details)
             questions.append(q)
-            responses[q.id] = said
+            responses[q.id] = response
     points = {task: float(value[0]) for task, value in mme.task_scores(totals(mme.MME(), responses, questions)).items()}
     sums = {
         group: sum(v for task, v in points.items() if mme.GROUP[task] == group) for group in set(mme.GROUP.values())
@@ -45,14 +45,14 @@ def pope_parse(text):
 @official("pope", "dataset")
 def pope_dataset(case):
     questions, responses = [], {}
-    for number, (said, label) in enumerate(zip(case["answers"], case["labels"], strict=True)):
+    for number, (response, label) in enumerate(zip(case["answers"], case["labels"], strict=True)):
         q = Question(str(number), Sample("", (), ""), (label,), str(number), (), {"category": "random"})
         questions.append(q)
-        responses[q.id] = said
+        responses[q.id] = response
     sums = totals(pope.POPE(), responses, questions)
     found = {name: float(value[0]) for name, value in pope.by_category(sums, "official")["random"].items()}
     if any(math.isnan(value) for value in found.values()):
-        return {"error": "ZeroDivisionError"}  # where the official script stops, there is no figure
+        return {"error": "ZeroDivisionError"}  # the official script fails here; ours reports no figure
     cells = {cell.upper(): int(sums[f"random official {cell}"][0]) for cell in pope.CELLS}
     found["f1_score"] = found.pop("f1")
     return cells | found

@@ -15,19 +15,20 @@ class SourceConfig(Section):
 
     path: str = Field(description="A file, a folder, or a pattern of shards ([data](data.md)).")
     format: str | None = Field(
-        None, description="A name that `mmdora list formats` prints; null means: detect it from the file."
+        default=None, description="A name that `mmdora list formats` prints; null means: detect it from the file."
     )
     media: str | None = Field(
-        None, description="The folder that image and video paths start from; null means the file's own folder."
+        default=None, description="The folder that image and video paths start from; null means the file's own folder."
     )
     where: dict[str, list[str | int | bool]] = Field(
-        {}, description="Keep only rows whose field has one of these values: field -> values."
+        default={}, description="Keep only rows whose field has one of these values: field -> values."
     )
     take: str | None = Field(
-        None, description="Use only some rows: `first:N`, `random:N` or `random:P%` (drawn with `training.seed`)."
+        default=None,
+        description="Use only some rows: `first:N`, `random:N` or `random:P%` (drawn with `training.seed`).",
     )
     weight: PositiveFloat = Field(
-        1.0, description="How often each sample is shown per epoch: 2.0 shows every sample twice."
+        default=1.0, description="How often each sample is shown per epoch: 2.0 shows every sample twice."
     )
 
     @field_validator("take")
@@ -43,21 +44,24 @@ class VideoConfig(Section):
     """Which frames of a video the model sees, and how they are read."""
 
     reader: str = Field(
-        "auto",
+        default="auto",
         description="A name that `mmdora list video-readers` prints; `auto` means `pyav`, and `frames` for a folder.",
     )
-    num_frames: PositiveInt = Field(8, description="Frames per video; with `sampling: fps` or `keyframe` the maximum.")
-    sampling: Literal["uniform", "fps", "keyframe"] = Field(
-        "uniform", description="Frames at equal distances, at `fps` frames per second, or the video's key frames."
+    num_frames: PositiveInt = Field(
+        default=8, description="Frames per video; with `sampling: fps` or `keyframe` the maximum."
     )
-    fps: PositiveFloat | None = Field(None, description="`sampling: fps`: frames per second of video.")
-    start: NonNegativeFloat | None = Field(None, description="Use only frames from this second on.")
-    end: PositiveFloat | None = Field(None, description="Use only frames before this second.")
+    sampling: Literal["uniform", "fps", "keyframe"] = Field(
+        default="uniform",
+        description="Frames at equal distances, at `fps` frames per second, or the video's key frames.",
+    )
+    fps: PositiveFloat | None = Field(default=None, description="`sampling: fps`: frames per second of video.")
+    start: NonNegativeFloat | None = Field(default=None, description="Use only frames from this second on.")
+    end: PositiveFloat | None = Field(default=None, description="Use only frames before this second.")
     frames_fps: PositiveFloat | None = Field(
-        None, description="The frame rate of videos that are folders of images; null means 1."
+        default=None, description="The frame rate of videos that are folders of images; null means 1."
     )
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(
-        60.0,
+        default=60.0,
         description="Seconds after which decoding a video is killed and the sample skipped; "
         "null means no limit, and no separate process.",
     )
@@ -78,32 +82,37 @@ class DataConfig(Section):
 
     train: list[SourceConfig] = Field(min_length=1, description="The training datasets.")
     validation: list[SourceConfig] = Field(
-        [], description="Held-out datasets whose loss is computed every `training.evaluate_every` steps."
+        default=[], description="Held-out datasets whose loss is computed every `training.evaluate_every` steps."
     )
     temperature: PositiveFloat = Field(
-        1.0, description="Above 1, small datasets are sampled more often than their size suggests."
+        default=1.0, description="Above 1, small datasets are sampled more often than their size suggests."
     )
-    video: VideoConfig = Field(VideoConfig(), description="How videos are read; the keys are below.")
+    video: VideoConfig = Field(default=VideoConfig(), description="How videos are read; the keys are below.")
     max_length: PositiveInt | None = Field(
-        None, description="The maximum number of tokens per sample, media included; null means no limit."
+        default=None, description="The maximum number of tokens per sample, media included; null means no limit."
     )
     overlong: Literal["skip", "truncate"] = Field(
-        "skip", description="What happens to samples over `max_length`. Truncation never cuts an image or a video."
+        default="skip",
+        description="What happens to samples over `max_length`. Truncation never cuts an image or a video.",
     )
     group_by: Literal["length", "modality"] | None = Field(
-        None, description="Which samples of a step share a micro-batch: similar lengths, or the same media; null: any."
+        default=None,
+        description="Which samples of a step share a micro-batch: similar lengths, or the same media; null: any.",
     )
     max_tokens: PositiveInt | None = Field(
-        None,
+        default=None,
         description="The maximum number of tokens per micro-batch, padding included: long samples then share a "
         "micro-batch with fewer others.",
     )
     packing: bool = Field(
-        False, description="Concatenate the samples of a micro-batch into rows of `max_length` instead of padding them."
+        default=False,
+        description="Concatenate the samples of a micro-batch into rows of `max_length` instead of padding them.",
     )
-    max_skipped: Fraction = Field(0.01, description="The run stops when a larger share of the samples cannot be used.")
+    max_skipped: Fraction = Field(
+        default=0.01, description="The run stops when a larger share of the samples cannot be used."
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="Processes that load and encode samples; 0 means the training process itself."
+        default=0, description="Processes that load and encode samples; 0 means the training process itself."
     )
 
     @model_validator(mode="before")

@@ -14,12 +14,12 @@ class JudgeConfig(Section):
     """Who judges free-form answers: a model behind an OpenAI-compatible API, or a file of existing verdicts."""
 
     url: str | None = Field(
-        None,
+        default=None,
         description="Base URL of the API, such as `https://api.openai.com/v1`; the key is read from OPENAI_API_KEY.",
     )
-    model: str | None = Field(None, description="The judge's model name at `url`.")
+    model: str | None = Field(default=None, description="The judge's model name at `url`.")
     verdicts: str | None = Field(
-        None, description="Instead of `url`: a JSON-lines file with `id` and `verdict` per line."
+        default=None, description="Instead of `url`: a JSON-lines file with `id` and `verdict` per line."
     )
 
     @model_validator(mode="after")
@@ -40,25 +40,25 @@ class EvaluationConfig(Section):
     benchmark: str = Field(description="A name that `mmdora list benchmarks` prints.")
     data: str = Field(description="The folder of the benchmark's official files, or your own data file.")
     format: str | None = Field(
-        None, description="Your own data: a name that `mmdora list formats` prints; null means: detect it."
+        default=None, description="Your own data: a name that `mmdora list formats` prints; null means: detect it."
     )
     media: str | None = Field(
-        None, description="The folder that image and video paths start from; null means the file's own folder."
+        default=None, description="The folder that image and video paths start from; null means the file's own folder."
     )
     where: dict[str, list[str | int | bool]] = Field(
-        {}, description="Keep only questions whose field has one of these values: field -> values."
+        default={}, description="Keep only questions whose field has one of these values: field -> values."
     )
-    split: str | None = Field(None, description="One of the benchmark's official splits; null means its first.")
+    split: str | None = Field(default=None, description="One of the benchmark's official splits; null means its first.")
     prompt: str | None = Field(
-        None, description="A prompt with `{question}` in it, instead of the benchmark's own prompt."
+        default=None, description="A prompt with `{question}` in it, instead of the benchmark's own prompt."
     )
-    limit: PositiveInt | None = Field(None, description="Evaluate only the first N questions; null means all.")
-    before: bool = Field(False, description="Also evaluate the base model, before training.")
-    during: bool = Field(False, description="Also evaluate every `training.evaluate_every` steps.")
-    batch_size: PositiveInt = Field(16, description="Questions per generation batch.")
+    limit: PositiveInt | None = Field(default=None, description="Evaluate only the first N questions; null means all.")
+    before: bool = Field(default=False, description="Also evaluate the base model, before training.")
+    during: bool = Field(default=False, description="Also evaluate every `training.evaluate_every` steps.")
+    batch_size: PositiveInt = Field(default=16, description="Questions per generation batch.")
     max_new_tokens: PositiveInt | None = Field(
-        None, description="Maximum length of an answer; null means the benchmark's default."
+        default=None, description="Maximum length of an answer; null means the benchmark's default."
     )
     judge: JudgeConfig | None = Field(
-        None, description="Benchmarks with judged answers (`mmvet`, ...); null means no judged score."
+        default=None, description="Benchmarks with judged answers (`mmvet`, ...); null means no judged score."
     )

@@ -15,12 +15,12 @@ class VisionEncoderConfig(Section):
     type: str = Field(description="A name that `mmdora list vision-encoders` prints.")
     name: str = Field(description="`open_clip`: an architecture of OpenCLIP. Other types: a hub id or a directory.")
     pretrained: str | None = Field(
-        None,
+        default=None,
         description="`open_clip`: a pretrained tag or a weights file; null gives random weights. "
         "Other types: a revision on the hub.",
     )
     model_config_: dict[str, Any] | None = Field(
-        None,
+        default=None,
         alias="model_config",
         description="Describes an architecture of your own, with random weights: the contents of an OpenCLIP model "
         "config file, or the fields of the encoder's Hugging Face config.",
@@ -36,40 +36,44 @@ class LanguageModelConfig(Section):
 class ModelConfig(Section):
     """A model that exists (`path`), or one composed of a vision encoder, a projector and a language model."""
 
-    path: str | None = Field(None, description="Hub id or directory of an image-text-to-text model.")
-    revision: str = Field("main", description="Branch, tag or commit of `path` on the hub.")
+    path: str | None = Field(default=None, description="Hub id or directory of an image-text-to-text model.")
+    revision: str = Field(default="main", description="Branch, tag or commit of `path` on the hub.")
     vision_encoder: VisionEncoderConfig | None = Field(
-        None, description="The vision encoder of a composed model; goes with `language_model`, instead of `path`."
+        default=None,
+        description="The vision encoder of a composed model; goes with `language_model`, instead of `path`.",
     )
     language_model: LanguageModelConfig | None = Field(
-        None, description="The language model of a composed model; goes with `vision_encoder`, instead of `path`."
+        default=None,
+        description="The language model of a composed model; goes with `vision_encoder`, instead of `path`.",
     )
     projector: Literal["linear", "mlp2x_gelu", "resampler"] = Field(
-        "mlp2x_gelu", description="The projector of a composed model ([models](models.md#projectors))."
+        default="mlp2x_gelu", description="The projector of a composed model ([models](models.md#projectors))."
     )
     num_queries: PositiveInt | None = Field(
-        None, description="`projector: resampler`: tokens per image and per video frame; null means 64."
+        default=None, description="`projector: resampler`: tokens per image and per video frame; null means 64."
     )
     vision_feature_layer: int = Field(
-        -2, description="Composed models: the hidden state of the vision encoder that the projector reads."
+        default=-2, description="Composed models: the hidden state of the vision encoder that the projector reads."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="The dtype of the frozen weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="The dtype of the frozen weights."
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="The attention implementation; null takes the model's default."
+        default=None, description="The attention implementation; null takes the model's default."
     )
     quantization: Literal["4bit", "8bit"] | None = Field(
-        None, description="Quantizes the frozen linear layers of the language model with bitsandbytes (QDoRA)."
+        default=None, description="Quantizes the frozen linear layers of the language model with bitsandbytes (QDoRA)."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     chat_template: str | None = Field(
-        None, description="A Jinja file that replaces the processor's chat template; needed if it has none."
+        default=None, description="A Jinja file that replaces the processor's chat template; needed if it has none."
     )
     new_tokens: list[str] = Field(
-        [],
+        default=[],
         description="Tokens to add to the vocabulary. Of the embeddings and the head, only their rows are trained.",
     )
     pad_to_square: bool = Field(
-        False,
+        default=False,
         description="LLaVA-1.5 only: pad images to a square with the mean color, as LLaVA's own code does, "
         "instead of cropping them.",
     )

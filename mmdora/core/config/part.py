@@ -15,41 +15,46 @@ class PartConfig(Section):
     """How one part of the model is fine-tuned. Each method accepts some of these keys ([adapters](adapters.md))."""
 
     method: str = Field(description="A name that `mmdora list adapters` prints: `dora`, `lora`, `full`, `frozen` ...")
-    rank: PositiveInt = Field(8, description="The rank r of the low-rank update.")
-    alpha: Alpha = Field(16.0, description="The update is scaled by alpha / rank.")
+    rank: PositiveInt = Field(default=8, description="The rank r of the low-rank update.")
+    alpha: Alpha = Field(default=16.0, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="Dropout on the input of the low-rank branch."
+        default=0.0, description="Dropout on the input of the low-rank branch."
     )
     peft_dropout: bool = Field(
-        False,
+        default=False,
         description="DoRA: also drop the input of the base product, as PEFT does. Costs a second matrix product.",
     )
-    use_rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) instead of alpha / rank.")
+    use_rslora: bool = Field(
+        default=False, description="Scale the update by alpha / sqrt(rank) instead of alpha / rank."
+    )
     targets: str | list[str] = Field(
-        "all-linear",
+        default="all-linear",
         description="The layers to adapt: `all-linear`, a regular expression over the path inside the part, or names "
         "that match the end of a path.",
     )
     magnitude_targets: str | list[str] | None = Field(
-        None, description="DoRA: the layers that get a magnitude, written like `targets`; null means the same layers."
+        default=None,
+        description="DoRA: the layers that get a magnitude, written like `targets`; null means the same layers.",
     )
     exclude: str | list[str] = Field(
-        [], description="Layers to exclude from `targets`: a regular expression, or names."
+        default=[], description="Layers to exclude from `targets`: a regular expression, or names."
     )
     rank_pattern: dict[str, PositiveInt] = Field(
-        {}, description="Ranks of single layers: regular expression over the end of a layer's path -> rank."
+        default={}, description="Ranks of single layers: regular expression over the end of a layer's path -> rank."
     )
-    alpha_pattern: dict[str, Alpha] = Field({}, description="Alphas of single layers, written like `rank_pattern`.")
+    alpha_pattern: dict[str, Alpha] = Field(
+        default={}, description="Alphas of single layers, written like `rank_pattern`."
+    )
     forward: Literal["auto", "exact", "merged"] = Field(
-        "auto",
+        default="auto",
         description="Linear layers: `exact` multiplies x by W, A and B; `merged` builds W + sBA in each pass; "
         "`auto` takes whichever needs less work.",
     )
     last_blocks: PositiveInt | None = Field(
-        None, description="Fine-tune only the last N blocks of the part; null means the whole part."
+        default=None, description="Fine-tune only the last N blocks of the part; null means the whole part."
     )
-    learning_rate: NonNegativeFloat | None = Field(None, description="null means `training.learning_rate`.")
+    learning_rate: NonNegativeFloat | None = Field(default=None, description="null means `training.learning_rate`.")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Layer-wise learning-rate decay: each block has this factor of the next block's rate."
+        default=1.0, description="Layer-wise learning-rate decay: each block has this factor of the next block's rate."
     )
-    weight_decay: NonNegativeFloat | None = Field(None, description="null means `training.weight_decay`.")
+    weight_decay: NonNegativeFloat | None = Field(default=None, description="null means `training.weight_decay`.")

@@ -24,9 +24,9 @@ class RunConfig(Section):
     )
     data: DataConfig = Field(description="What it is trained on.")
     training: TrainingConfig = Field(description="How it is trained.")
-    evaluation: list[EvaluationConfig] = Field([], description="The benchmarks that it is scored on.")
+    evaluation: list[EvaluationConfig] = Field(default=[], description="The benchmarks that it is scored on.")
     plugins: list[str] = Field(
-        [], description="Python modules to import first: they register names that the config then uses."
+        default=[], description="Python modules to import first: they register names that the config then uses."
     )
 
     @model_validator(mode="after")

@@ -13,56 +13,70 @@ class TrainingConfig(Section):
     """The optimizer is AdamW. `batch_size` is global: gradient accumulation follows from it and the number of GPUs."""
 
     output: str = Field(description="The run directory.")
-    seed: int = Field(0, description="Seeds the order of samples, new weights and dropout.")
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training data.")
+    seed: int = Field(default=0, description="Seeds the order of samples, new weights and dropout.")
+    epochs: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Passes over the training data.")
     max_steps: PositiveInt | None = Field(
-        None, description="Optimizer steps, instead of `epochs`; null means as many as `epochs` takes."
+        default=None, description="Optimizer steps, instead of `epochs`; null means as many as `epochs` takes."
     )
-    batch_size: PositiveInt = Field(32, description="Samples per optimizer step, over all processes.")
+    batch_size: PositiveInt = Field(default=32, description="Samples per optimizer step, over all processes.")
     micro_batch_size: PositiveInt = Field(
-        8, description="Samples per forward pass of one process; a process's share of `batch_size` is the maximum."
+        default=8,
+        description="Samples per forward pass of one process; a process's share of `batch_size` is the maximum.",
     )
-    learning_rate: NonNegativeFloat = Field(2.0e-4, description="The peak learning rate of parts without their own.")
+    learning_rate: NonNegativeFloat = Field(
+        default=2.0e-4, description="The peak learning rate of parts without their own."
+    )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate changes after the warm-up."
+        default="cosine", description="How the learning rate changes after the warm-up."
     )
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.03, description="The share of the steps in which the learning rate rises from 0 to its peak."
+        default=0.03, description="The share of the steps in which the learning rate rises from 0 to its peak."
     )
     weight_decay: NonNegativeFloat = Field(
-        0.0, description="For matrices; norms, biases, magnitudes and new tokens are not decayed."
+        default=0.0, description="For matrices; norms, biases, magnitudes and new tokens are not decayed."
     )
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="AdamW's decay of the second moment.")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are clipped to this norm; 0 means no clipping.")
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.999, description="AdamW's decay of the second moment."
+    )
+    max_grad_norm: NonNegativeFloat = Field(
+        default=1.0, description="Gradients are clipped to this norm; 0 means no clipping."
+    )
     max_bad_steps: PositiveInt = Field(
-        10, description="Steps with a NaN, infinite or exploding loss are skipped; the run stops after this many."
+        default=10,
+        description="Steps with a NaN, infinite or exploding loss are skipped; the run stops after this many.",
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Decay of an exponential moving average of the trained weights, which becomes the adapter."
+        default=None,
+        description="Decay of an exponential moving average of the trained weights, which becomes the adapter.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
+        default=False, description="Recompute activations in the backward pass to save memory."
     )
     evaluate_every: PositiveInt | None = Field(
-        None, description="Evaluate every N steps and after the last one; null means no evaluation during training."
+        default=None,
+        description="Evaluate every N steps and after the last one; null means no evaluation during training.",
     )
     best: str | None = Field(
-        None,
+        default=None,
         description="Keep the best adapter in `best/`, by `loss` (of `data.validation`) or by the score of an "
         "`evaluation` entry, given by its name.",
     )
     save_every: PositiveInt | None = Field(
-        None, description="Write a checkpoint every N steps; null means only after the last step."
+        default=None, description="Write a checkpoint every N steps; null means only after the last step."
     )
-    keep: PositiveInt = Field(2, description="How many of the newest checkpoints to keep, besides the best one.")
+    keep: PositiveInt = Field(
+        default=2, description="How many of the newest checkpoints to keep, besides the best one."
+    )
     on_sigterm: Literal["save", "stop"] = Field(
-        "save", description="After SIGTERM, the step in progress is finished; then write a checkpoint, or just stop."
+        default="save",
+        description="After SIGTERM, the step in progress is finished; then write a checkpoint, or just stop.",
     )
     deepspeed: str | None = Field(
-        None, description="`zero1`, `zero2`, `zero3` ... ([scaling](scaling.md)) or the path of a DeepSpeed JSON."
+        default=None,
+        description="`zero1`, `zero2`, `zero3` ... ([scaling](scaling.md)) or the path of a DeepSpeed JSON.",
     )
     report_to: list[Literal["wandb", "tensorboard"]] = Field(
-        [], description="Where metrics go besides `metrics.jsonl`; one name, or a list."
+        default=[], description="Where metrics go besides `metrics.jsonl`; one name, or a list."
     )
 
     @field_validator("report_to", mode="before")
