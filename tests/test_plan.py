@@ -13,11 +13,11 @@ from data_pipelines.collator import Collator
 from data_pipelines.encoding import Encoded, Encoder
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import load_config
+from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.models.loading import load_model, load_shape
 from mmdora.planning.activations import Activations, measure
-from mmdora.planning.engine_memory import Run, deepspeed, plain, sizes_of
-from mmdora.planning.planner import hidden_size, longest, stand_in
-from mmdora.training.arguments import read_deepspeed
+from mmdora.planning.engine_memory import ParallelSetup, memory_with_deepspeed, memory_without_deepspeed, model_sizes
+from mmdora.planning.planner import hidden_size, longest_sample, placeholder_sample
 from tests.families import FAMILIES
 from tests.test_composed import TOWERS
 from tests.test_runs import command
@@ -96,7 +96,7 @@ def check(model, batch, checkpointed: bool) -> None:
     assert planned.peak_with_gradients == pytest.approx(peak, rel=0.15)
     if not checkpointed:  # else the hooks see what comes between the blocks, and not what is kept of them
         assert planned.saved == pytest.approx(saved, rel=0.15)
-    memory = plain(sizes_of(model, hidden_size(model)), Run(1, 1, 1, 4), planned)
+    memory = memory_without_deepspeed(model_sizes(model, hidden_size(model)), ParallelSetup(1, 1, 1, 4), planned)
     assert memory.peak == pytest.approx(held + peak, rel=0.15)
 
 
@@ -105,7 +105,7 @@ def check(model, batch, checkpointed: bool) -> None:
 def test_the_plan_is_what_a_step_takes(family, checkpointed):
     torch.manual_seed(0)
     model, processor = FAMILIES[family].build()
-    batch = Collator(0)([tokens(Encoder(processor).encode(stand_in()), 200)] * 4)
+    batch = Collator(0)([tokens(Encoder(processor).encode(placeholder_sample()), 200)] * 4)
     mmdora.inject_adapters(model, DORA)
     check(model, batch, checkpointed)
 
@@ -121,7 +121,7 @@ def test_the_plan_is_what_a_step_of_every_family_takes(family, checkpointed):
 def test_the_plan_is_what_a_step_of_every_method_takes(tiny, method, dtype):
     model, processor = tiny
     model.to(getattr(torch, dtype))
-    example = tokens(Encoder(processor).encode(stand_in()), 300)
+    example = tokens(Encoder(processor).encode(placeholder_sample()), 300)
     if dtype == "bfloat16":
         example["pixel_values"] = example["pixel_values"].bfloat16()
     mmdora.inject_adapters(model, METHODS[method])
@@ -130,7 +130,7 @@ def test_the_plan_is_what_a_step_of_every_method_takes(tiny, method, dtype):
 
 def test_padding_and_its_mask_are_counted(tiny):
     model, processor = tiny
-    example = Encoder(processor).encode(stand_in())
+    example = Encoder(processor).encode(placeholder_sample())
     mmdora.inject_adapters(model, DORA)
     check(model, Collator(0)([tokens(example, 200), example, tokens(example, 100)]), checkpointed=False)
 
@@ -143,7 +143,7 @@ def test_a_composed_model_is_planned(tmp_path):
         {"vision_encoder": encoder, "language_model": {"path": str(language)}, "dtype": "float32"}
     )
     model, processor = load_model(config)
-    batch = Collator(0)([tokens(Encoder(processor).encode(stand_in()), 200)] * 4)
+    batch = Collator(0)([tokens(Encoder(processor).encode(placeholder_sample()), 200)] * 4)
     mmdora.inject_adapters(model, METHODS["vision too"])
     check(model, batch, checkpointed=False)
     assert all(p.is_meta for p in load_shape(config)[0].parameters())
@@ -210,13 +210,13 @@ def test_mistakes_are_the_users(small, capsys):
 def test_a_sample_is_as_long_as_it_may_be(small, world, tiny):
     config = load_config(*[small[0], [*small[1:], "data.max_length=150"]])
     _, processor = tiny
-    example = longest(config, Encoder(processor, max_length=150))
+    example = longest_sample(config, Encoder(processor, max_length=150))
     assert {v.shape[1] for k, v in example.items() if k in ("input_ids", "labels", "attention_mask")} == {150}
-    assert 0 < longest(load_config(*[small[0], small[1:]]), Encoder(processor))["input_ids"].shape[1] < 150
+    assert 0 < longest_sample(load_config(*[small[0], small[1:]]), Encoder(processor))["input_ids"].shape[1] < 150
     there_is_none = load_config(
         "quickstart", ["data.train=[{path: nowhere.json, format: llava}]", "data.max_length=120"]
     )
-    assert longest(there_is_none, Encoder(processor, max_length=120))["input_ids"].shape[1] == 120
+    assert longest_sample(there_is_none, Encoder(processor, max_length=120))["input_ids"].shape[1] == 120
 
 
 def test_settings_change_the_plan(small, capsys):
@@ -249,16 +249,16 @@ def test_a_json_of_ones_own_has_a_row(small, tmp_path, capsys):
 def sizes(tiny):
     model, _ = tiny
     mmdora.inject_adapters(model, DORA)
-    return sizes_of(model, hidden_size(model))
+    return model_sizes(model, hidden_size(model))
 
 
 def test_what_is_shared_among_processes(sizes):
     activations = Activations(0, 0, 0)
     trees = {
-        n: read_deepspeed(n)[1] for n in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
+        n: read_deepspeed_config(n)[1] for n in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
     }
-    found = {n: deepspeed(sizes, Run(4, 4, 1, 4), activations, n, tree) for n, tree in trees.items()}
-    alone = plain(sizes, Run(1, 1, 2, 4), activations)
+    found = {n: memory_with_deepspeed(sizes, ParallelSetup(4, 4, 1, 4), activations, n, tree) for n, tree in trees.items()}
+    alone = memory_without_memory_with_deepspeed(sizes, ParallelSetup(1, 1, 2, 4), activations)
     trained = 4 * sizes.trained_parameters
     assert alone.weights == found["zero1"].weights == found["zero2"].weights
     assert alone.optimizer == 2 * trained
@@ -277,9 +277,9 @@ def test_what_is_shared_among_processes(sizes):
 def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_fp32():
     model, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype="bfloat16"))
     mmdora.inject_adapters(model, {"projector": {"method": "full"}})
-    sizes = sizes_of(model, hidden_size(model))
+    sizes = model_sizes(model, hidden_size(model))
     assert sizes.trained == 2 * sizes.trained_parameters
-    found = plain(sizes, Run(1, 1, 2, 2), Activations(0, 0, 0))
+    found = memory_without_memory_with_deepspeed(sizes, ParallelSetup(1, 1, 2, 2), Activations(0, 0, 0))
     assert found.weights == sizes.frozen + 4 * sizes.trained_parameters
     assert (found.gradients, found.optimizer) == (4 * sizes.trained_parameters, 8 * sizes.trained_parameters)
     assert found.activations == 2 * sizes.trained_parameters
@@ -288,12 +288,12 @@ def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_f
 def test_both_steps_of_a_run_are_looked_at(sizes):
     """Accumulated gradients stand beside all activations; the weights are whole while they are loaded."""
     activations = Activations(100, 1000, 1000 + sizes.trained // 2)
-    once, more = (plain(sizes, Run(1, 1, accumulation, 4), activations) for accumulation in (1, 2))
+    once, more = (memory_without_memory_with_deepspeed(sizes, ParallelSetup(1, 1, accumulation, 4), activations) for accumulation in (1, 2))
     assert more.peak == sizes.loaded + 3 * sizes.trained + sizes.trained  # the step: moments, gradients, roots
     large = Activations(100, 10 * sizes.trained, 10 * sizes.trained + sizes.trained // 2)
-    once, more = (plain(sizes, Run(1, 1, accumulation, 4), large) for accumulation in (1, 2))
+    once, more = (memory_without_memory_with_deepspeed(sizes, ParallelSetup(1, 1, accumulation, 4), large) for accumulation in (1, 2))
     assert more.peak - once.peak == sizes.trained - sizes.trained // 2
-    tree, nothing = read_deepspeed("zero3_offload")[1], Activations(0, 0, 0)
-    parts, whole = (deepspeed(sizes, Run(1000, 8, 1, 4, before), nothing, "zero3", tree) for before in (False, True))
+    tree, nothing = read_deepspeed_config("zero3_offload")[1], Activations(0, 0, 0)
+    parts, whole = (memory_with_deepspeed(sizes, ParallelSetup(1000, 8, 1, 4, before), nothing, "zero3", tree) for before in (False, True))
     assert (parts.loading, whole.loading) == (0, sizes.loaded)  # from the CPU, unless the base is scored first
-    assert deepspeed(sizes, Run(2, 2, 1, 4), nothing, "zero2", read_deepspeed("zero2")[1]).loading == sizes.loaded
+    assert memory_with_deepspeed(sizes, ParallelSetup(2, 2, 1, 4), nothing, "zero2", read_deepspeed_config("zero2")[1]).loading == sizes.loaded

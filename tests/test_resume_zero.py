@@ -82,7 +82,7 @@ def test_two_processes_save_and_one_goes_on_and_two_again(world, tmp_path, caplo
     launch(tmp_path, [settings(world, whole, "training.deepspeed=zero2")])
     until(2, whole, alone)
     assert command(*settings(world, alone, "training.save_every=1"), "--resume") == 0
-    assert "was written by 2 processes, and 1 go on from it" in caplog.text
+    assert "was written by 2 processes and is resumed by 1" in caplog.text
     check_close(alone, whole, 1e-2)
     until(3, alone, again)
     launch(tmp_path, [[*settings(world, again, "training.deepspeed=zero3"), "--resume"]])
