@@ -167,7 +167,7 @@ def test_first_fit_keeps_every_sample_and_the_row_length(lengths):
     assert rows == first_fit(lengths, 40)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The steps are tiny; more threads would only compete with the data loading workers."""
     before = torch.get_num_threads()

@@ -286,7 +286,7 @@ def test_wandb_gets_config_curves_predictions_and_the_adapter(reported):
     assert sum(path.startswith("media/images/") for path in files["run_table"]) >= 1
     (table, *_) = first.rglob("counting_*.table.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == ["step", "question", "answer", "prediction", "score", "picture"]
+    assert table["columns"] == ["step", "question", "answer", "prediction", "score", "image"]
     answers = (reported / "eval" / "during" / "step-2" / "counting" / "scores.jsonl").read_text().splitlines()
     assert table["data"][0][3] in {json.loads(answer)["response"] for answer in answers}
 

@@ -129,6 +129,30 @@ def test_the_slurm_script(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def test_configs_are_read_without_importing_torch():
+    """So that the command line can check `training.deepspeed` at once."""
+    code = """
+import sys
+from mmdora.core.deepspeed import read_deepspeed_config
+assert read_deepspeed_config("zero2")[1]["zero_optimization"]["stage"] == 2
+assert not {"torch", "transformers", "deepspeed"} & set(sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such config.*Shipped configs: zero1"), ("{", "is not valid JSON"), ("[]", "must hold a JSON object")],
+)
+def test_a_config_that_cannot_be_read_is_an_error(tmp_path, content, message):
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=rf"training\.deepspeed: .*{message}"):
+        read_deepspeed_config(str(path))
+
+
 @linux
 def test_nvme_offload_needs_a_folder_and_async_io(tmp_path, monkeypatch):
     """Both errors come before the model is loaded."""

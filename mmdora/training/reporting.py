@@ -34,7 +34,7 @@ class Prediction:
     references: str
     prediction: str
     score: float  # 0 to 1
-    picture: PILImage.Image | None  # images and frames side by side
+    image: PILImage.Image | None  # images and frames side by side
 
 
 class Report:
@@ -116,10 +116,10 @@ class Wandb(Report):
         self.run.log(curves(line) | {"step": line["step"]})
 
     def predictions(self, step: int, name: str, rows: Sequence[Prediction]) -> None:
-        table = self.wandb.Table(columns=["step", "question", "answer", "prediction", "score", "picture"])
+        table = self.wandb.Table(columns=["step", "question", "answer", "prediction", "score", "image"])
         for row in rows:
-            picture = self.wandb.Image(row.picture) if row.picture is not None else None
-            table.add_data(step, row.question, row.references, row.prediction, row.score, picture)
+            image = self.wandb.Image(row.image) if row.image is not None else None
+            table.add_data(step, row.question, row.references, row.prediction, row.score, image)
         self.run.log({f"predictions/{name}": table, "step": step})
 
     def adapter(self, folder: Path) -> None:

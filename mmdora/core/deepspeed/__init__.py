@@ -8,7 +8,6 @@ Importing this package imports neither torch nor DeepSpeed, so the command line 
 """
 
 from mmdora.core.deepspeed.config import (
-    ensure_async_io,
     is_zero3_enabled,
     load_unpartitioned,
     offloads_to_nvme,
@@ -36,7 +35,6 @@ from mmdora.core.deepspeed.parameters import (
 
 __all__ = [
     "compute_device",
-    "ensure_async_io",
     "full_parameter",
     "gather_in_forward",
     "gather_shards",
