@@ -19,7 +19,7 @@ from data_pipelines.encoding import Encoded, Encoder, MediaKind
 from data_pipelines.samples import Image, SampleError, Video
 from eval.benchmarks import Question
 from eval.responses import Responses
-from mmdora.core.deepspeed import device_of, gathered, is_partitioned
+from mmdora.core.deepspeed import compute_device, gathered, is_partitioned
 from mmdora.core.distributed import any_rank, rank, world_size
 from mmdora.core.errors import RunError
 
@@ -122,7 +122,7 @@ class Answerer:
     """Generate greedy answers for a batch of encoded questions."""
 
     def __init__(self, model: Any, encoder: Encoder, max_new_tokens: int, kinds: Collection[MediaKind] | None):
-        self.model, self.tokenizer, self.device = model, encoder.processor.tokenizer, device_of(model)
+        self.model, self.tokenizer, self.device = model, encoder.processor.tokenizer, compute_device(model)
         fillers = encoder.fillers(kinds or ())
         self.blank = [encoder.blank()] if kinds is not None and not fillers else []
         end = self.tokenizer.eos_token_id

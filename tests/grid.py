@@ -1,14 +1,19 @@
-"""What the tests of ZeRO share: samples of all kinds, runs by name in few launches, and what of two runs must agree."""
+"""Runs in two processes, shared by all tests that need them, and comparisons between two runs."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdora.training.batches import epoch_order
+from tests import grid_worker
 from tests.conftest import ROOT
-from tests.grid_worker import LIMIT, Case
+from tests.grid_worker import Case
 from tests.media import write_image, write_video
 
-WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells its processes
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 KINDS = ("image", "video", "text", "both")
 WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "three"]
-ANSWERS = (1, 2, 5, 40)  # words, unlike enough that a mean over means would show
+ANSWERS = (1, 2, 5, 40)  # words; they differ enough for a mean of means to be noticed
 
 
 def write_media(folder: Path) -> None:
@@ -35,13 +41,13 @@ def write_media(folder: Path) -> None:
 
 
 def row(rng: random.Random, name: str, kind: str) -> dict[str, Any]:
-    """One sample in LLaVA's layout."""
-    seen = {
+    """Return one sample in LLaVA's format."""
+    media_of = {
         "image": {"image": f"{rng.choice(('square', 'wide'))}{rng.randrange(3)}.png"},
         "video": {"video": f"clip{rng.randrange(3)}.mp4"},
         "text": {},
     }
-    media = seen["image"] | seen["video"] if kind == "both" else seen[kind]
+    media = media_of["image"] | media_of["video"] if kind == "both" else media_of[kind]
     marks = "".join(f"<{key}>\n" for key in media)
     question, answer = (" ".join(rng.choices(WORDS, k=k)) for k in (rng.randint(3, 30), rng.choice(ANSWERS)))
     turns = [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
@@ -49,7 +55,7 @@ def row(rng: random.Random, name: str, kind: str) -> dict[str, Any]:
 
 
 def write_mixed(folder: Path) -> Path:
-    """40 samples, ten of each kind, with questions and answers of all lengths."""
+    """Write 40 samples, ten of each kind, with questions and answers of different lengths."""
     rng = random.Random(0)
     write_media(folder)
     path = folder / "mixed.json"
@@ -58,12 +64,14 @@ def write_mixed(folder: Path) -> Path:
 
 
 def write_combinations(folder: Path) -> Path:
-    """Samples of which two processes with one each meet every pair of kinds, in the first 16 steps of seed 0; and a
-    single one more, with which a process would be without a sample."""
+    """Write samples so that two processes with one sample each get every pair of kinds in the first 16 steps of seed 0.
+
+    One more sample makes a last step in which one process would have no sample.
+    """
     rng = random.Random(1)
-    wanted = [kind for pair in ((a, b) for a in KINDS for b in KINDS) for kind in pair] + ["video"]
-    rows: list[Any] = [None] * len(wanted)
-    for place, kind in zip(epoch_order(len(wanted), seed=0, epoch=0), wanted, strict=True):
+    kinds = [kind for pair in ((a, b) for a in KINDS for b in KINDS) for kind in pair] + ["video"]
+    rows: list[Any] = [None] * len(kinds)
+    for place, kind in zip(epoch_order(len(kinds), seed=0, epoch=0), kinds, strict=True):
         rows[place] = row(rng, str(place), kind)
     path = folder / "combinations.json"
     path.write_text(json.dumps(rows))
@@ -71,12 +79,84 @@ def write_combinations(folder: Path) -> Path:
 
 
 def deepspeed_file(folder: Path, name: str, stage: int, **settings: Any) -> Path:
-    """The shipped DeepSpeed config of the stage, with other settings; stage 0 has none."""
+    """Write the shipped DeepSpeed config of a stage with other settings; stage 0 uses the config of stage 1."""
     tree = json.loads((ROOT / f"configs/deepspeed/zero{stage or 1}.json").read_text())
     tree["zero_optimization"] |= {"stage": stage} | settings
     path = folder / f"{name}.json"
     path.write_text(json.dumps(tree))
     return path
+
+
+class TwoProcesses:
+    """Two processes under torchrun that run one case after another (tests/grid_worker.py)."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mmdora-processes-"))
+        self.number = 0
+        arguments = ["-m", "tests.grid_worker", str(self.folder), str(os.getpid())]
+        with (self.folder / "output.txt").open("w") as output:
+            self.process = subprocess.Popen(
+                [*torchrun(), *arguments],
+                cwd=ROOT,
+                env=launch_environment(self.folder),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def run(self, case: Case) -> tuple[str, str]:
+        """Run a case; return its outcome ("ok" or the errors) and what it printed.
+
+        Raises:
+            AssertionError: the processes ended, e.g. because the case took too long.
+        """
+        before = len(self.output())
+        done = self.folder / f"{self.number}.done"
+        self._send(asdict(case))
+        while not done.exists():
+            assert self.process.poll() is None, f"{case.arguments} ended the processes:\n{self.output()[-6000:]}"
+            time.sleep(0.02)
+        return done.read_text(), self.output()[before:]
+
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self._send(None)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self, content: dict[str, Any] | None) -> None:
+        file = self.folder / f"{self.number}.json"
+        file.with_suffix(".new").write_text(json.dumps(content))
+        file.with_suffix(".new").rename(file)
+        self.number += 1
+
+
+@cache
+def _start_two_processes(attempt: int) -> TwoProcesses:
+    processes = TwoProcesses()
+    atexit.register(processes.close)
+    return processes
+
+
+def two_processes() -> TwoProcesses:
+    """Return the test session's two processes; start new ones if the last case ended them."""
+    attempt = 0
+    while (processes := _start_two_processes(attempt)).process.poll() is not None:
+        attempt += 1
+    return processes
+
+
+def run_in_two_processes(arguments: list[str], output: Path, plugins: Path | None = None) -> str:
+    """Run `mmdora train ARGUMENTS` in two processes; return what it printed. Raises AssertionError if it fails."""
+    case = Case(str(output), arguments, plugins=None if plugins is None else str(plugins))
+    outcome, printed = two_processes().run(case)
+    assert outcome == "ok", outcome + printed[-3000:]
+    return printed
 
 
 @dataclass
@@ -86,6 +166,7 @@ class Grid:
     folder: Path
     settings: list[str]  # of all runs
     pending: list[Case] = field(default_factory=list)
+    outcomes: dict[str, str] = field(default_factory=dict)  # by name
 
     def add(self, name: str, *settings: str, record: bool = True) -> None:
         output = self.folder / name
@@ -93,19 +174,18 @@ class Grid:
         self.pending.append(Case(str(output), arguments, record))
 
     def run(self, processes: int) -> None:
-        """All that were added, in one launch. Raises AssertionError with the end of the output where that dies."""
+        """Run all cases that were added: in this process, or in the session's two processes."""
         cases, self.pending = self.pending, []
-        plan = self.folder / f"plan{processes}.json"
-        plan.write_text(json.dumps([asdict(case) for case in cases]))
-        torchrun = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m"]
-        command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "tests.grid_worker", str(plan)]
-        done = launch(command, self.folder, 60 + LIMIT * len(cases))
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-6000:]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for case in cases:
+            outcome = grid_worker.run(case) if processes == 1 else two_processes().run(case)[0]
+            self.outcomes[Path(case.output).name] = outcome
+        torch.set_num_threads(threads)
 
     def metrics(self, name: str, key: str) -> list[float]:
-        outcome = self.folder / name / "done"
-        assert outcome.exists(), f"{name} was not finished"
-        assert outcome.read_text() == "ok"
+        """Return a figure of every step. Raises AssertionError if the run failed."""
+        assert self.outcomes[name] == "ok", self.outcomes[name]
         return [json.loads(line)[key] for line in (self.folder / name / "metrics.jsonl").open()]
 
     def adapter(self, name: str) -> dict[str, Tensor]:
@@ -119,25 +199,28 @@ class Grid:
         return {line["id"]: line["response"] for line in map(json.loads, lines)}
 
     def largest_difference(self, name: str, reference: str, steps: int | None = None) -> float:
-        """Of two runs' losses, relative."""
+        """Return the largest relative difference between two runs' losses."""
         ours, theirs = (self.metrics(run, "loss")[:steps] for run in (name, reference))
         assert len(ours) == len(theirs) > 0
         return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
 
     def check_gradients(self, name: str, reference: str, steps: int | None = None) -> None:
-        """Every trained parameter has one at every step, and it is the reference's."""
+        """Check that every trained parameter has the gradient of the reference at every step."""
         ours, theirs = (self.gradients(run)[:steps] for run in (name, reference))
         assert len(ours) == len(theirs) > 0
-        for step, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
-            assert mine.keys() == expected.keys(), (step, mine.keys() ^ expected.keys())
+        for step, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+            assert actual.keys() == expected.keys(), (step, actual.keys() ^ expected.keys())
             total = torch.stack([g.norm() for g in expected.values()]).norm()
             for key, gradient in expected.items():
-                error = (mine[key] - gradient).norm()
+                error = (actual[key] - gradient).norm()
                 assert error <= 1e-3 * (gradient.norm() + 1e-3 * total), (name, step, key, float(error))
 
     def check_adapter(self, name: str, reference: str, tolerance: float = 1e-3) -> None:
-        """The same tensors, close by norm: where a gradient is all but zero, Adam's first steps are as large as any,
-        and go by its rounding."""
+        """Check that two runs saved the same tensors up to a tolerance on each tensor's norm.
+
+        Single elements may differ more: if a gradient is almost zero, rounding decides Adam's first steps, and these
+        are as large as any.
+        """
         ours, theirs = self.adapter(name), self.adapter(reference)
         assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
         for key, tensor in theirs.items():
@@ -146,18 +229,27 @@ class Grid:
 
 
 def launch(command: list[str], folder: Path, limit: float) -> subprocess.CompletedProcess[str]:
-    """Run with compilers hidden, so that anything which wants one fails here; killed after `limit` seconds."""
+    """Run a command without compilers on the path; it is killed after `limit` seconds."""
+    environment = launch_environment(folder)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+
+
+def launch_environment(folder: Path) -> dict[str, str]:
+    """Return an environment that hides compilers, so that anything that needs one fails."""
     hidden = folder / "bin"
     hidden.mkdir(exist_ok=True)
     for tool in ("gcc", "g++", "cc", "c++", "ninja", "nvcc"):
         (hidden / tool).write_text("#!/bin/sh\nexit 1\n")
         (hidden / tool).chmod(0o755)
     venv = str(Path(sys.executable).parent)
-    # A test before this one may have been a world of its own, in this process, and listens at its port.
-    own = {name: value for name, value in os.environ.items() if name not in WORLD}
+    # An earlier test may have used DeepSpeed in this process, which sets the variables of a launcher.
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment = {**own, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    return environment | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+
+
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
 
 
 def free_port() -> str:

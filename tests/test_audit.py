@@ -39,7 +39,7 @@ def test_what_never_moves_beside_others_is_an_error():
         move(net.text[0])
         move(net.text[2])
         if step == 3:
-            with pytest.raises(RunError, match=r"2 trainable parameters of parts.text did not move.*text.1.weight"):
+            with pytest.raises(RunError, match=r"2 trainable parameters of parts.text did not change.*text.1.weight"):
                 audit.check(step)
         else:
             audit.check(step)
@@ -51,13 +51,13 @@ def test_a_part_is_watched_from_the_step_that_first_moves_it():
     for step in range(1, 9):
         move(net.text)
         audit.check(step)
-    assert audit.idle == ["vision"]
+    assert audit.unchanged_parts == ["vision"]
     with torch.no_grad():
         net.vision.weight += 1
     for step in (9, 10):
         audit.check(step)
-    assert audit.idle == []
-    with pytest.raises(RunError, match=r"parts.vision did not move in 3 steps.*vision.bias"):
+    assert audit.unchanged_parts == []
+    with pytest.raises(RunError, match=r"parts.vision did not change in 3 steps.*vision.bias"):
         audit.check(11)
 
 
@@ -73,4 +73,4 @@ def test_a_run_whose_first_steps_see_no_picture(tmp_path, world, caplog):
     with caplog.at_level(logging.WARNING):
         output = f"training.output={tmp_path / 'run'}"
         assert command("train", "quickstart", f"data.train=[{tmp_path / 'data.json'}]", output, *arguments) == 0
-    assert "parts.vision learnt nothing" in caplog.text
+    assert "parts.vision was not trained" in caplog.text

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: exact, without a trace in the training, the same on any number of processes."""
+"""Evaluation during training: exact, without an effect on training, the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from data_pipelines.dataset import read_source
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import SampleError
 from mmdora.adapters.save_load import load_adapter
-from mmdora.apps.during_training import Evaluator
+from mmdora.apps import during_training
 from mmdora.apps.load_target import load_target
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
@@ -32,10 +32,9 @@ from mmdora.core.resuming import check_resumable
 from mmdora.training.callbacks import RunLog
 from mmdora.training.reporting import MetricsFile, curves
 from mmdora.training.signals import StopOnSigterm
-from mmdora.training.validation import batches_of, evaluating, validation_loss
-from tests.grid import launch
+from mmdora.training.validation import evaluating, rank_batches, validation_loss
+from tests.grid import run_in_two_processes
 from tests.test_runs import command, small
-from tests.test_zero import torchrun
 
 PLUGIN = """
 import logging, warnings
@@ -46,15 +45,15 @@ logging.getLogger("transformers.models").warning("a note of all processes")
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory) -> Path:
-    """Samples without a picture, samples with one, one whose picture is missing, and one more: 9, in batches of 4."""
+    """Nine samples, for batches of 4: four without an image, four with one (one file is missing), one without."""
     folder = tmp_path_factory.mktemp("held_out")
     rows = []
     for i in range(9):
         answer = ("red", "a blue square", "two", "left of it")[i % 4]
-        said = [{"from": "human", "value": f"What is number {i}?"}, {"from": "gpt", "value": answer}]
-        row = {"id": f"row-{i}", "conversations": said}
+        turns = [{"from": "human", "value": f"What is number {i}?"}, {"from": "gpt", "value": answer}]
+        row = {"id": f"row-{i}", "conversations": turns}
         if 4 <= i < 8:
-            said[0]["value"] = f"<image>\n{said[0]['value']}"
+            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
             row["image"] = f"{i}.png"
             if i != 6:
                 Image.new("RGB", (48, 48), (40 * i % 256, 20 * i, 255 - 20 * i)).save(folder / f"{i}.png")
@@ -63,8 +62,8 @@ def held_out(tmp_path_factory) -> Path:
     return folder / "held_out.json"
 
 
-def watched(world: Path, output: Path, held_out: Path) -> list[str]:
-    """A small run that is evaluated after its second and its fourth step."""
+def evaluated(world: Path, output: Path, held_out: Path) -> list[str]:
+    """The arguments of a small run that is evaluated after its second and its fourth step."""
     counting = f"name: counting, benchmark: vqa, data: {world}/counting_held_out.json, format: shapes"
     return [
         *small(world, output),
@@ -79,8 +78,8 @@ def watched(world: Path, output: Path, held_out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(world, held_out, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "watched"
-    assert command("train", *watched(world, output, held_out)) == 0
+    output = tmp_path_factory.mktemp("runs") / "evaluated"
+    assert command("train", *evaluated(world, output, held_out)) == 0
     return output
 
 
@@ -96,15 +95,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_every_sample_is_in_one_batch_of_one_process():
+def test_every_held_out_sample_is_in_one_batch_of_one_process():
     for samples, size, world in [(9, 4, 2), (8, 4, 2), (1, 4, 3), (7, 1, 2), (5, 8, 1)]:
-        shares = [batches_of(samples, size, rank, world) for rank in range(world)]
+        shares = [rank_batches(samples, size, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         assert sorted(i for share in shares for batch in share for i in batch) == list(range(samples))
 
 
 def test_the_loss_is_the_mean_over_all_supervised_tokens(run, held_out):
-    """As sample by sample, with the adapter of the last step; the sample without its picture is in the ledger."""
+    """It equals the mean computed sample by sample. The sample without its image is in skipped.jsonl."""
     loaded = load_target(str(run))
     encoder, total, tokens = Encoder(loaded.processor, loaded.video), 0.0, 0
     source = read_source(load_config("quickstart", [f"data.train=[{held_out}]"]).data.train[0])
@@ -132,21 +131,21 @@ def test_benchmarks_are_scored_during_training(run):
         assert report["n"] == 5
         assert report["scores"]["official"]["value"] == line["eval"]["counting"]
         assert report["receipt"]["adapter"] == f"step {line['step']}"
-    # The last evaluation saw the model that was saved: the same answers as when it is loaded.
+    # The last evaluation used the model that was saved: it gives the same answers when it is loaded.
     answers = [(run / "eval" / where / "scores.jsonl").read_text() for where in ("during/step-4/counting", "counting")]
     assert answers[0] == answers[1]
     assert "during" not in {p.name for p in (run / "eval" / "counting").iterdir()}
 
 
 def test_the_best_adapter_is_kept(run, tiny):
-    evaluated = {line["step"]: line["eval"]["loss"] for line in lines_of(run) if "eval" in line}
+    losses = {line["step"]: line["eval"]["loss"] for line in lines_of(run) if "eval" in line}
     best = json.loads((run / "best" / "best.json").read_text())
-    assert best == {"step": min(evaluated, key=evaluated.get), "metric": "loss", "value": min(evaluated.values())}
+    assert best == {"step": min(losses, key=losses.get), "metric": "loss", "value": min(losses.values())}
     load_adapter(tiny[0], run / "best" / "adapter")
     assert same(adapter_of(run, "best/adapter"), adapter_of(run)) == (best["step"] == 4)
 
 
-def test_training_does_not_know_that_it_was_evaluated(run, world, tmp_path):
+def test_evaluation_does_not_change_training(run, world, tmp_path):
     assert command("train", *small(world, tmp_path / "alone"), "evaluation=[]", "training.ema=0.5") == 0
     assert same(adapter_of(tmp_path / "alone"), adapter_of(run))
     losses = [[line["loss"] for line in lines_of(r) if "loss" in line] for r in (run, tmp_path / "alone")]
@@ -157,15 +156,16 @@ def test_a_runs_own_config_gives_the_same_adapter(run, tmp_path):
     assert command("train", str(run / "config.yaml"), f"training.output={tmp_path / 'again'}") == 0
     assert same(adapter_of(tmp_path / "again"), adapter_of(run))
     assert same(adapter_of(tmp_path / "again", "best/adapter"), adapter_of(run, "best/adapter"))
-    evaluated = [[line["eval"]["loss"] for line in lines_of(r) if "eval" in line] for r in (run, tmp_path / "again")]
-    assert evaluated[0] == evaluated[1]
+    losses = [[line["eval"]["loss"] for line in lines_of(r) if "eval" in line] for r in (run, tmp_path / "again")]
+    assert losses[0] == losses[1]
 
 
 def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path, monkeypatch):
-    """As if the model got worse after the second step; gone on with from there, the run knows that it was the best."""
-    monkeypatch.setattr(Evaluator, "loss", lambda _, trainer: {"loss": {2: 1.0, 4: 2.0}[trainer.state.global_step]})
+    """The loss rises after the second step. Resumed from there, the run still knows its best adapter."""
+    losses = {2: 1.0, 4: 2.0}
+    monkeypatch.setattr(during_training, "validation_loss", lambda trainer, *_: (losses[trainer.state.global_step], 9))
     output = tmp_path / "run"
-    settings = [*watched(world, output, held_out), "evaluation=[]"]
+    settings = [*evaluated(world, output, held_out), "evaluation=[]"]
     assert command("train", *settings) == 0
     lines, best = lines_of(output), adapter_of(output, "best/adapter")
     assert json.loads((output / "best" / "best.json").read_text()) == {"step": 2, "metric": "loss", "value": 1.0}
@@ -173,24 +173,24 @@ def test_a_resumed_run_keeps_its_best_so_far(world, held_out, tmp_path, monkeypa
     for name in ("adapter", "checkpoints/checkpoint-4"):
         shutil.rmtree(output / name)
     with (output / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # torn by a kill
+        file.write('{"step": 5, "lo')  # as a killed process leaves it
     assert command("train", *settings, "--resume") == 0
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 2
     assert same(best, adapter_of(output, "best/adapter"))
-    timeless = [
-        [(line["step"], line.get("loss"), line.get("eval", {}).get("loss")) for line in found]
-        for found in (lines, lines_of(output))
+    without_times = [
+        [(line["step"], line.get("loss"), line.get("eval", {}).get("loss")) for line in metrics]
+        for metrics in (lines, lines_of(output))
     ]
-    assert timeless[0] == timeless[1]  # what came after the checkpoint stands there once
+    assert without_times[0] == without_times[1]  # steps after the checkpoint are listed once
 
 
 @pytest.mark.parametrize(
     ("best", "changed"), [("loss", "data.validation.0.take"), ("counting", "evaluation.0.limit"), ("loss", None)]
 )
-def test_the_best_so_far_is_of_the_same_data(world, held_out, best, changed):
-    arguments = [*watched(world, Path("run"), held_out), f"training.best={best}"]
+def test_resuming_with_other_held_out_data_is_an_error_if_it_selects_the_best(world, held_out, best, changed):
+    arguments = [*evaluated(world, Path("run"), held_out), f"training.best={best}"]
     begun = load_config(arguments[0], arguments[1:])
-    if changed is None:  # no model is chosen by it
+    if changed is None:  # this entry does not select the best adapter
         return check_resumable(begun, load_config(arguments[0], [*arguments[1:], "evaluation.0.limit=3"]), Path("run"))
     value = "first:3" if "take" in changed else "3"
     with pytest.raises(UserError, match=changed):
@@ -198,18 +198,25 @@ def test_the_best_so_far_is_of_the_same_data(world, held_out, best, changed):
     return None
 
 
-def test_of_a_benchmark_the_highest_score_is_the_best(world, held_out, tmp_path, monkeypatch):
+def test_the_highest_score_of_a_benchmark_is_the_best(world, held_out, tmp_path, monkeypatch):
     scores = {1: 50.0, 2: 75.0, 3: 75.0, 4: 25.0}
-    monkeypatch.setattr(Evaluator, "loss", lambda *_: {"loss": float("nan")})
-    monkeypatch.setattr(Evaluator, "scores", lambda _, trainer: {"counting": scores[trainer.state.global_step]})
-    settings = [*watched(world, tmp_path / "run", held_out), "training.evaluate_every=1", "evaluation.0.limit=1"]
+    evaluate = during_training.evaluate
+
+    def scripted(model, encoder, entry, questions, folder, *args, **kwargs):
+        report = evaluate(model, encoder, entry, questions, folder, *args, **kwargs)
+        report["scores"]["official"]["value"] = scores[int(folder.parent.name.removeprefix("step-"))]
+        return report
+
+    monkeypatch.setattr(during_training, "evaluate", scripted)
+    monkeypatch.setattr(during_training, "validation_loss", lambda *_: (math.nan, 9))
+    settings = [*evaluated(world, tmp_path / "run", held_out), "training.evaluate_every=1", "evaluation.0.limit=1"]
     assert command("train", *settings, "training.best=counting") == 0
     best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     assert best == {"step": 2, "metric": "counting", "value": 75.0}
 
 
-def test_a_part_in_full_learns_in_fp32_beside_a_half_precision_base(world, tmp_path):
-    """Steps too small for bfloat16's eight bits add up; and the model answers while it trains."""
+def test_a_full_part_is_trained_in_fp32_beside_a_half_precision_base(world, tmp_path):
+    """Updates too small for bfloat16's eight bits add up. The model can be evaluated meanwhile."""
     output = tmp_path / "run"
     rates = [f"parts.{part}.learning_rate=1e-6" for part in ("vision", "projector", "language")]
     settings = [*small(world, output), "model.dtype=bfloat16", "training.evaluate_every=4", "evaluation.0.during=true"]
@@ -222,7 +229,7 @@ def test_a_part_in_full_learns_in_fp32_beside_a_half_precision_base(world, tmp_p
 
 
 class Interrupted(Dataset):
-    """Its worker gets SIGTERM, as all of a process group do."""
+    """Its worker gets SIGTERM, like every process of a process group."""
 
     def __len__(self) -> int:
         return 2
@@ -232,11 +239,9 @@ class Interrupted(Dataset):
         return {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.zeros(1, 3, dtype=torch.long)}
 
 
-def test_the_loss_is_found_though_sigterm_came():
+def test_sigterm_to_a_worker_does_not_interrupt_the_evaluation():
     args = SimpleNamespace(
         per_device_train_batch_size=1,
-        process_index=0,
-        world_size=1,
         dataloader_num_workers=1,
         dataloader_pin_memory=False,
         device=torch.device("cpu"),
@@ -259,16 +264,16 @@ def test_sigterm_in_an_evaluation_ends_the_run_after_it():
     assert control.should_save
 
 
-def test_figures_that_are_no_numbers_are_null(tmp_path):
-    told = SimpleNamespace(reports=MetricsFile(tmp_path / "metrics.jsonl"))
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    log = SimpleNamespace(reports=MetricsFile(tmp_path / "metrics.jsonl"))
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
-    RunLog.on_evaluate(told, None, state, None, {"loss": math.nan, "counting": 50.0})
+    RunLog.on_evaluate(log, None, state, None, {"loss": math.nan, "counting": 50.0})
     (line,) = lines_of(tmp_path)
     assert line == {"step": 3, "eval": {"loss": None, "counting": 50.0}}
     assert curves(line) == {"eval/counting": 50.0}
 
 
-def test_evaluating_leaves_no_trace(tiny):
+def test_evaluating_restores_modes_and_random_states(tiny):
     model, _ = tiny
     model.train()
     model.model.vision_tower.eval()
@@ -309,12 +314,12 @@ def test_evaluating_leaves_no_trace(tiny):
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_at_once(overrides, message):
+def test_evaluation_settings_that_contradict_are_errors(overrides, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", overrides)
 
 
-def test_held_out_files_that_are_not_there_are_told_before_anything_is_loaded(world, tmp_path, capsys):
+def test_missing_held_out_files_are_reported_before_anything_is_loaded(world, tmp_path, capsys):
     settings = [*small(world, tmp_path / "run"), "data.validation=[{path: gone.json, media: nowhere, format: lava}]"]
     assert command("train", *settings, "training.evaluate_every=2") == 2
     error = capsys.readouterr().err
@@ -323,36 +328,34 @@ def test_held_out_files_that_are_not_there_are_told_before_anything_is_loaded(wo
     assert "data.validation.0.format" in error
 
 
-def test_two_processes_under_zero3_evaluate_what_one_does(run, world, held_out, tmp_path, monkeypatch):
-    """Batches with and without pictures side by side, a process that has none left, odd numbers of questions: the same
-    losses and answers; and each process has its log."""
+def test_two_processes_under_zero3_evaluate_like_one(run, world, held_out, tmp_path):
+    """Batches with and without images at once, a process without a batch, odd numbers of questions: the losses and
+    answers are the same. Each process has its log."""
     (tmp_path / "a_plugin.py").write_text(PLUGIN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     output = tmp_path / "two"
-    settings = [*watched(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
-    asked = ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
-    done = launch([*torchrun(), "train.py", *settings, *asked], tmp_path, limit=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    settings = [*evaluated(world, output, held_out), "training.deepspeed=zero3", "plugins=[a_plugin]"]
+    settings += ["evaluation.0.before=true", "evaluation.0.batch_size=1"]
+    printed = run_in_two_processes(settings, output, plugins=tmp_path)
     ours, theirs = lines_of(output), lines_of(run)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 2, 3, 4, 4]
-    for mine, other in zip(ours, theirs, strict=True):
-        if "eval" in mine:
-            assert mine["eval"]["loss"] == pytest.approx(other["eval"]["loss"], rel=1e-4)
-            assert mine["eval"]["counting"] == other["eval"]["counting"]
+    for actual, expected in zip(ours, theirs, strict=True):
+        if "eval" in actual:
+            assert actual["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=1e-4)
+            assert actual["eval"]["counting"] == expected["eval"]["counting"]
             continue
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert mine["learning_rates"] == pytest.approx(other["learning_rates"])
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert actual["learning_rates"] == pytest.approx(expected["learning_rates"])
         for figure in ("tokens", "samples", "frames"):  # of all processes
-            made = [line[f"{figure}_per_second"] * line["seconds"] for line in (mine, other)]
-            assert made[0] == pytest.approx(made[1], rel=0.02)
+            totals = [line[f"{figure}_per_second"] * line["seconds"] for line in (actual, expected)]
+            assert totals[0] == pytest.approx(totals[1], rel=0.02)
     answers = [
         [json.loads(line)["response"] for line in (r / "eval/during/step-4/counting/scores.jsonl").open()]
         for r in (output, run)
     ]
     assert answers[0] == answers[1]
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 4
-    assert done.stderr.count("UserWarning: a warning of all processes") == 1
-    assert "a note of all processes" not in done.stdout + done.stderr
+    assert printed.count("UserWarning: a warning of all processes") == 1
+    assert "a note of all processes" not in printed
     for rank in (0, 1):
         log = (output / "logs" / f"rank-{rank}.log").read_text()
         assert f"process {rank} of 2" in log

@@ -168,16 +168,15 @@ from torch import nn
 import mmdora
 from mmdora.adapters import adapter_layers
 from mmdora.adapters.ops import norm_cache as norms
-from mmdora.training.arguments import _prepare_deepspeed
-from mmdora.core.deepspeed import gathered, read_in_forward
+from mmdora.core.deepspeed import gather_in_forward, gathered, prepare_process
 
-_prepare_deepspeed()
+prepare_process()
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 6))
 mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 4, "alpha": 8}})
 layers = [layer for _, layer in adapter_layers(net)]
 for layer in layers:
-    read_in_forward(layer, layer.adapter_tensors("default").values())
+    gather_in_forward(layer, layer.adapter_tensors("default").values())
 trained = [p for p in net.parameters() if p.requires_grad]
 config = {
     "bf16": {"enabled": True}, "zero_optimization": {"stage": int(sys.argv[1])},

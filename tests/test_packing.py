@@ -1,4 +1,4 @@
-"""Samples packed into rows train as they do apart: equal losses and gradients, and none of them lost."""
+"""Samples packed into rows train like single samples: equal losses and gradients, and none is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.core.config import DataConfig, SourceConfig, VideoConfig
 from mmdora.core.errors import UserError
-from mmdora.training.packing import BOTH_WAYS, EXACT, check_packing, packed_inputs, row_length
+from mmdora.training.packing import (
+    BIDIRECTIONAL,
+    SUPPORTED_FAMILIES,
+    check_packing,
+    packed_inputs,
+    row_length,
+)
 from tests.families import CROPPED, FAMILIES, LLAVA_PROCESSOR, _llava_settings, _llava_words
 from tests.media import write_image, write_video
 from tests.test_families import build, samples  # noqa: F401
@@ -24,8 +30,8 @@ from tests.tiny_parts import text
 Rows = list[dict[str, torch.Tensor]]
 
 
-def loss_of_each(model, rows: Rows) -> torch.Tensor:
-    """The mean over all tokens, each sample by itself."""
+def loss_of_single_samples(model, rows: Rows) -> torch.Tensor:
+    """Return the mean loss over all tokens, with one forward pass per sample."""
     counts = [int((row["labels"][:, 1:] != IGNORED).sum()) for row in rows]
     losses = [model(**row).loss * count for row, count in zip(rows, counts, strict=True)]
     return sum(losses) / sum(counts)
@@ -36,26 +42,26 @@ def check_equal(model, rows: Rows, limit: int, pad: int) -> None:
     assert packed["input_ids"].shape[0] < len(rows)
     trained = [p for p in model.parameters() if p.requires_grad]
     results = []
-    for loss in (loss_of_each(model, rows), model(**packed_inputs(model, packed)).loss):
+    for loss in (loss_of_single_samples(model, rows), model(**packed_inputs(model, packed)).loss):
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         results.append((loss, [g for g in gradients if g is not None]))
-    (apart, theirs), (together, ours) = results
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    (single_loss, single_gradients), (packed_loss, packed_gradients) = results
+    torch.testing.assert_close(packed_loss, single_loss, atol=1e-5, rtol=1e-5)
+    assert len(packed_gradients) == len(single_gradients) > 0
+    for gradient, expected in zip(packed_gradients, single_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_tiny_base_with_pictures_videos_and_text(tiny, tmp_path, attention):
+def test_the_tiny_base_with_images_videos_and_text(tiny, tmp_path, attention):
     model, processor = tiny
     model.set_attn_implementation(attention)
     encoder = Encoder(processor, VideoConfig(num_frames=2))
     wide = Image(write_image(tmp_path / "wide.png", size=(200, 50)))
     square = Image(write_image(tmp_path / "square.png", seed=1))
-    clip = Video(write_video(tmp_path / "clip.mp4", frames=4))
+    video = Video(write_video(tmp_path / "video.mp4", frames=4))
     answer = Message("assistant", (Text("red and blue"),))
-    parts = [(wide, "What?"), ("Text alone?",), (clip, "Which way does it go?"), (square, "And this?"), ("No?",)]
+    parts = [(wide, "What?"), ("Text alone?",), (video, "Which way does it go?"), (square, "And this?"), ("No?",)]
     questions = [tuple(Text(p) if isinstance(p, str) else p for p in part) for part in parts]
     rows = [encoder.encode(Sample("s", (Message("user", q), answer), "t")) for q in questions]
     longest = max(row["input_ids"].shape[1] for row in rows)
@@ -64,8 +70,8 @@ def test_the_tiny_base_with_pictures_videos_and_text(tiny, tmp_path, attention):
     check_packing(model.config)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name in EXACT])
-def test_every_family_that_is_not_refused(name, samples):  # noqa: F811
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in SUPPORTED_FAMILIES])
+def test_every_supported_family(name, samples):  # noqa: F811
     model, processor = build(name)
     check_packing(model.config)
     encoder = Encoder(processor, VideoConfig(num_frames=4))
@@ -85,7 +91,7 @@ LANGUAGE = {
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_language_models_also_with_sliding_windows(name, samples):  # noqa: F811
+def test_supported_language_models_with_sliding_windows(name, samples):  # noqa: F811
     torch.manual_seed(0)
     words = _llava_words()
     settings = _llava_settings(words, text_config=text(words, name, **LANGUAGE[name]))
@@ -97,25 +103,25 @@ def test_language_models_also_with_sliding_windows(name, samples):  # noqa: F811
     check_equal(model, rows, 400, words.pad_token_id)
 
 
-@pytest.mark.parametrize("name", BOTH_WAYS)
-def test_families_that_attend_in_both_directions_are_refused(name):
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_packing_a_bidirectional_family_is_an_error(name):
     model, _ = build(name)
     with pytest.raises(UserError, match=rf"data\.packing: {name} attends in both directions.*data\.packing=false"):
         check_packing(model.config)
 
 
-def test_what_has_not_been_shown_is_refused(tiny, monkeypatch):
+def test_packing_an_unsupported_family_is_an_error(tiny, monkeypatch):
     model, _ = tiny
     monkeypatch.setattr(model.config.get_text_config(), "model_type", "opt")
-    with pytest.raises(UserError, match=r"data\.packing: opt has not been shown"):
+    with pytest.raises(UserError, match=r"data\.packing: opt has not been tested"):
         check_packing(model.config)
     monkeypatch.setattr(model.config, "model_type", "unheard_of")
-    with pytest.raises(UserError, match=r"data\.packing: unheard_of has not been shown"):
+    with pytest.raises(UserError, match=r"data\.packing: unheard_of has not been tested"):
         check_packing(model.config)
 
 
-def test_a_sample_sees_nothing_of_its_neighbour(tiny):
-    """And would, were the batch not told apart: the test can fail."""
+def test_a_sample_does_not_attend_to_its_neighbour(tiny):
+    """With `use_cache` the mask is not split and it would: this shows that the test can fail."""
     model, processor = tiny
     encoder = Encoder(processor)
     rows = [
@@ -136,41 +142,41 @@ def test_a_sample_sees_nothing_of_its_neighbour(tiny):
     assert not torch.equal(logits[0][1], logits[1][1])
 
 
-def test_rows_are_padded_and_media_stand_in_the_order_of_their_samples(tiny, tmp_path):
+def test_rows_are_padded_and_media_follow_the_order_of_their_samples(tiny, tmp_path):
     encoder = Encoder(tiny[1])
-    pictures = [Image(write_image(tmp_path / f"{seed}.png", seed, size=(16, 16))) for seed in range(3)]
-    words = ("One?", "Two? " * 20, "Three, is it?")
+    images = [Image(write_image(tmp_path / f"{seed}.png", seed, size=(16, 16))) for seed in range(3)]
+    questions = ("One?", "Two? " * 20, "Three, is it?")
     answer = Message("assistant", (Text("yes"),))
-    said = zip(pictures, words, strict=True)
-    rows = [encoder.encode(Sample("s", (Message("user", (p, Text(w))), answer), "t")) for p, w in said]
+    pairs = zip(images, questions, strict=True)
+    rows = [encoder.encode(Sample("s", (Message("user", (image, Text(q))), answer), "t")) for image, q in pairs]
     lengths = [row["input_ids"].shape[1] for row in rows]
     batch = Collator(7, pack=max(lengths))(rows)
-    assert batch["input_ids"].shape == (2, max(lengths))  # the longest, and the others in the order of their lengths
+    assert batch["input_ids"].shape == (2, max(lengths))  # the longest one; then the others, ordered by length
     assert torch.equal(batch["pixel_values"], torch.cat([rows[place]["pixel_values"] for place in (1, 2, 0)]))
     used = lengths[0] + lengths[2]
     assert batch["position_ids"][1].tolist() == [
         *range(lengths[2]),
         *range(lengths[0]),
-        *range(max(lengths) - used),  # padding stands alone too
+        *range(max(lengths) - used),  # padding is a sequence of its own
     ]
     assert (batch["input_ids"][1, used:] == 7).all()
     assert (batch["labels"][1, used:] == IGNORED).all()
 
 
 def test_the_first_token_of_a_sample_is_never_a_label(tiny):
-    """In a packed row the sample before it would be asked for it."""
+    """In a packed row it would be predicted from the sample before it."""
     processor = tiny[1]
     processor.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content[0].text }}{{ eos_token }}"
         "{% endgeneration %}{% else %}{{ m.content[0].text }}{% endif %}{% endfor %}"
     )
     row = Encoder(processor).encode(Sample("s", (Message("assistant", (Text("yes it is"),)),), "t"))
-    said = row["labels"][0] != IGNORED
+    supervised = row["labels"][0] != IGNORED
     assert row["input_ids"][0, 0] != processor.tokenizer.bos_token_id
-    assert said.tolist() == [False] + [True] * (len(said) - 1)
+    assert supervised.tolist() == [False] + [True] * (len(supervised) - 1)
 
 
-def test_flash_attention_gets_one_row(tiny):
+def test_flash_attention_gets_a_single_row(tiny):
     model, _ = tiny
     data = DataConfig(train=[SourceConfig(path="x")], max_length=100, packing=True)
     assert row_length(model, data) == 100
@@ -179,11 +185,11 @@ def test_flash_attention_gets_one_row(tiny):
     assert row_length(model, data) > 10**9
 
 
-def test_a_run_learns_the_same_packed(world, tmp_path):
+def test_a_packed_run_has_the_losses_of_an_unpacked_one(world, tmp_path):
     losses = []
-    for name, packing in (("apart", "false"), ("packed", "true")):
+    for name, packing in (("padded", "false"), ("packed", "true")):
         overrides = ["evaluation=[]", "training.save_every=null", "data.max_length=900", f"data.packing={packing}"]
-        assert command("train", *small(world, tmp_path / name, steps=3), *overrides) == 0
+        assert command("train", *small(world, tmp_path / name, steps=2), *overrides) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-4, rtol=1e-4)

@@ -20,8 +20,8 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.core.config_files import load_config
 from mmdora.core.logs import logged
-from mmdora.training.flops import peak_flops, work_of
-from mmdora.training.metrics import Counts, Meter
+from mmdora.training.flops import flop_costs, peak_flops
+from mmdora.training.metrics import BatchCounts, ThroughputMeter
 from mmdora.training.progress import TrainingDisplay
 from mmdora.training.reporting import MetricsFile, curves
 from tests.conftest import ROOT
@@ -59,7 +59,7 @@ def rows(encoder: Encoder, folder: Path) -> list[dict[str, torch.Tensor]]:
 def test_padding_and_fillers_do_not_count(tiny, tmp_path, pack):
     _, processor = tiny
     encoder = Encoder(processor)
-    samples, counts = rows(encoder, tmp_path), Counts()
+    samples, counts = rows(encoder, tmp_path), BatchCounts()
     fillers = encoder.fillers([Image, Video])
     collate = Collator(processor.tokenizer.pad_token_id, fillers=fillers, pack=pack)
     counts.add(collate(samples), fillers)  # a filler for videos
@@ -78,7 +78,7 @@ def test_frames_of_patches_are_told_from_their_grid():
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     batch |= {"pixel_values": torch.zeros(32, 1176), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
     batch |= {"pixel_values_videos": torch.zeros(48, 1176), "video_grid_thw": torch.tensor([[3, 4, 4]])}
-    counts = Counts()
+    counts = BatchCounts()
     counts.add(batch, {})
     assert counts.frames == 2 + 6  # a clip's frames go in pairs
 
@@ -100,18 +100,18 @@ def test_a_devices_peak_is_known_by_its_name(name, tera):
 
 def test_an_unknown_device_has_no_utilization(tiny):
     assert peak_flops("GeForce 256") is None
-    meter = Meter(torch.device("cpu"), work_of(tiny[0]))
+    meter = ThroughputMeter(torch.device("cpu"), flop_costs(tiny[0]))
     assert meter.read()["mfu"] is None
 
 
 def test_utilization_is_the_steps_arithmetic_over_the_peak(tiny, tmp_path):
     model, processor = tiny
-    meter = Meter(torch.device("cpu"), work_of(model))
+    meter = ThroughputMeter(torch.device("cpu"), flop_costs(model))
     meter.peak = 1e9
     meter.count([Collator(0)(rows(Encoder(processor), tmp_path))], {})
     counts = meter.total
     figures = meter.read()
-    flops = meter.work.flops(counts.tokens, counts.squares, counts.pixels)
+    flops = meter.costs.flops(counts.tokens, counts.squares, counts.pixels)
     assert figures["mfu"] == pytest.approx(flops / figures["seconds"] / 1e9, rel=0.05)
 
 
@@ -129,27 +129,27 @@ def test_the_formula_is_about_what_the_model_computes(tiny, tmp_path, parts):
     model, processor = tiny
     mmdora.inject_adapters(model, parts)
     batch = Collator(processor.tokenizer.pad_token_id)(rows(Encoder(processor), tmp_path)[:1])
-    counts = Counts()
+    counts = BatchCounts()
     counts.add(batch, {})
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
-    told = work_of(model).flops(counts.tokens, counts.squares, counts.pixels)
+    told = flop_costs(model).flops(counts.tokens, counts.squares, counts.pixels)
     assert told == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
 def test_a_frozen_model_costs_less_than_one_that_learns(tiny):
     model, _ = tiny
     model.requires_grad_(False)
-    frozen = work_of(model)
+    frozen = flop_costs(model)
     model.requires_grad_(True)
-    full = work_of(model)
+    full = flop_costs(model)
     assert full.per_token == 3 * frozen.per_token
     assert full.per_patch == 3 * frozen.per_patch
     assert full.per_pair == 3 * frozen.per_pair
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    projector = work_of(model)
+    projector = flop_costs(model)
     trained = sum(p.numel() for p in model.model.multi_modal_projector.parameters() if p.dim() == 2)
     assert projector.per_patch == frozen.per_patch  # nothing flows back into the vision encoder
     assert projector.per_token == 2 * frozen.per_token + 2 * trained
@@ -286,7 +286,7 @@ def test_wandb_gets_config_curves_predictions_and_the_adapter(reported):
     assert sum(path.startswith("media/images/") for path in files["run_table"]) >= 1
     (table, *_) = first.rglob("counting_*.table.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == ["step", "question", "answer", "prediction", "score", "picture"]
+    assert table["columns"] == ["step", "question", "answer", "prediction", "score", "image"]
     answers = (reported / "eval" / "during" / "step-2" / "counting" / "scores.jsonl").read_text().splitlines()
     assert table["data"][0][3] in {json.loads(answer)["response"] for answer in answers}
 

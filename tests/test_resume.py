@@ -19,7 +19,7 @@ from data_pipelines.dataset import read_source
 from mmdora.core.atomic import clear_leftovers, damage, write_manifest, written_aside
 from mmdora.core.config import SourceConfig
 from mmdora.core.run_directory import RunDir
-from mmdora.training.checkpoints import rotate, write_pieces
+from mmdora.training.checkpoints import rotate, write_shards
 from tests.conftest import ROOT
 from tests.test_runs import command
 
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(settings, who
     content[-100] ^= 1
     piece.write_bytes(content)
     assert command("train", *settings(run, "data.num_workers=2"), "--resume") == 0  # from the middle of an epoch
-    assert "checkpoint-6 is damaged: optimizer-00000.safetensors is not what was written" in caplog.text
+    assert "checkpoint-6 is damaged: optimizer-00000.safetensors was changed" in caplog.text
     assert "goes on from checkpoint-4" in caplog.text
     check_equal(run, whole)
     for path in (run / "checkpoints").iterdir():
@@ -258,7 +258,7 @@ def test_checkpoints_are_small(whole):
 
 def test_pieces_are_of_bounded_size(tmp_path):
     tensors = {f"exp_avg.{i}": torch.full((1000,), float(i)) for i in range(10)}
-    write_pieces(tmp_path, iter(tensors.items()), most=10_000)
+    write_shards(tmp_path, iter(tensors.items()), max_bytes=10_000)
     files = sorted(tmp_path.iterdir())
     assert [len(load_file(path)) for path in files] == [3, 3, 3, 1]
     found = {name: tensor for path in files for name, tensor in load_file(path).items()}
@@ -297,4 +297,4 @@ def test_folders_are_whole_or_not_there(tmp_path):
     assert (folder / "file").read_text() == "new"
     assert damage(folder) is None
     (folder / "file").write_text("odd")
-    assert damage(folder) == "file is not what was written (its SHA-256 differs)"
+    assert damage(folder) == "file was changed (its SHA-256 differs)"

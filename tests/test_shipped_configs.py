@@ -15,11 +15,19 @@ import mmdora
 from mmdora.adapters.injection import InjectionReport
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path, load_config, shipped_path
+from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.models.architectures import ARCHITECTURES, architecture_of
 from mmdora.planning.activations import Activations, measure
-from mmdora.planning.engine_memory import Memory, Run, deepspeed, half, plain, sizes_of
+from mmdora.planning.engine_memory import (
+    MemoryEstimate,
+    ParallelSetup,
+    cast_parameters,
+    memory_with_deepspeed,
+    memory_without_deepspeed,
+    model_sizes,
+)
 from mmdora.planning.planner import hidden_size, prepare
-from mmdora.training.arguments import micro_batches, read_deepspeed
+from mmdora.training.arguments import micro_batches
 from tests.conftest import ROOT
 from tests.published_sizes import PUBLISHED
 
@@ -90,15 +98,15 @@ def gpus_of(name: str) -> int:
     return int(found[1]) if found else 1
 
 
-def planned(name: str, activations: Activations) -> Memory:
+def planned(name: str, activations: Activations) -> MemoryEstimate:
     """Of one of the GPUs that the config is meant for."""
     config, model, _ = injected(name)
     gpus, engine = gpus_of(name), config.training.deepspeed
-    run = Run(gpus, gpus, config.training.batch_size // (config.training.micro_batch_size * gpus), 2)
-    sizes = sizes_of(model, hidden_size(model))
+    run = ParallelSetup(gpus, gpus, config.training.batch_size // (config.training.micro_batch_size * gpus), 2)
+    sizes = model_sizes(model, hidden_size(model))
     if engine is None:
-        return plain(sizes, run, activations)
-    return deepspeed(sizes, run, activations, engine, read_deepspeed(engine)[1])
+        return memory_without_deepspeed(sizes, run, activations)
+    return memory_with_deepspeed(sizes, run, activations, engine, read_deepspeed_config(engine)[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,7 +139,7 @@ def test_the_activations_that_its_head_tells(name):
     model = build(config.model.path)
     mmdora.inject_adapters(model, config.parts)
     if config.training.deepspeed is not None:
-        half(model, torch.bfloat16)
+        cast_parameters(model, torch.bfloat16)
     prepare(model, config)
     found = re.search(r"about ([\d.]+) GB of activations with checkpointing at ([\d,]+) tokens", head_of(name))
     micro, tokens = config.training.micro_batch_size, int(found[2].replace(",", ""))

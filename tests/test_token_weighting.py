@@ -40,7 +40,7 @@ def trained(
     trainer = AdapterTrainer(
         config, model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=callbacks
     )
-    trainer.bad_steps.worst_loss = math.inf  # some of the tiny models do far worse than a guess
+    trainer.bad_steps.max_loss = math.inf  # some of the tiny models do far worse than guessing
     trainer.train()
     return trainer
 

@@ -38,7 +38,7 @@ def test_one_process_uses_one_gpu(caplog):
     arguments._n_gpu = 4
     use_one_gpu(arguments)
     assert arguments.n_gpu == 1
-    assert "4 GPUs are here, and one is used" in caplog.text
+    assert "using 1 of 4 GPUs" in caplog.text
 
 
 def test_each_part_trains_with_its_own_rate_and_decay(tiny):

@@ -1,5 +1,7 @@
-"""Two real processes on the CPU, with no compiler on the path: DDP and ZeRO train what one process does, and no mix of
-pictures, clips and text stops them. The whole grid is in test_zero_grid.py."""
+"""Two real processes on the CPU without a compiler: DDP and ZeRO train like one process, for any mix of media.
+
+The whole grid is in test_zero_grid.py.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.grid import Grid, deepspeed_file, free_port, launch, write_combinations, write_mixed
+from tests.grid import Grid, deepspeed_file, free_port, launch, torchrun, write_combinations, write_mixed
 from tests.test_runs import command, small
 
-TOKENS = "model.new_tokens=[<left>,<right>]"  # rows whose modules the engine must gather too
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory) -> Grid:
-    """All runs of this file, in two launches."""
-    folder = tmp_path_factory.mktemp("grid")
-    mixed, pairs = write_mixed(folder), write_combinations(folder)
-    stage = {n: f"training.deepspeed={deepspeed_file(folder, f'stage{n}', n)}" for n in (0, 1, 3)}
-    made = Grid(folder, [*COMMON, f"data.train=[{{path: {pairs}, format: llava}}]"])
-    asked = f"benchmark: vqa, data: {mixed}, format: llava, batch_size: 1"
-    questions = f"evaluation=[{{name: five, {asked}, limit: 5, before: true}}, {{name: single, {asked}, limit: 1}}]"
-    batches = [f"data.train=[{{path: {mixed}, format: llava}}]", "training.batch_size=8", "training.max_steps=4"]
-    for name, more in {"pairs": ["training.micro_batch_size=2"], "mixed": [*batches, questions]}.items():
-        made.add(name, *more)
-    made.run(processes=1)
-    made.add("pairs-ddp")
-    made.add("pairs-zero1", stage[1])
-    made.add("pairs-zero3", stage[3])
-    checkpointed = ["training.micro_batch_size=1", "training.gradient_checkpointing=true"]
-    made.add("mixed-zero3", stage[3], *batches, *checkpointed, questions)
-    for n in (0, 1):
-        made.add(f"bf16-zero{n}", stage[n], "model.dtype=bfloat16", "training.max_steps=3", record=False)
-    made.run(processes=2)
-    return made
-
-
+NEW_TOKENS = "model.new_tokens=[<left>,<right>]"  # the engine must gather the modules of their rows too
 COMMON = [
     "data.num_workers=0",
     "data.video.num_frames=2",
@@ -52,11 +27,38 @@ COMMON = [
     "training.save_every=null",
     "evaluation=[]",
 ]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Grid:
+    """All runs that the tests of this file compare."""
+    folder = tmp_path_factory.mktemp("grid")
+    mixed, pairs = write_mixed(folder), write_combinations(folder)
+    stage = {n: f"training.deepspeed={deepspeed_file(folder, f'stage{n}', n)}" for n in (0, 1, 3)}
+    runs = Grid(folder, [*COMMON, f"data.train=[{{path: {pairs}, format: llava}}]"])
+    benchmark = f"benchmark: vqa, data: {mixed}, format: llava, batch_size: 1"
+    evaluation = (
+        f"evaluation=[{{name: five, {benchmark}, limit: 5, before: true}}, {{name: single, {benchmark}, limit: 1}}]"
+    )
+    batches = [f"data.train=[{{path: {mixed}, format: llava}}]", "training.batch_size=8", "training.max_steps=4"]
+    runs.add("pairs", "training.micro_batch_size=2")
+    runs.add("mixed", *batches, evaluation)
+    runs.run(processes=1)
+    runs.add("pairs-ddp")
+    runs.add("pairs-zero1", stage[1])
+    runs.add("pairs-zero3", stage[3])
+    checkpointed = ["training.micro_batch_size=1", "training.gradient_checkpointing=true"]
+    runs.add("mixed-zero3", stage[3], *batches, *checkpointed, evaluation)
+    for n in (0, 1):
+        runs.add(f"bf16-zero{n}", stage[n], "model.dtype=bfloat16", "training.max_steps=3", record=False)
+    runs.run(processes=2)
+    return runs
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero3"])
-def test_every_pair_of_kinds_on_two_processes(grid, engine):
-    """The seventeenth step has one sample for two processes, and repeats another."""
+def test_two_processes_train_every_pair_of_media_kinds_like_one(grid, engine):
+    """The seventeenth step has one sample for two processes, and repeats another one."""
     name = f"pairs-{engine}"
     assert len(grid.metrics(name, "loss")) == 17
     assert grid.largest_difference(name, "pairs", steps=16) <= 1e-4
@@ -64,8 +66,8 @@ def test_every_pair_of_kinds_on_two_processes(grid, engine):
     grid.check_gradients(name, "pairs", steps=16)
 
 
-def test_accumulated_and_checkpointed_in_partitions(grid):
-    """And evaluated where processes have unequally many questions, of other kinds, with answers of other lengths."""
+def test_zero3_with_accumulation_and_checkpointing_trains_and_answers_like_one_process(grid):
+    """The processes have different numbers of questions, with other media and answers of different lengths."""
     assert grid.largest_difference("mixed-zero3", "mixed") <= 1e-4
     grid.check_gradients("mixed-zero3", "mixed")
     grid.check_adapter("mixed-zero3", "mixed")
@@ -75,8 +77,8 @@ def test_accumulated_and_checkpointed_in_partitions(grid):
     assert len({len(answer) for answer in grid.answers("mixed", "five").values()}) > 1
 
 
-def test_half_precision_learns_in_fp32_at_every_stage(grid):
-    """At stage 0 DeepSpeed's own first step has no part in it. What is saved is the fp32 copy, not its rounding."""
+def test_half_precision_trains_fp32_weights_at_every_stage(grid):
+    """The step that DeepSpeed takes itself at stage 0 has no effect. The adapter is the fp32 copy, not its rounding."""
     assert grid.metrics("bf16-zero0", "loss")[:2] == grid.metrics("bf16-zero1", "loss")[:2]
     assert grid.largest_difference("bf16-zero0", "bf16-zero1") <= 2e-3
     for name in ("bf16-zero0", "bf16-zero1"):
@@ -87,14 +89,10 @@ def test_half_precision_learns_in_fp32_at_every_stage(grid):
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory) -> Path:
-    """The shipped quickstart in one process without DeepSpeed."""
+    """A small quickstart in one process without DeepSpeed."""
     output = tmp_path_factory.mktemp("runs") / "alone"
-    assert command("train", *small(world, output), TOKENS) == 0
+    assert command("train", *small(world, output, steps=3), NEW_TOKENS) == 0
     return output
-
-
-def torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
 
 
 def deepspeed() -> list[str]:
@@ -106,13 +104,12 @@ def deepspeed() -> list[str]:
 )
 def test_both_launchers_start_train_py(world, alone, tmp_path, launcher, stage):
     output = tmp_path / stage
-    arguments = [*small(world, output), TOKENS, f"training.deepspeed={stage}"]
+    arguments = [*small(world, output, steps=3), NEW_TOKENS, f"training.deepspeed={stage}"]
     done = launch([*launcher(), "train.py", *arguments], tmp_path, limit=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    runs = Grid(tmp_path, [])
     (tmp_path / "alone").symlink_to(alone)
-    runs.check_adapter(stage, "alone")
+    Grid(tmp_path, []).check_adapter(stage, "alone")
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (output, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    ours = (output / "eval" / "counting" / "scores.jsonl").read_text()
-    assert len(ours.splitlines()) == 6
+    scores = (output / "eval" / "counting" / "scores.jsonl").read_text()
+    assert len(scores.splitlines()) == 6

@@ -1,7 +1,4 @@
-"""The whole grid of DDP and ZeRO stages on two processes, each run against one process on the same samples.
-
-Everything of one kind is in one launch; a case that hangs ends its launch by name (tests/grid_worker.py).
-"""
+"""The whole grid of DDP and ZeRO stages on two processes, each run compared with one process on the same samples."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import pytest
 
 from tests.grid import Grid, deepspeed_file, write_combinations, write_mixed
 from tests.test_families import build
-from tests.test_zero import COMMON, TOKENS
+from tests.test_zero import COMMON, NEW_TOKENS
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,7 +37,7 @@ METHODS = {
     **{m: [EVERYWHERE.format(part(m), part("full"))] for m in ("lora", "dvora", "magnitude")},
     "full": [f"parts={{projector: {part('full')}, language: {part('full')}}}"],
     "embeddings": ["parts={language: {method: dora, rank: 4, targets: [embed_tokens, q_proj]}}"],
-    "new tokens": [TOKENS],
+    "new tokens": [NEW_TOKENS],
     "packing": ["data.packing=true", "data.max_length=700"],
     "the projector alone": [f"parts={{projector: {part('full')}}}"],
 }
@@ -54,17 +51,19 @@ FAMILIES: dict[str, list[str]] = {
 
 
 def new_grid(folder: Path, data: str, settings: list[str]) -> tuple[Grid, dict[str, str]]:
-    """A grid on `mixed` or `combinations`, and what each engine is chosen with."""
+    """Return a grid on the data `mixed` or `combinations`, and the setting that selects each engine."""
     files = {"mixed": write_mixed(folder), "combinations": write_combinations(folder)}
-    made = {f"zero{n}": deepspeed_file(folder, f"stage{n}", n) for n in range(4)}
-    made["zero3-offload"] = deepspeed_file(folder, "offload", 3, **OFFLOAD)
-    engines = {"ddp": "training.deepspeed=null"} | {name: f"training.deepspeed={path}" for name, path in made.items()}
+    configs = {f"zero{n}": deepspeed_file(folder, f"stage{n}", n) for n in range(4)}
+    configs["zero3-offload"] = deepspeed_file(folder, "offload", 3, **OFFLOAD)
+    engines = {"ddp": "training.deepspeed=null"} | {
+        name: f"training.deepspeed={path}" for name, path in configs.items()
+    }
     return Grid(folder, [*COMMON, f"data.train=[{{path: {files[data]}, format: llava}}]", *settings]), engines
 
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory) -> Grid:
-    """20 steps on every engine."""
+    """20 steps with every engine."""
     grid, engines = new_grid(tmp_path_factory.mktemp("curves"), "mixed", TWENTY)
     grid.add("one", "training.micro_batch_size=8")
     grid.run(processes=1)
@@ -77,7 +76,7 @@ def curves(tmp_path_factory) -> Grid:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_curve_everywhere(curves, engine, variant):
+def test_every_engine_has_the_losses_and_gradients_of_one_process(curves, engine, variant):
     name = f"{engine}-{variant}"
     assert curves.largest_difference(name, "one") <= 1e-4
     curves.check_gradients(name, "one")
@@ -96,7 +95,7 @@ def pairs(tmp_path_factory) -> Grid:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_pair_of_kinds(pairs, engine):
+def test_every_pair_of_media_kinds(pairs, engine):
     assert len(pairs.metrics(engine, "loss")) == 17
     assert pairs.largest_difference(engine, "one", steps=16) <= 1e-4
     pairs.check_gradients(engine, "one", steps=16)
@@ -104,7 +103,7 @@ def test_every_pair_of_kinds(pairs, engine):
 
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory) -> Grid:
-    """Other adapters, rows of new tokens and packed rows in partitions."""
+    """Other adapters, new tokens and packed rows under ZeRO-3."""
     grid, engines = new_grid(tmp_path_factory.mktemp("methods"), "combinations", ["training.max_steps=16"])
     for method, settings in METHODS.items():
         grid.add(f"{method}-one", *settings, "training.micro_batch_size=2")
@@ -116,7 +115,7 @@ def methods(tmp_path_factory) -> Grid:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_in_partitions(methods, method):
+def test_every_method_under_zero3(methods, method):
     name, one = f"{method}-zero3", f"{method}-one"
     assert methods.largest_difference(name, one) <= 1e-4
     methods.check_gradients(name, one)
@@ -125,12 +124,12 @@ def test_every_method_in_partitions(methods, method):
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> Grid:
-    """Other ways to see, and experts (of qwen3_vl_moe)."""
+    """Other vision encoders, and experts (qwen3_vl_moe)."""
     folder = tmp_path_factory.mktemp("families")
     grid, engines = new_grid(folder, "combinations", ["training.max_steps=16", "model.path=null"])
     for family in FAMILIES:
         model, processor = build(family)
-        model.get_output_embeddings().weight.data.mul_(0.1)  # far worse than a guess, its steps would not be taken
+        model.get_output_embeddings().weight.data.mul_(0.1)  # otherwise its loss is so high that steps are skipped
         model.save_pretrained(folder / family)
         processor.save_pretrained(folder / family)
     for family, settings in FAMILIES.items():
@@ -155,7 +154,7 @@ def test_other_families(families, family, engine):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Grid:
-    """bfloat16, whose rounding differs with the order of sums: between splits of one batch too."""
+    """bfloat16 rounds differently for different orders of summation, also between splits of one batch."""
     grid, engines = new_grid(tmp_path_factory.mktemp("half"), "mixed", [*TWENTY, "model.dtype=bfloat16"])
     for engine in ENGINES[1:]:
         grid.add(engine, engines[engine], record=False)
@@ -165,8 +164,8 @@ def half(tmp_path_factory) -> Grid:
 
 
 @pytest.mark.parametrize("run", [*ENGINES[1:], "smaller"])
-def test_bfloat16_differs_by_its_rounding(half, run):
-    """Measured: 0.6% between splits at one stage, 0.8% at stage 3, where each layer multiplies by itself; an Adam that
-    counts one step too many, 5%. In the steps after these the differences have grown, to 2.6%."""
+def test_bfloat16_differs_only_by_rounding(half, run):
+    """Measured: 0.6% between splits at the same stage, 0.8% at stage 3, where each layer multiplies on its own, and 5%
+    for an Adam that counts one step too many. After more steps the differences grow to 2.6%."""
     assert half.largest_difference(run, "zero2", steps=12) <= 1e-2
     half.check_adapter(run, "zero2", tolerance=0.5)

@@ -29,7 +29,7 @@ from mmdora.adapters.peft_format import (
 )
 from mmdora.adapters.token_rows import check_rows, load_rows, rows_contents, rows_of
 from mmdora.core.atomic import written_aside
-from mmdora.core.deepspeed import gathered, in_full, true_shape
+from mmdora.core.deepspeed import full_parameter, gathered, true_shape
 from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 from mmdora.models.attention import explicit_where_named
@@ -75,7 +75,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     for path, layer in layers.items():
         found: dict[str, Tensor] = {}
         for suffix, parameter in layer.adapter_tensors(name).items():
-            found[suffix] = _cpu(in_full(parameter))
+            found[suffix] = _cpu(full_parameter(parameter))
         if dora:
             found = _as_dora(layer, name, found)
         if specs[path].use_vera:
@@ -85,7 +85,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in found.items()}
     for path in record.whole:
         for key, tensor in _state(model.get_submodule(path), path).items():
-            tensors[f"{PREFIX}{key}"] = _cpu(in_full(tensor).to(tensor.dtype))
+            tensors[f"{PREFIX}{key}"] = _cpu(full_parameter(tensor).to(tensor.dtype))
     rows = rows_contents(model)
     tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     base = getattr(model, "name_or_path", None) or None

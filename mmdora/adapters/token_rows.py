@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters.layers.base import AdapterLayer
 from mmdora.adapters.peft_format import PREFIX, VALUES, Adapter
-from mmdora.core.deepspeed import gathered, in_full, true_shape
+from mmdora.core.deepspeed import full_parameter, gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import embeddings_of
 from mmdora.models.new_tokens import ROWS, owners_of, path_of, put_rows, tied_embeddings, token_rows
@@ -20,7 +20,7 @@ def rows_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
     does not find out for every model that they are tied."""
     found = {}
     for path, rows in token_rows(model):
-        found[path] = (rows.ids, in_full(rows.trainable_tokens_delta).to("cpu", copy=True).contiguous())
+        found[path] = (rows.ids, full_parameter(rows.trainable_tokens_delta).to("cpu", copy=True).contiguous())
     return found
 
 

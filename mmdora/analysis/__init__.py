@@ -1,1 +1,1 @@
-"""What tuning did to a model: weight decomposition, and plots."""
+"""Analysis of a run: weight decomposition and plots."""

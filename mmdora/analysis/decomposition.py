@@ -1,7 +1,8 @@
-"""Weight decomposition analysis (§3.2 of arXiv 2402.09353): how far tuning moved each layer's magnitude and direction.
+"""Weight decomposition analysis (arXiv 2402.09353, section 3.2): how much fine-tuning changed each layer's magnitude
+and direction.
 
-The paper finds that full fine-tuning moves the two in opposite measure (correlation −0.62), LoRA together (+0.83),
-and DoRA more like full fine-tuning (−0.31).
+In the paper the two changes correlate negatively for full fine-tuning (−0.62), positively for LoRA (+0.83), and
+negatively for DoRA (−0.31).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class LayerChange:
 
 
 def decompose(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """(ΔM, ΔD) of one weight [out, in], in fp64."""
+    """Return (ΔM, ΔD) of one weight [out, in], computed in fp64."""
     v, w = before.double(), after.double()
     magnitude = (w.norm(dim=1) - v.norm(dim=1)).abs().mean()
     direction = (1 - F.cosine_similarity(v, w, dim=1)).mean()
@@ -35,7 +36,7 @@ def decompose(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def analyze(model: nn.Module) -> list[LayerChange]:
-    """ΔM and ΔD of every layer with an active adapter."""
+    """Return ΔM and ΔD of every layer with an active adapter."""
     changes = []
     for path, layer in adapter_layers(model):
         if layer.active is not None:
@@ -46,7 +47,7 @@ def analyze(model: nn.Module) -> list[LayerChange]:
 
 
 def correlation(changes: list[LayerChange]) -> float:
-    """Pearson's correlation of ΔD and ΔM over the layers; NaN for fewer than two."""
+    """Return Pearson's correlation of ΔD and ΔM over the layers; NaN for fewer than two layers."""
     if len(changes) < 2:
         return float("nan")
     return float(np.corrcoef([c.direction for c in changes], [c.magnitude for c in changes])[0, 1])

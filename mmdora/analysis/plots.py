@@ -1,4 +1,4 @@
-"""Pictures of a run, from its files."""
+"""Plots of a run, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def plot_loss(metrics: Path, out: Path) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss of every step, its running mean, and that of held-out samples."""
+    """Plot `metrics.jsonl`: the loss of every step, its running mean, and the loss on held-out samples."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    told = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
-    steps, losses = [step for step, _ in told], [loss for _, loss in told]
+    points = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
     held_out = [(r["step"], r["eval"]["loss"]) for r in rows if r.get("eval", {}).get("loss") is not None]
     smooth, mean = [], losses[0] if losses else 0.0
     for loss in losses:

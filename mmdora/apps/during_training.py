@@ -18,7 +18,7 @@ from eval.results import read_scores
 from eval.run import evaluate
 from mmdora.adapters.save_load import adapter_contents
 from mmdora.core.config import RunConfig, VideoConfig
-from mmdora.core.deepspeed import give_back
+from mmdora.core.deepspeed import release_gathered
 from mmdora.core.distributed import is_main, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
@@ -55,7 +55,7 @@ class Evaluator:
         assert self.held_out is not None
         with self.log.bar("held-out loss", len(self.held_out)) as advance:
             loss, _ = validation_loss(trainer, self.held_out, held_out_collator(self.encoder, self.held_out), advance)
-        give_back(trainer.model_wrapped)
+        release_gathered(trainer.model_wrapped)
         return {"loss": loss}
 
     def scores(self, trainer: AdapterTrainer) -> dict[str, float]:
@@ -73,7 +73,7 @@ class Evaluator:
                 report = evaluate(
                     trainer.model, self.encoder, entry, asked, folder, advance, origin, overwrite=True, weights=weights
                 )
-            give_back(trainer.model_wrapped)
+            release_gathered(trainer.model_wrapped)
             found[entry.name] = report["scores"]["official"]["value"]
             if is_main():
                 rows = sample_predictions(folder, self.config.data.video)

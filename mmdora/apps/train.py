@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from data_pipelines.collator import Collator
 from data_pipelines.dataset import TrainDataset
@@ -32,6 +31,7 @@ from mmdora.apps.load_target import load_target
 from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
 from mmdora.core.config import RunConfig
 from mmdora.core.console import progress_bar
+from mmdora.core.deepspeed import is_zero3_enabled
 from mmdora.core.distributed import from_main, is_main, to_local_device, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.logs import RunLogs
@@ -135,7 +135,7 @@ def evaluate_base(
 ) -> None:
     """Score the model as it is, for the entries that say `before: true`. Only for these is a model on the GPU as a
     whole that ZeRO-3 is to partition: it need not fit there."""
-    partitioned = is_deepspeed_zero3_enabled()
+    partitioned = is_zero3_enabled()
     if not partitioned or any(entry.before for entry in config.evaluation):
         to_local_device(model)
     for entry in config.evaluation:

@@ -14,8 +14,8 @@ from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
 from mmdora.core.registry import import_plugins
 from mmdora.models.loading import load_shape
-from mmdora.planning.engine_memory import Memory, half, sizes_of
-from mmdora.planning.planner import ActivationMeter, Cluster, Planner, hidden_size, longest, prepare
+from mmdora.planning.engine_memory import MemoryEstimate, cast_parameters, model_sizes
+from mmdora.planning.planner import ActivationProfiler, Cluster, Planner, hidden_size, longest_sample, prepare
 from mmdora.training.arguments import micro_batches
 
 # The first that fits is advised: each next one sends more around, over slower wires.
@@ -35,12 +35,12 @@ def run(name: str, overrides: list[str], gpus: int, gpu_memory: float, per_node:
     model, processor = load_shape(config.model)
     report = inject_adapters(model, config.parts)
     encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    example = longest(config, encoder)
-    sizes = sizes_of(model, hidden_size(model))
+    example = longest_sample(config, encoder)
+    sizes = model_sizes(model, hidden_size(model))
     if gpus > 1 or config.training.deepspeed is not None:
-        half(model, getattr(torch, config.model.dtype))
+        cast_parameters(model, getattr(torch, config.model.dtype))
     prepare(model, config)
-    meter = ActivationMeter(model, config, example)
+    meter = ActivationProfiler(model, config, example)
     planner = Planner(config, sizes, cluster, meter)
     rows = [planner.memory(engine, micro) for engine in planner.engines]
     tokens = example["input_ids"].shape[1]
@@ -57,7 +57,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def show(console: Console, planner: Planner, rows: list[Memory], micro: int) -> None:
+def show(console: Console, planner: Planner, rows: list[MemoryEstimate], micro: int) -> None:
     unit, name = (2**30, "GiB") if max(row.peak for row in rows) >= 2**30 else (2**20, "MiB")
     cluster = planner.cluster
     title = f"{name} of each of {cluster.gpus} GPUs, with micro-batches of {micro}"

@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all: written aside and renamed, with a checksum of every file."""
+"""Directories that are complete or absent: written to a temporary directory, then renamed, with a checksum per file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>new|old|gone)")
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; it takes the place of `folder` once all of it is on the disk.
+    """Yield a temporary folder beside `folder`; it replaces `folder` at the end of the block, once it is on disk.
 
-    A process that is killed leaves the old folder or the new one, and beside it what `clear_leftovers` clears.
+    If the process is killed, the old or the new folder remains, and `clear_leftovers` removes the temporary ones.
     """
     clear_leftovers(folder.parent, folder.name)
     aside = _beside(folder, "new")
@@ -29,7 +29,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
         _sync(aside)
         old = _beside(folder, "old")
         if folder.exists():
-            folder.rename(old)  # killed here, `clear_leftovers` puts it back
+            folder.rename(old)  # if killed here, `clear_leftovers` restores it
         aside.rename(folder)
         _sync_entry(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -38,16 +38,16 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that a process which is killed in the midst leaves nothing under its name."""
+    """Remove a folder; a process that is killed meanwhile leaves nothing under its name."""
     gone = _beside(folder, "gone")
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
 def clear_leftovers(parent: Path, name: str | None = None) -> None:
-    """Put right what processes that were killed left in `parent`: of the folder `name`, or of all.
+    """Clean up after killed processes in `parent`, for the folder `name` or for all folders.
 
-    What a process that still runs is writing is left alone.
+    Folders that belong to a running process are not touched.
     """
     for path in sorted(parent.glob(".*")) if parent.is_dir() else []:
         match = ASIDE.fullmatch(path.name)
@@ -60,13 +60,13 @@ def clear_leftovers(parent: Path, name: str | None = None) -> None:
 
 
 def write_manifest(folder: Path, **about: int | str) -> None:
-    """Write `manifest.json`: what the folder is (`about`), and size and SHA-256 of every file in it."""
+    """Write `manifest.json`: the keys of `about`, and size and SHA-256 of every file in the folder."""
     files = {path.relative_to(folder).as_posix(): _describe(path) for path in _files(folder)}
     (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, in words; None where every file is what it was."""
+    """Return what is damaged in a folder with a manifest; None if every file is unchanged."""
     path = folder / MANIFEST
     if not path.is_file():
         return f"it has no {MANIFEST}"
@@ -78,7 +78,7 @@ def damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _describe(folder / name) != expected:
-            return f"{name} is not what was written (its SHA-256 differs)"
+            return f"{name} was changed (its SHA-256 differs)"
     return None
 
 
@@ -96,7 +96,7 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether another process has the number. This one's own is that of an earlier one: in a container they recur."""
+    """Return whether another process has this pid. Its own pid marks an earlier process: containers reuse pids."""
     if os.name != "posix" or pid == os.getpid():
         return False
     try:
@@ -109,7 +109,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file and entry: a rename may otherwise outlive what it names."""
+    """Flush every file and directory entry to disk; otherwise a crash may keep a rename but lose the content."""
     for path in _files(folder):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -118,7 +118,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_entry(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
+    if os.name == "posix":  # other systems cannot open a directory
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

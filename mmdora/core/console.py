@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmdora.core.deepspeed import quiet_deepspeed
 from mmdora.core.distributed import is_main
 
 
 def make_console() -> Console:
     """Rank 0's console; silent in the other processes. Libraries' progress bars and notes are turned down."""
-    import torch
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    quiet_deepspeed()
     warnings.filterwarnings("ignore", module=r"torch|deepspeed|transformers|accelerate")
     return Console(quiet=not is_main(), highlight=False, markup=False)  # file names may hold brackets
 

@@ -1,8 +1,9 @@
-"""Ranks, world size, and what processes exchange.
+"""Rank, world size, and collectives.
 
-`rank()`, `world_size()` and `local_rank()` read what torchrun and deepspeed set, before any process group exists. The
-other functions are collectives: every process must call them, and a process that is alone gets its own value back.
-torch is imported inside the functions, because the command line asks for ranks before it needs torch.
+`rank()`, `world_size()` and `local_rank()` read the environment variables of torchrun and deepspeed, so they work
+before a process group exists. The other functions are collectives: every process must call them, and a single process
+gets its own value back. torch is imported inside the functions, because the command line reads the rank before it needs
+torch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The rank on this machine, which is also the index of this process's GPU."""
+    """Return the rank on this machine, which is also the index of this process's GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the only process that prints and writes results."""
+    """Return whether this is rank 0, the only process that prints and writes results."""
     return rank() == 0
 
 
@@ -60,11 +61,11 @@ def all_gather_numbers(values: list[float], device: torch.device) -> Tensor:
     """Return the same list of numbers from every process, float64 [processes, numbers], on the CPU."""
     import torch
 
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    local = torch.tensor(values, dtype=torch.float64, device=device)
     if not torch.distributed.is_initialized():
-        return mine[None].cpu()
-    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, mine)
+        return local[None].cpu()
+    gathered = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, local)
     return torch.stack(gathered).cpu()
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
-from mmdora.core.deepspeed import whole_models
+from mmdora.core.deepspeed import load_unpartitioned
 from mmdora.core.errors import UserError
 from mmdora.models.composed_processor import check_chat_template
 from mmdora.models.composing import compose
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """The model in `config.dtype`, in evaluation mode, with its processor. Raises UserError that says what is wrong."""
-    with whole_models():
+    with load_unpartitioned():
         if config.path is None:
             model, processor = compose(config)
             model.to(getattr(torch, config.dtype))

@@ -1,4 +1,5 @@
-"""How much memory a run takes before it is started: `mmdora plan`.
+"""Estimate a run's memory before it starts, for `mmdora plan`.
 
-meter.py runs one micro-batch on the meta device; engines.py adds what each ZeRO stage and offload holds beside it.
+activations.py runs one micro-batch on the meta device. engine_memory.py adds what each ZeRO stage and offload needs.
+planner.py combines the two for a run and finds the largest micro-batch that fits.
 """

@@ -1,8 +1,8 @@
-"""What a training step keeps in memory, found by running it on tensors that have shapes and no numbers.
+"""Measure the activation memory of a training step by running it on the meta device, on tensors without values.
 
-The model is on the meta device, so that a 7B one costs seconds and no memory; the operators are those of a real step.
-A batch is real and on the CPU, and so is what is made of it alone (masks, positions, grids), since code looks at it;
-what has met a weight has a shape and no numbers.
+A 7B model takes seconds and no memory, and runs the operators of a real step. The batch has values and is on the CPU,
+and so are tensors computed from it alone (masks, positions, grids), because model code reads their values. Every tensor
+that depends on a weight is on the meta device.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
-
-COUNTING = {torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step}
+ARANGE = {torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch, beside weights and what the model holds all the time."""
+    """Bytes of one micro-batch, without weights and buffers."""
 
-    saved: int  # what autograd keeps from the forward pass for the backward pass
-    peak: int  # the most at any moment, one parameter's gradient included
-    peak_with_gradients: int  # the most together with all gradients computed until then
+    saved: int  # kept by autograd from the forward pass for the backward pass
+    peak: int  # maximum at any moment, including one parameter's gradient
+    peak_with_gradients: int  # maximum including all gradients computed so far
 
 
-class Meter(TorchDispatchMode):
-    """Counts every storage that comes to be inside it, once, from its first operator to its end."""
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of every storage created inside the block, from its first operator until it is freed."""
 
-    def __init__(self, held: list[Tensor]):
+    def __init__(self, existing: list[Tensor]):
         super().__init__()
-        self.known = {storage_key(tensor) for tensor in held}
+        self.known = {storage_key(tensor) for tensor in existing}
         self.live = self.gradients = self.peak = self.peak_with_gradients = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = run(func, args, kwargs or {})
+        out = run_operator(func, args, kwargs or {})
         for tensor in tensors((out,)):
             self._count(tensor)
         return out
@@ -63,7 +62,7 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
     def take_gradient(self, parameter: Tensor) -> None:
-        """Count a parameter's gradient apart and drop it."""
+        """Count a parameter's gradient separately and drop it."""
         assert parameter.grad is not None
         size = parameter.grad.nbytes
         parameter.grad = None
@@ -75,46 +74,47 @@ def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def run(func: Any, args: Any, kwargs: Any) -> Any:
-    """One operator. Where tensors with and without numbers meet, the result has none."""
-    found = [*tensors(args), *tensors(kwargs.values())]
-    if not any(tensor.is_meta for tensor in found):
-        asked = kwargs.get("dtype") or (found[0].dtype if found else torch.int64 if func in COUNTING else torch.float32)
-        if "device" in kwargs and not asked.is_floating_point:  # numbers stay, whatever device they shall go to
+def run_operator(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run one operator. If some of its tensors are on the meta device, the result is too."""
+    inputs = [*tensors(args), *tensors(kwargs.values())]
+    if not any(tensor.is_meta for tensor in inputs):
+        default = inputs[0].dtype if inputs else torch.int64 if func in ARANGE else torch.float32
+        dtype = kwargs.get("dtype") or default
+        if "device" in kwargs and not dtype.is_floating_point:  # keep integers on the CPU, whatever device is given
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("meta")}
-    if not all(tensor.is_meta for tensor in found):
-        if func in INDEXING:  # where a mask has numbers, it tells how much it selects
-            args = (args[0], [place for mask in args[1] for place in _places(mask)], *args[2:])
+    if not all(tensor.is_meta for tensor in inputs):
+        if func in INDEXING:  # a mask with values tells how many elements it selects
+            args = (args[0], [index for mask in args[1] for index in _mask_indices(mask)], *args[2:])
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     return func(*args, **kwargs)
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among an operator's arguments or results, which are nested no deeper than one list."""
+    """Yield the tensors among an operator's arguments or results, including those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from (each for each in value if isinstance(each, Tensor))
+            yield from (item for item in value if isinstance(item, Tensor))
 
 
-def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a mask selects, as indices."""
-    masks = index is not None and index.dtype in (torch.bool, torch.uint8) and not index.is_meta
-    return index.nonzero(as_tuple=True) if masks and index is not None else (index,)
+def _mask_indices(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the indices that a mask selects; anything but a mask unchanged."""
+    is_mask = index is not None and index.dtype in (torch.bool, torch.uint8) and not index.is_meta
+    return index.nonzero(as_tuple=True) if is_mask and index is not None else (index,)
 
 
 class FusedAttention(torch.autograd.Function):
-    """The memory of a fused attention kernel, a CPU's or a GPU's: saves q, k, v, the output and one number a row."""
+    """The memory of a fused attention kernel (CPU or GPU): saves q, k, v, the output and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty_like(mask, dtype=q.dtype, device=q.device)  # the kernels add it
+            mask = torch.empty_like(mask, dtype=q.dtype, device=q.device)  # the kernels add the mask to the scores
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), mask)
         return out
 
@@ -126,24 +126,24 @@ class FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On the meta device torch takes attention apart, and would keep every score.
+    """Replace attention inside the block; on the meta device torch decomposes it and would save all scores.
 
-    Replaced by name, since a TorchFunctionMode is off where checkpointed blocks are computed again.
+    The function itself is replaced, because a TorchFunctionMode is not active when checkpointed blocks are recomputed.
     """
-    torchs = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if not query.is_meta:
-            return torchs(query, key, value, attn_mask, *args, **kwargs)
+            return original(query, key, value, attn_mask, *args, **kwargs)
         return FusedAttention.apply(query, key, value, attn_mask)
 
     F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = torchs
+        F.scaled_dot_product_attention = original
 
 
 @contextmanager
@@ -157,14 +157,17 @@ def _gradients_taken(model: nn.Module, take: Callable[[Tensor], None]) -> Iterat
 
 
 def measure(model: nn.Module, batch: dict[str, Any], loss_of: Callable[[Any], Tensor]) -> Activations:
-    """One micro-batch of a model on the meta device, forward and backward. `batch` is real, on the CPU.
+    """Measure the forward and backward pass of one micro-batch.
 
-    `loss_of` makes the loss of what the model returns, as the trainer does.
+    Args:
+        model: on the meta device.
+        batch: with values, on the CPU.
+        loss_of: computes the loss from the model's output, as the trainer does.
     """
-    held = [*model.parameters(), *model.buffers(), *tensors(batch.values())]
-    with Meter(held) as meter, _fused_attention(), _gradients_taken(model, meter.take_gradient):
+    existing = [*model.parameters(), *model.buffers(), *tensors(batch.values())]
+    with StorageTracker(existing) as tracker, _fused_attention(), _gradients_taken(model, tracker.take_gradient):
         loss = loss_of(model(**batch))
-        saved = meter.live
+        saved = tracker.live
         loss.backward()
         del loss
-    return Activations(saved, meter.peak, meter.peak_with_gradients)
+    return Activations(saved, tracker.peak, tracker.peak_with_gradients)

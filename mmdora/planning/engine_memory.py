@@ -1,7 +1,7 @@
-"""What one GPU, and its node, hold under each engine: plain PyTorch, and DeepSpeed by its JSON.
+"""Memory of one GPU, and of its node, under each engine: plain PyTorch, and DeepSpeed with a JSON config.
 
-The terms are DeepSpeed 0.19's own allocations (stage_1_and_2.py, stage3.py, partitioned_param_swapper.py). All figures
-are bytes. Not in them: the CUDA context, NCCL's buffers, and what the allocator cannot use again.
+The terms follow the allocations of DeepSpeed 0.19 (stage_1_and_2.py, stage3.py, partitioned_param_swapper.py). All
+figures are in bytes. They do not include the CUDA context, NCCL's buffers and allocator fragmentation.
 """
 
 from __future__ import annotations
@@ -12,36 +12,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmdora.core.deepspeed import zero_stage
 from mmdora.planning.activations import Activations
 
 FP32 = 4
 MOMENTS = 2  # AdamW's
-MAX_LIVE = 1_000_000_000  # stage3_max_live_parameters, where a JSON does not say
-SUB_GROUP = 1_000_000_000  # sub_group_size: parameters that stage 3 updates at once
+MAX_LIVE = 1_000_000_000  # default of stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # default of sub_group_size: parameters that stage 3 updates at once
 SWAP_BUFFERS, SWAP_BUFFER = 5, 100_000_000  # offload_param's buffer_count, and buffer_size in parameters
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of a model with its adapters, as it is loaded."""
+class ModelSizes:
+    """Sizes of a loaded model with its adapters."""
 
     frozen: int  # bytes, buffers included
-    trained: int  # bytes, in the dtype in which they are loaded: adapters in fp32
+    trained: int  # bytes, in the dtype in which they are loaded (adapters: fp32)
     trained_parameters: int
     parameters: int
-    small: int  # parameters that ZeRO-3 leaves whole on every GPU
-    hidden: int  # width of the language model, by which buckets are sized
+    small: int  # parameters that ZeRO-3 keeps whole on every GPU
+    hidden: int  # hidden size, from which transformers computes the bucket sizes
 
     @property
     def loaded(self) -> int:
         return self.frozen + self.trained
 
 
-def sizes_of(model: nn.Module, hidden: int) -> Sizes:
-    """Of a model that has its adapters, on any device; nothing is read but shapes."""
+def model_sizes(model: nn.Module, hidden: int) -> ModelSizes:
+    """Return the sizes of a model with its adapters. Only shapes are read, so it may be on the meta device."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    return Sizes(
+    return ModelSizes(
         frozen=sum(p.nbytes for p in parameters if not p.requires_grad) + sum(b.nbytes for b in model.buffers()),
         trained=sum(p.nbytes for p in trained),
         trained_parameters=sum(p.numel() for p in trained),
@@ -52,30 +53,30 @@ def sizes_of(model: nn.Module, hidden: int) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the engines share: how many processes there are, and how they compute."""
+class ParallelSetup:
+    """Number of processes, gradient accumulation and precision, which are the same for every engine."""
 
-    world: int
-    per_node: int  # GPUs
-    accumulation: int  # micro-batches a step
-    weight: int  # bytes of a weight under DeepSpeed: 2, or 4 in fp32
-    before: bool = False  # the base model is scored first: whole on each GPU, under ZeRO-3 too
+    world_size: int
+    gpus_per_node: int
+    accumulation_steps: int
+    weight_bytes: int  # per weight under DeepSpeed: 2, or 4 in fp32
+    evaluates_base: bool = False  # the base model is evaluated first: whole on each GPU, even under ZeRO-3
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Of one GPU, in the two moments that may be the worst: amid a backward pass, and in the optimizer's step."""
+class MemoryEstimate:
+    """Memory of one GPU by purpose. The peak is in the backward pass, in the optimizer step or while loading."""
 
     engine: str
     weights: int
-    gradients: int  # held from one micro-batch to the next
+    gradients: int  # kept from one micro-batch to the next
     optimizer: int
-    buffers: int  # of communication, and parameters that ZeRO-3 has gathered
+    buffers: int  # communication buckets, and parameters that ZeRO-3 has gathered
     activations: int
-    step: int  # temporaries of the optimizer's step
-    loading: int  # the whole model, which is on each GPU before an engine takes it apart; ZeRO-3 does so on the CPU
-    host: int  # a node's memory
-    disk: int  # a node's
+    step: int  # temporaries of the optimizer step
+    loading: int  # the whole model, which is on each GPU before it is partitioned; ZeRO-3 partitions on the CPU
+    host: int  # CPU memory per node
+    disk: int  # per node
 
     @property
     def states(self) -> int:
@@ -87,88 +88,93 @@ class Memory:
         return max(self.loading, self.states + max(backward, self.gradients + self.step))
 
 
-def plain(sizes: Sizes, run: Run, activations: Activations, name: str = "none") -> Memory:
-    """One process without DeepSpeed, or several with torch's DistributedDataParallel, which has buckets of its own.
+def memory_without_deepspeed(
+    sizes: ModelSizes, setup: ParallelSetup, activations: Activations, name: str = "none"
+) -> MemoryEstimate:
+    """Estimate one process without DeepSpeed, or several with torch's DistributedDataParallel and its buckets.
 
-    What is trained is in fp32 there, and autograd keeps the half-precision copies that autocast makes of full parts.
+    Trained weights are in fp32, and autograd keeps the half-precision copies that autocast makes of full parts.
     """
     trained = FP32 * sizes.trained_parameters
     copies = trained - sizes.trained
-    # In the only micro-batch of a step gradients come to be while activations go.
-    grows = run.accumulation == 1 and run.world == 1
-    return Memory(
+    # If a step has a single micro-batch, gradients are allocated while activations are freed.
+    overlaps = setup.accumulation_steps == 1 and setup.world_size == 1
+    return MemoryEstimate(
         engine=name,
         weights=sizes.frozen + trained,
         gradients=trained,
         optimizer=MOMENTS * trained,
-        buffers=trained if run.world > 1 else 0,
-        activations=copies + (activations.peak_with_gradients - sizes.trained if grows else activations.peak),
+        buffers=trained if setup.world_size > 1 else 0,
+        activations=copies + (activations.peak_with_gradients - sizes.trained if overlaps else activations.peak),
         step=trained,  # the square roots of all second moments at once
         loading=sizes.loaded,
-        host=run.per_node * sizes.loaded,
+        host=setup.gpus_per_node * sizes.loaded,
         disk=0,
     )
 
 
-def deepspeed(sizes: Sizes, run: Run, activations: Activations, name: str, tree: dict[str, Any]) -> Memory:
-    """What a DeepSpeed config makes of it."""
-    zero = tree.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
-    shares = run.world if stage else 1
+def memory_with_deepspeed(
+    sizes: ModelSizes, setup: ParallelSetup, activations: Activations, name: str, tree: dict[str, Any]
+) -> MemoryEstimate:
+    """Estimate a run under the DeepSpeed config `tree`."""
+    zero, stage = tree.get("zero_optimization", {}), zero_stage(tree)
+    shares = setup.world_size if stage else 1
     share = -(-sizes.trained_parameters // shares)
-    accumulated = FP32 if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" else run.weight
-    optimizer_away, weights_away = (_away(zero, key) for key in ("offload_optimizer", "offload_param"))
-    bucket = _elements(zero, "reduce_bucket_size", 500_000_000, sizes.hidden**2) * run.weight
-    whole = sizes.frozen + sizes.trained_parameters * run.weight
+    accumulated = FP32 if tree.get("data_types", {}).get("grad_accum_dtype") == "fp32" else setup.weight_bytes
+    offloads_optimizer, offloads_weights = (
+        _offload_device(zero, key) for key in ("offload_optimizer", "offload_param")
+    )
+    bucket = _elements(zero, "reduce_bucket_size", 500_000_000, sizes.hidden**2) * setup.weight_bytes
+    whole = sizes.frozen + sizes.trained_parameters * setup.weight_bytes
     gathered = 0
     if stage == 3:
-        persistent = sizes.small * run.weight
-        weights = persistent + (0 if weights_away else -(-(whole - persistent) // run.world))
-        most = int(zero.get("stage3_max_live_parameters", MAX_LIVE))
-        gathered = min(sizes.parameters - sizes.small, most) * run.weight
+        persistent = sizes.small * setup.weight_bytes
+        weights = persistent + (0 if offloads_weights else -(-(whole - persistent) // setup.world_size))
+        max_live = int(zero.get("stage3_max_live_parameters", MAX_LIVE))
+        gathered = min(sizes.parameters - sizes.small, max_live) * setup.weight_bytes
         updated = min(share, int(zero.get("sub_group_size", SUB_GROUP)))
     else:
         weights, updated = whole, share
         bucket *= 2 if zero.get("overlap_comm") else 1
     gradients = share * accumulated
     if stage < 2:
-        gradients += sizes.trained_parameters * run.weight
+        gradients += sizes.trained_parameters * setup.weight_bytes
     states = (1 + MOMENTS) * FP32 * share
-    host, disk = _away_bytes(sizes, run, zero, whole, states)
-    return Memory(
+    host, disk = _offloaded_bytes(setup, zero, whole, states)
+    return MemoryEstimate(
         engine=name,
         weights=weights,
-        gradients=0 if optimizer_away and stage >= 2 else gradients,
-        optimizer=0 if optimizer_away else states,
+        gradients=0 if offloads_optimizer and stage >= 2 else gradients,
+        optimizer=0 if offloads_optimizer else states,
         buffers=bucket + gathered,
         activations=activations.peak,
-        step=0 if optimizer_away else 2 * FP32 * updated,  # its gradients in fp32, and the square roots
-        loading=sizes.loaded if stage < 3 or run.before else 0,
-        host=max(host, run.per_node * sizes.loaded),
+        step=0 if offloads_optimizer else 2 * FP32 * updated,  # gradients in fp32, and square roots of second moments
+        loading=sizes.loaded if stage < 3 or setup.evaluates_base else 0,
+        host=max(host, setup.gpus_per_node * sizes.loaded),
         disk=disk,
     )
 
 
-def _away_bytes(sizes: Sizes, run: Run, zero: dict[str, Any], whole: int, states: int) -> tuple[int, int]:
-    """A node's memory and disk for what its GPUs do not hold: states, gradients in fp32, and stage 3's weights."""
+def _offloaded_bytes(setup: ParallelSetup, zero: dict[str, Any], whole: int, states: int) -> tuple[int, int]:
+    """Return (CPU memory, disk) per node for offloaded optimizer states, fp32 gradients and stage 3 weights."""
     host = disk = 0
     share = states // ((1 + MOMENTS) * FP32)
-    match _away(zero, "offload_optimizer"):
+    match _offload_device(zero, "offload_optimizer"):
         case "cpu":
-            host += run.per_node * (states + share * FP32)
+            host += setup.gpus_per_node * (states + share * FP32)
         case "nvme":
-            disk += run.per_node * (states + share * FP32)
-            host += run.per_node * 4 * min(share, SUB_GROUP) * FP32  # what is being updated
-    match _away(zero, "offload_param"):
+            disk += setup.gpus_per_node * (states + share * FP32)
+            host += setup.gpus_per_node * 4 * min(share, SUB_GROUP) * FP32  # the group that is being updated
+    match _offload_device(zero, "offload_param"):
         case "cpu":
-            host += run.per_node * -(-whole // run.world)
+            host += setup.gpus_per_node * -(-whole // setup.world_size)
         case "nvme":
-            disk += run.per_node * -(-whole // run.world)
-            host += run.per_node * SWAP_BUFFERS * SWAP_BUFFER * run.weight
+            disk += setup.gpus_per_node * -(-whole // setup.world_size)
+            host += setup.gpus_per_node * SWAP_BUFFERS * SWAP_BUFFER * setup.weight_bytes
     return host, disk
 
 
-def _away(zero: dict[str, Any], key: str) -> str | None:
+def _offload_device(zero: dict[str, Any], key: str) -> str | None:
     device = zero.get(key, {}).get("device", "none")
     return None if device == "none" else device
 
@@ -178,8 +184,8 @@ def _elements(zero: dict[str, Any], key: str, default: int, auto: int) -> int:
     return auto if value == "auto" else int(value)
 
 
-def half(model: nn.Module, dtype: torch.dtype) -> None:
-    """What DeepSpeed does to a model's parameters before it trains in half precision; its fp32 masters are its own."""
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters as DeepSpeed does before it trains in half precision; it keeps fp32 masters separately."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

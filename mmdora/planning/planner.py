@@ -1,4 +1,4 @@
-"""`mmdora plan`: which engine a run fits under, on so many GPUs of so much memory, before any is paid for."""
+"""Estimate a run's memory under each engine, and find the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -16,77 +16,87 @@ from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from data_pipelines.sources import read_source
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import is_there
+from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.core.errors import UserError
 from mmdora.planning.activations import Activations, measure
-from mmdora.planning.engine_memory import Memory, Run, Sizes, deepspeed, plain
-from mmdora.training.arguments import read_deepspeed
+from mmdora.planning.engine_memory import (
+    MemoryEstimate,
+    ModelSizes,
+    ParallelSetup,
+    memory_with_deepspeed,
+    memory_without_deepspeed,
+)
 from mmdora.training.packing import packed_inputs, row_length
 
 ENGINES = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
-LOOKED_AT = 32  # samples of each source, for the longest
-PICTURE = (1024, 768)  # pixels, where the data is not there yet
+PROBED_SAMPLES = 32  # per source, to find the longest
+PLACEHOLDER_SIZE = (1024, 768)  # pixels of the image that stands in for missing data
 
 
 @dataclass(frozen=True)
 class Cluster:
     gpus: int
     per_node: int
-    memory: float  # bytes of a GPU
+    memory: float  # bytes per GPU
 
 
 def hidden_size(model: Any) -> int:
-    """By which transformers sizes DeepSpeed's buckets."""
+    """Return the hidden size from which transformers computes DeepSpeed's bucket sizes."""
     return int(getattr(model.config, "hidden_size", None) or model.config.get_text_config().hidden_size)
 
 
 def prepare(model: Any, config: RunConfig) -> None:
-    """As the trainer does before its first step."""
+    """Put the model into the state in which the trainer runs its steps."""
     model.train()
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def longest(config: RunConfig, encoder: Encoder) -> Encoded:
-    """The longest sample of a look at the data, or one with a picture where the data is not there; as long as
-    `data.max_length` lets it be. Raises UserError where nothing says how long that is."""
-    most = config.data.max_length
-    found: list[Encoded] = []
+def longest_sample(config: RunConfig, encoder: Encoder) -> Encoded:
+    """Return the longest of some samples, extended to `data.max_length`; a placeholder if there is no data.
+
+    Raises:
+        UserError: there is neither data nor `data.max_length`.
+    """
+    max_length = config.data.max_length
+    samples: list[Encoded] = []
     for source in config.data.train:
         if source.format == "shapes" or is_there(source.path):
-            found += encoded_samples(read_source(source, config.training.seed), encoder)
-    if not found and most is None:
-        raise UserError("plan: the data is not there, so nothing says how long a sample is; set data.max_length")
-    example = max(found or [encoder.encode(stand_in())], key=lambda encoded: encoded["input_ids"].shape[1])
-    missing = (most or 0) - example["input_ids"].shape[1]
+            samples += encoded_samples(read_source(source, config.training.seed), encoder)
+    if not samples and max_length is None:
+        raise UserError("plan: the data does not exist, so the length of samples is unknown; set data.max_length")
+    longest = max(samples or [encoder.encode(placeholder_sample())], key=lambda encoded: encoded["input_ids"].shape[1])
+    missing = (max_length or 0) - longest["input_ids"].shape[1]
     if missing <= 0:
-        return example
-    last = {key: example[key][:, -1:].expand(1, missing) for key in PER_TOKEN if key in example}
-    return example | {key: torch.cat([example[key], tail], dim=1) for key, tail in last.items()}
+        return longest
+    last = {key: longest[key][:, -1:].expand(1, missing) for key in PER_TOKEN if key in longest}
+    return longest | {key: torch.cat([longest[key], tail], dim=1) for key, tail in last.items()}
 
 
 def encoded_samples(source: Any, encoder: Encoder) -> list[Encoded]:
-    found = []
-    count = min(LOOKED_AT, len(source))
+    """Encode up to `PROBED_SAMPLES` samples, evenly spaced over the source."""
+    encoded = []
+    count = min(PROBED_SAMPLES, len(source))
     for place in (i * len(source) // count for i in range(count)):
         try:
-            found.append(encoder.encode(source[place]))
-        except SampleError:  # `mmdora doctor` tells of these
+            encoded.append(encoder.encode(source[place]))
+        except SampleError:  # `mmdora doctor` reports these
             continue
-    return found
+    return encoded
 
 
-def stand_in() -> Sample:
-    """A question about a picture."""
+def placeholder_sample() -> Sample:
+    """Return a question about an image."""
     from PIL import Image as PILImage
 
     data = io.BytesIO()
-    PILImage.new("RGB", PICTURE).save(data, "png")
-    question = Message("user", (Image(Path("picture.png"), data.getvalue()), Text("What is this?")))
-    return Sample("stand-in", (question, Message("assistant", (Text("A picture."),))), "plan")
+    PILImage.new("RGB", PLACEHOLDER_SIZE).save(data, "png")
+    question = Message("user", (Image(Path("image.png"), data.getvalue()), Text("What is this?")))
+    return Sample("placeholder", (question, Message("assistant", (Text("An image."),))), "plan")
 
 
-class ActivationMeter:
-    """Activations by the size of the micro-batch; each is measured once."""
+class ActivationProfiler:
+    """Measures activations by micro-batch size, each size once."""
 
     def __init__(self, model: Any, config: RunConfig, example: Encoded):
         self.model, self.example = model, example
@@ -94,53 +104,59 @@ class ActivationMeter:
         self.dtype = getattr(torch, config.model.dtype)
         self.measured: dict[int, Activations] = {}
 
-    def __call__(self, micro: int) -> Activations:
-        if micro not in self.measured:
-            batch = self.collate([self.example] * micro)
+    def __call__(self, micro_batch_size: int) -> Activations:
+        if micro_batch_size not in self.measured:
+            batch = self.collate([self.example] * micro_batch_size)
             if "attention_mask" not in batch:
                 batch = packed_inputs(self.model, batch)
-            for key, value in batch.items():  # DeepSpeed's engine gets pictures in the model's dtype
+            for key, value in batch.items():  # DeepSpeed's engine casts images to the model's dtype
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
                     batch[key] = value.to(self.dtype)
-            self.measured[micro] = measure(self.model, batch, lambda output: output.loss)
-        return self.measured[micro]
+            self.measured[micro_batch_size] = measure(self.model, batch, lambda output: output.loss)
+        return self.measured[micro_batch_size]
 
 
 class Planner:
-    """The memory of a run under each engine, by the size of its micro-batch."""
+    """The memory of a run under each engine, by micro-batch size."""
 
-    def __init__(self, config: RunConfig, sizes: Sizes, cluster: Cluster, meter: Callable[[int], Activations]):
-        self.config, self.sizes, self.cluster, self.meter = config, sizes, cluster, meter
+    def __init__(
+        self, config: RunConfig, sizes: ModelSizes, cluster: Cluster, activations: Callable[[int], Activations]
+    ):
+        self.config, self.sizes, self.cluster, self.activations = config, sizes, cluster, activations
         own = config.training.deepspeed
-        self.trees = {name: read_deepspeed(name)[1] for name in (*ENGINES[1:], *([own] if own else []))}
+        self.trees = {name: read_deepspeed_config(name)[1] for name in (*ENGINES[1:], *([own] if own else []))}
         self.engines = ["none", *self.trees]
 
-    def memory(self, engine: str, micro: int) -> Memory:
-        """Measured at this micro-batch."""
-        accumulation = self.config.training.batch_size // (micro * self.cluster.gpus)
-        weight = 4 if self.config.model.dtype == "float32" else 2
-        before = any(entry.before for entry in self.config.evaluation)
-        run = Run(self.cluster.gpus, self.cluster.per_node, accumulation, weight, before)
+    def memory(self, engine: str, micro_batch_size: int) -> MemoryEstimate:
+        weight_bytes = 4 if self.config.model.dtype == "float32" else 2
+        setup = ParallelSetup(
+            world_size=self.cluster.gpus,
+            gpus_per_node=self.cluster.per_node,
+            accumulation_steps=self.config.training.batch_size // (micro_batch_size * self.cluster.gpus),
+            weight_bytes=weight_bytes,
+            evaluates_base=any(entry.before for entry in self.config.evaluation),
+        )
+        activations = self.activations(micro_batch_size)
         if engine == "none":
-            return plain(self.sizes, run, self.meter(micro))
-        return deepspeed(self.sizes, run, self.meter(micro), engine, self.trees[engine])
+            return memory_without_deepspeed(self.sizes, setup, activations)
+        return memory_with_deepspeed(self.sizes, setup, activations, engine, self.trees[engine])
 
-    def fits(self, memory: Memory) -> bool:
+    def fits(self, memory: MemoryEstimate) -> bool:
         return memory.peak <= self.cluster.memory
 
-    def micros(self) -> list[int]:
-        """The sizes of a micro-batch that the global batch can be split into."""
+    def micro_batch_sizes(self) -> list[int]:
+        """Return the micro-batch sizes into which the global batch can be split."""
         share = self.config.training.batch_size // self.cluster.gpus
-        return [micro for micro in range(1, share + 1) if share % micro == 0]
+        return [size for size in range(1, share + 1) if share % size == 0]
 
     def largest(self, engine: str) -> int | None:
-        """The largest micro-batch that fits; found by halves, since memory grows with it."""
-        micros = self.micros()
-        low, high = 0, len(micros)  # all below low fit, none from high on
+        """Return the largest micro-batch size that fits, by bisection, because memory grows with it."""
+        sizes = self.micro_batch_sizes()
+        low, high = 0, len(sizes)  # all sizes below low fit, none from high on
         while low < high:
             middle = (low + high) // 2
-            if self.fits(self.memory(engine, micros[middle])):
+            if self.fits(self.memory(engine, sizes[middle])):
                 low = middle + 1
             else:
                 high = middle
-        return micros[low - 1] if low else None
+        return sizes[low - 1] if low else None

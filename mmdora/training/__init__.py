@@ -1,1 +1,1 @@
-"""The training room: TrainingArguments, the Trainer, and what it shows."""
+"""Training: TrainingArguments, the Trainer, batches, checkpoints, metrics and reports."""

@@ -1,12 +1,11 @@
-"""How much arithmetic a step is, and how much the device could do: model FLOPs utilization (MFU).
+"""FLOPs of a training step, and model FLOPs utilization (MFU).
 
-FLOPs of a step = Σ over the vision encoder and the rest of 2·N·t (forward) + 2·N·t (the gradient of the inputs, where
-something that is trained stands before or among the weights) + 2·T·t (the gradient of the T trained weights), plus
-12·L·d·Σl² for attention (PaLM, arXiv 2204.02311, appendix B; l: tokens of a sample; 4 instead of 12 where no gradient
-flows). So a frozen weight costs 4·N·t, and a trained one 6·N·t. N counts matrices, without embedding tables; t is
-tokens for the language model, its head and the projector, and patches for the vision encoder, whose attention (a tenth
-of its work) is left out. Activations that are computed again (gradient checkpointing) do not count. Only what
-samples fill is counted, and not padding.
+A step's FLOPs are the sum over the vision encoder and the rest of 2·N·t (forward) + 2·N·t (gradient of the inputs, if
+a trained weight precedes these weights or is among them) + 2·T·t (gradient of the T trained weights), plus 12·L·d·Σl²
+for attention (PaLM, arXiv 2204.02311, appendix B; l: tokens of a sample; 4 instead of 12 if no gradient flows). So a
+frozen weight costs 4·N·t and a trained one 6·N·t. N counts matrices, without embedding tables. t counts tokens for the
+language model, its head and the projector, and patches for the vision encoder, whose attention (a tenth of its FLOPs)
+is left out. Recomputed activations (gradient checkpointing) and padding do not count.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import nn
 from mmdora.core.deepspeed import true_shape
 from mmdora.models.architectures import ARCHITECTURES, is_inside
 
-# Dense bf16, TFLOP/s, from the vendors' data sheets; the first name that is part of the device's counts.
+# Dense bf16 TFLOP/s from the vendors' data sheets. The first name that is part of the device's name applies.
 PEAKS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -49,7 +48,7 @@ PEAKS = (
 
 
 def peak_flops(name: str) -> float | None:
-    """FLOP/s of a device by its name, in dense bf16; None where it is not known."""
+    """Return a device's dense bf16 FLOP/s by its name; None if the device is unknown."""
     return next((tera * 1e12 for part, tera in PEAKS if part in name), None)
 
 
@@ -58,24 +57,24 @@ def device_peak(device: torch.device) -> float | None:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step costs: FLOPs a token, a patch of a picture or frame, and a token for each token of its sample."""
+class FlopCosts:
+    """FLOPs of a step per token, per patch of an image or frame, and per pair of tokens of a sample."""
 
     per_token: float
     per_patch: float
     per_pair: float
-    pixels: int  # values of a patch
+    patch_values: int  # pixel values per patch
 
     def flops(self, tokens: float, squares: float, pixels: float) -> float:
-        """Of `tokens`, whose samples' lengths squared add up to `squares`, and so many values of pictures."""
-        return self.per_token * tokens + self.per_pair * squares + self.per_patch * pixels / self.pixels
+        """Return the FLOPs for `tokens`, the sum of squared sample lengths, and the number of pixel values."""
+        return self.per_token * tokens + self.per_pair * squares + self.per_patch * pixels / self.patch_values
 
 
-def work_of(model: Any) -> Work:
-    """Counted from the model's weights, adapters included, and which of them are trained."""
+def flop_costs(model: Any) -> FlopCosts:
+    """Count FLOPs from the model's weights, adapters included, and from which of them are trained."""
     parts = ARCHITECTURES[model.config.model_type].parts if model.config.model_type in ARCHITECTURES else {}
     vision, projector = parts.get("vision", ()), parts.get("projector", ())
-    sizes = {True: [0.0, 0.0], False: [0.0, 0.0]}  # by whether it is the vision encoder's: all, trained
+    sizes = {True: [0.0, 0.0], False: [0.0, 0.0]}  # in the vision encoder or not: [all weights, trained weights]
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
     tables -= {id(head.weight)} if head is not None else set()
@@ -91,16 +90,16 @@ def work_of(model: Any) -> Work:
     flows = flows_in_vision or any(parameter.requires_grad for parameter in model.parameters())
     text = model.config.get_text_config()
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return Work(
+    return FlopCosts(
         per_token=(4.0 if flows else 2.0) * sizes[False][0] + 2 * sizes[False][1],
         per_patch=(4.0 if flows_in_vision else 2.0) * sizes[True][0] + 2 * sizes[True][1],
         per_pair=(12.0 if flows else 4.0) * text.num_hidden_layers * heads,
-        pixels=_patch_values(model.config),
+        patch_values=_patch_values(model.config),
     )
 
 
 def _active(config: Any, parameter: nn.Parameter) -> float:
-    """Weights that one token meets: all, but of experts only those that it is sent to."""
+    """Return the number of weights that one token uses: all of them, or the share of routed experts."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or true_shape(parameter)
     text = config.get_text_config()
     experts, chosen = getattr(text, "num_experts", None), getattr(text, "num_experts_per_tok", None)
@@ -109,7 +108,7 @@ def _active(config: Any, parameter: nn.Parameter) -> float:
 
 
 def _patch_values(config: Any) -> int:
-    """Values of a picture that make one position of the vision encoder: 3 × the patch's sides and frames."""
+    """Return the pixel values per position of the vision encoder: 3 × patch height × width × frames."""
     vision = getattr(config, "vision_config", None)
     size = getattr(vision, "patch_size", 14)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]

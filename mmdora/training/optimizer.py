@@ -1,4 +1,4 @@
-"""What the optimizer gets: how fast each part learns."""
+"""Optimizer parameter groups: learning rate and weight decay per part."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mmdora.models.new_tokens import NEW_TOKENS, VALUES
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """AdamW groups: a part's own learning rate (by block, with `layer_decay`) and weight decay.
+    """Return AdamW groups with each part's learning rate (per block with `layer_decay`) and weight decay.
 
-    Norms, biases, magnitudes and the rows of new tokens are not decayed.
+    Norms, biases, magnitudes and the rows of new tokens get no weight decay.
     """
     settings = config.training
     regions = find_parts(model, config.parts)

@@ -1,4 +1,4 @@
-"""Where a run's figures go besides the terminal: metrics.jsonl, Weights & Biases, TensorBoard. Rank 0 alone reports."""
+"""Report metrics to metrics.jsonl, Weights & Biases and TensorBoard. Only rank 0 reports."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image as PILImage
 from mmdora.core.config import RunConfig
 from mmdora.core.errors import UserError
 
-# What `training.report_to` may name → the module that it needs, and how to get it.
-NEEDED = {
+# A name in `training.report_to` -> the module that it needs, and how to install it.
+REQUIRED = {
     "wandb": ("wandb", "pip install wandb"),
     "tensorboard": ("tensorboard", "pip install 'mmdora[tensorboard]'"),
 }
@@ -28,17 +28,17 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer of the model, as people look at it."""
+    """One answer of the model, for a report."""
 
     question: str
     references: str
     prediction: str
     score: float  # 0 to 1
-    picture: PILImage.Image | None  # its frames beside one another
+    image: PILImage.Image | None  # images and frames side by side
 
 
 class Report:
-    """Somewhere that a run's figures go. `line` gets what metrics.jsonl holds, a step's or an evaluation's."""
+    """A destination of a run's metrics. `line` gets a line of metrics.jsonl, of a step or of an evaluation."""
 
     def line(self, line: Mapping[str, Any]) -> None: ...
     def predictions(self, step: int, name: str, rows: Sequence[Prediction]) -> None: ...
@@ -47,7 +47,7 @@ class Report:
 
 
 class MetricsFile(Report):
-    """`metrics.jsonl`: a line a step, and a line an evaluation (`{"step": …, "eval": {…}}`)."""
+    """`metrics.jsonl`: one line per step, and one per evaluation (`{"step": ..., "eval": {...}}`)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,7 +57,7 @@ class MetricsFile(Report):
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop what was written after `step`, which a run that goes on from there does again, and a torn line."""
+        """Remove lines after `step`, which a resumed run writes again, and an incomplete last line."""
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -67,13 +67,13 @@ class MetricsFile(Report):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one that a killed process left unfinished is left out."""
+    """Return the lines of a metrics.jsonl without an incomplete last line of a killed process."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
 def curves(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by flat names: `loss`, `learning_rates/vision`, `eval/loss`."""
+    """Flatten a line of metrics.jsonl: `loss`, `learning_rates/vision`, `eval/loss`."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
@@ -84,10 +84,10 @@ def curves(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Wandb(Report):
-    """A Weights & Biases run: the config, curves, a table of sample predictions, and the adapter as an artifact.
+    """A Weights & Biases run: config, curves, a table of sample predictions, and the adapter as an artifact.
 
-    Files are in the run directory, the run's id too (`wandb/id`): a training that is resumed goes on in the same run.
-    Without a login W&B records offline, where it would otherwise ask on the terminal.
+    Its files are in the run directory. `wandb/id` holds the run's id, so a resumed training continues the same W&B run.
+    Without a login W&B records offline instead of prompting on the terminal.
     """
 
     def __init__(self, config: RunConfig, folder: Path):
@@ -116,10 +116,10 @@ class Wandb(Report):
         self.run.log(curves(line) | {"step": line["step"]})
 
     def predictions(self, step: int, name: str, rows: Sequence[Prediction]) -> None:
-        table = self.wandb.Table(columns=["step", "question", "answer", "prediction", "score", "picture"])
+        table = self.wandb.Table(columns=["step", "question", "answer", "prediction", "score", "image"])
         for row in rows:
-            picture = self.wandb.Image(row.picture) if row.picture is not None else None
-            table.add_data(step, row.question, row.references, row.prediction, row.score, picture)
+            image = self.wandb.Image(row.image) if row.image is not None else None
+            table.add_data(step, row.question, row.references, row.prediction, row.score, image)
         self.run.log({f"predictions/{name}": table, "step": step})
 
     def adapter(self, folder: Path) -> None:
@@ -133,14 +133,14 @@ class Wandb(Report):
 
 
 def has_login(wandb: Any) -> bool:
-    """Whether W&B knows who is here; it is not asked of its server."""
+    """Return whether the user is logged in to W&B, without asking the server."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return wandb.login(prompt=False, verify=False)
-    return bool(wandb.api.api_key)  # older versions
+    return bool(wandb.api.api_key)  # older versions of wandb
 
 
 class TensorBoard(Report):
-    """Event files in the run's `tensorboard` folder, with metrics.jsonl's names."""
+    """Event files in the run's `tensorboard` folder, named as in metrics.jsonl."""
 
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -156,15 +156,15 @@ class TensorBoard(Report):
 
 
 def check_reports(config: RunConfig) -> None:
-    """Raise UserError where `training.report_to` names what is not installed."""
+    """Raise UserError if a package for `training.report_to` is not installed."""
     for name in config.training.report_to:
-        module, how = NEEDED[name]
+        module, install = REQUIRED[name]
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"training.report_to: {name} is not installed; {how}, or leave it out")
+            raise UserError(f"training.report_to: {name} is not installed; {install}, or remove it from the list")
 
 
 class Reports(Report):
-    """All of a run's reports, of which there are none in processes other than rank 0."""
+    """All reports of a run; empty in processes other than rank 0."""
 
     def __init__(self, reports: Sequence[Report]):
         self.reports = reports
@@ -189,7 +189,7 @@ class Reports(Report):
 
 @contextmanager
 def open_reports(config: RunConfig, metrics: Path, main: bool) -> Iterator[Reports]:
-    """The reports that a run asks for, open while it runs; W&B hears whether it failed."""
+    """Open the run's reports for the duration of the block, and close them with its outcome."""
     reports: list[Report] = [MetricsFile(metrics)] if main else []
     failed = True
     try:

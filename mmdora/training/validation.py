@@ -1,4 +1,4 @@
-"""The loss on held-out samples: the mean over all their supervised tokens, however these are split."""
+"""The loss on held-out samples: the mean over all their supervised tokens, independent of batching."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.encoding import IGNORED
 from mmdora.adapters.ops.norm_cache import weights_fixed
-from mmdora.core.distributed import all_gather_numbers
+from mmdora.core.distributed import all_gather_numbers, rank, world_size
 from mmdora.core.errors import UserError
 from mmdora.training.loader_workers import as_workers_said, start_worker
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is evaluated: no dropout, no gradients, norms computed once. What comes after does
-    not know that there was a block: the model's mode and every random number are as before."""
+    """Evaluate the model inside the block: no dropout, no gradients, norms computed once.
+
+    After the block the modes of all modules and the random states are as before, so training is not affected.
+    """
     was_training = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -40,11 +42,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda)
 
 
-def batches_of(samples: int, size: int, rank: int, world: int) -> list[list[int]]:
-    """A process's batches of samples: every `world`-th, and empty ones, so that each process has as many."""
-    batches = [list(range(start, min(start + size, samples))) for start in range(0, samples, size)]
-    batches += [[]] * (-len(batches) % world)
-    return batches[rank::world]
+def rank_batches(samples: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Return the sample indices of this rank's batches; empty batches give every rank the same number."""
+    batches = [list(range(start, min(start + batch_size, samples))) for start in range(0, samples, batch_size)]
+    batches += [[]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
 
 
 def validation_loss(
@@ -53,40 +55,43 @@ def validation_loss(
     collate: Callable[[Any], dict[str, torch.Tensor]],
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, int]:
-    """The mean loss of the dataset's supervised tokens, and how many these are. A collective: every process calls it.
+    """Return the mean loss over the dataset's supervised tokens, and their number.
 
-    Every sample counts once. Each process runs the model equally often, as ZeRO-3 wants it. Raises UserError
-    where no sample can be used.
+    A collective: every process calls it. Every sample counts once, and each process calls the model equally often,
+    which ZeRO-3 requires.
+
+    Raises:
+        UserError: no sample can be used.
     """
     args, samples = trainer.args, len(dataset)  # type: ignore[arg-type]
-    groups = batches_of(samples, args.per_device_train_batch_size, args.process_index, args.world_size)
+    batches = rank_batches(samples, args.per_device_train_batch_size, rank(), world_size())
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=groups,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        generator=torch.Generator(),  # of its own: a loader draws a seed
+        generator=torch.Generator(),  # a loader draws a seed, which must not come from the global generator
         pin_memory=args.dataloader_pin_memory,
         worker_init_fn=start_worker,
     )
-    total, tokens, at_once = 0.0, 0, args.per_device_train_batch_size * args.world_size
+    total, tokens, global_batch = 0.0, 0, args.per_device_train_batch_size * world_size()
     with as_workers_said():
         for done, batch in enumerate(loader):
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            loss = summed_loss(trainer, batch, count)
-            if count:  # else there is no mean to speak of: a batch for the others' sake
-                total, tokens = total + loss, tokens + count
-            advance(min(at_once, samples - done * at_once))
+            supervised = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss = summed_loss(trainer, batch, supervised)
+            if supervised:  # an empty batch keeps the processes in step; its mean loss is not a number
+                total, tokens = total + loss, tokens + supervised
+            advance(min(global_batch, samples - done * global_batch))
     total, tokens = all_gather_numbers([total, float(tokens)], args.device).sum(0).tolist()
     if not tokens:
-        raise UserError("data.validation: none of its samples can be used; skipped.jsonl says why")
+        raise UserError("data.validation: no sample can be used; see skipped.jsonl for the reasons")
     return total / tokens, int(tokens)
 
 
-def summed_loss(trainer: Any, batch: dict[str, torch.Tensor], count: int) -> float:
-    """The loss of a batch's supervised tokens, of which there are `count`, added up."""
+def summed_loss(trainer: Any, batch: dict[str, torch.Tensor], supervised: int) -> float:
+    """Return the sum of the losses of a batch's supervised tokens, whose number is given."""
     inputs = trainer._prepare_inputs(batch)
     with trainer.compute_loss_context_manager():
         if trainer.model_accepts_loss_kwargs:
             return float(trainer.model(**inputs, num_items_in_batch=torch.tensor(1, device=trainer.args.device)).loss)
-        return float(trainer.model(**inputs).loss) * count
+        return float(trainer.model(**inputs).loss) * supervised
