@@ -8,8 +8,8 @@ import json
 import pytest
 
 from eval.compare import BOOTSTRAP, EXACT
+from eval.compare_results import compare_results
 from eval.metrics import mcnemar
-from mmdora.cli.compare import run
 from mmdora.core.errors import UserError
 from tests.scored import command, edit, judge, right, scored, write_questions
 
@@ -71,7 +71,7 @@ def test_questions_on_one_picture_are_no_independent_ones(tmp_path, capsys):
     assert one["mcnemar_p"] == mcnemar(0, 20)
     assert one["p"] > 100 * one["mcnemar_p"]  # five pictures differ, not twenty
     assert command("compare", a, b) == 0
-    assert "McNemar's test, which takes questions to be independent, has <0.001" in capsys.readouterr().out
+    assert "McNemar's test, which assumes independent questions, gives <0.001" in capsys.readouterr().out
 
 
 def test_partly_right_answers_are_bootstrapped(tmp_path, capsys):
@@ -177,5 +177,5 @@ def test_an_answer_cannot_command_the_terminal(rows, tmp_path, capsys):
 
 def test_garbage_is_collected_again_after_a_comparison(tmp_path):
     with pytest.raises(UserError):
-        run(tmp_path / "none", tmp_path / "none", False, [])
+        compare_results(tmp_path / "none", tmp_path / "none")
     assert gc.isenabled()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import VQA
+from eval.predictions import read_predictions
 from eval.results import find_results, read_result
 from mmdora.apps.tables import results_table
-from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
 from tests.media import write_image
 from tests.scored import command, edit, right, scored, write_answers, write_questions
@@ -78,7 +78,7 @@ def test_nlvr_is_scored_from_the_file_with_its_labels(tmp_path, capsys):
     [
         (lambda pairs: pairs[:-2], "2 without an answer: q10, q11"),
         (lambda pairs: pairs + pairs[:1], "1 answered twice: q0"),
-        (lambda pairs: [*pairs, {"id": "z", "response": "yes"}], "1 of no question: z"),
+        (lambda pairs: [*pairs, {"id": "z", "response": "yes"}], "1 unknown: z"),
     ],
 )
 def test_ids_that_do_not_fit_are_named(change, expected, rows, tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_whatever_the_predictions_are_it_is_an_answer_or_one_error(document, tmp
     path.write_text(json.dumps(document))
     questions = [Question("q0", Sample("q0", (), "t"), ("yes",), "q0")]
     try:
-        said = dict.fromkeys(answers_to(questions, BENCHMARKS["vqa"](), path))
+        said = dict.fromkeys(read_predictions(path, BENCHMARKS["vqa"](), questions))
     except UserError as error:
         said = str(error)
     assert said == {"q0": None} or str(path) in said
@@ -270,7 +270,7 @@ def test_submit(rows, tmp_path, capsys, with_leaderboard):
     assert "12 answers to vqa" in capsys.readouterr().out
     assert contents(out) == before
     assert command("submit", out, "--out", file) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert command("submit", out, "--out", file / "inside.json") == 2
     assert f"--out: cannot make the folder {file}" in capsys.readouterr().err
 

@@ -15,11 +15,10 @@ from data_pipelines.dataset import read_source
 from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import is_there
+from mmdora.core.config_files import path_exists, read_deepspeed
 from mmdora.core.errors import UserError
 from mmdora.planning.activations import Activations, measure
 from mmdora.planning.engine_memory import Memory, Run, Sizes, deepspeed, plain
-from mmdora.training.arguments import read_deepspeed
 from mmdora.training.packing import packed_inputs, row_length
 
 ENGINES = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
@@ -52,7 +51,7 @@ def longest(config: RunConfig, encoder: Encoder) -> Encoded:
     most = config.data.max_length
     found: list[Encoded] = []
     for source in config.data.train:
-        if source.format == "shapes" or is_there(source.path):
+        if source.format == "shapes" or path_exists(source.path):
             found += encoded_samples(read_source(source, config.training.seed), encoder)
     if not found and most is None:
         raise UserError("plan: the data is not there, so nothing says how long a sample is; set data.max_length")

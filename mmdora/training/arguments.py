@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -14,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmdora.core.config import RunConfig, TrainingConfig
-from mmdora.core.config_files import find_path, shipped_path
+from mmdora.core.config_files import read_deepspeed
 from mmdora.core.distributed import world_size
 from mmdora.core.errors import UserError
 
@@ -110,19 +109,6 @@ def deepspeed_config(name: str) -> dict[str, Any]:
 
 def _on_nvme(tree: dict[str, Any], key: str) -> bool:
     return (tree.get("zero_optimization", {}).get(key) or {}).get("device") == "nvme"
-
-
-def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
-    """A DeepSpeed config's file and what is in it. Raises UserError."""
-    path = shipped_path(f"configs/deepspeed/{name}.json") or find_path(name)
-    if not path.is_file():
-        folder = shipped_path("configs/deepspeed")
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) if folder else ""
-        raise UserError(f"training.deepspeed: no such config {name!r}; shipped: {known}, or give a JSON file's path")
-    try:
-        return path, json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"training.deepspeed: {path} is not valid JSON ({error})") from error
 
 
 def _disk_folder(path: Path, given: str) -> str:
