@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.formats import DATASET_FORMATS
+from data_pipelines.formats.shapes import TASKS
 from data_pipelines.video import VIDEO_READERS
 from eval.benchmarks import BENCHMARKS
 from eval.results import find_results
@@ -24,9 +25,9 @@ from mmdora.core.registry import Registry
 from mmdora.core.run_directory import RunDir
 from mmdora.core.vision_encoders import VISION_ENCODERS
 
-HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]{1,96}")
+HUB_ID = re.compile(r"(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # as huggingface_hub's validate_repo_id
 HUB_TOWERS = ("clip", "dinov2", "siglip", "siglip2")  # vision encoders whose `name` is a hub id or a directory
-MADE_ON_DEMAND = "shapes"  # a format whose files are made when they are read
+GENERATED = [f"{task}_{split}.json" for task in TASKS for split in ("train", "held_out")]  # files of the shapes dataset
 
 
 def check_config(config: RunConfig, needs_data: bool = True) -> None:
@@ -50,7 +51,7 @@ def check_config(config: RunConfig, needs_data: bool = True) -> None:
     for i, entry in enumerate(config.evaluation):
         problems += _entry_problems(f"evaluation.{i}", entry, needs_data)
     if problems:
-        raise UserError("invalid config:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UserError("the config is not valid:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def check_entries(entries: Sequence[EvaluationConfig]) -> None:
@@ -80,7 +81,7 @@ def check_scoring(
         raise UserError(f"--predictions: no such file {str(predictions)!r}")
     if not path_exists(annotations):
         expected = f"; expected layout:\n{layout}" if layout else ""
-        raise UserError(f"--annotations: no such file or folder {annotations!r}{expected}")
+        raise UserError(f"--annotations: no such file {annotations!r}{expected}")
 
 
 def check_target(target: str) -> None:
@@ -144,7 +145,8 @@ def model_path_problem(name: str) -> str | None:
         return None if (path / "config.json").is_file() else f"{name!r} has no config.json, so it is not a model"
     if path.exists():
         return f"{name!r} is a file, not the directory of a model"
-    return None if HUB_ID.fullmatch(name) else f"no such directory {name!r}"
+    can_be_hub_id = HUB_ID.fullmatch(name) and "--" not in name and ".." not in name
+    return None if can_be_hub_id else f"no such directory {name!r}"
 
 
 def _model_problems(config: ModelConfig) -> list[str]:
@@ -168,8 +170,7 @@ def _source_problems(key: str, source: SourceConfig, needs_data: bool) -> list[s
     problems = _name_problems(f"{key}.format", DATASET_FORMATS, source.format)
     if not needs_data:
         return problems
-    if source.format != MADE_ON_DEMAND and not path_exists(source.path):
-        problems.append(f"{key}.path: no such file {source.path!r}")
+    problems += _data_problems(f"{key}.path", source.path, source.format)
     return problems + _folder_problems(f"{key}.media", source.media)
 
 
@@ -178,9 +179,15 @@ def _entry_problems(key: str, entry: EvaluationConfig, needs_data: bool) -> list
     problems += _name_problems(f"{key}.format", DATASET_FORMATS, entry.format)
     if not needs_data:
         return problems
-    if entry.format != MADE_ON_DEMAND and not path_exists(entry.data):
-        problems.append(f"{key}.data: no such file or folder {entry.data!r}")
+    problems += _data_problems(f"{key}.data", entry.data, entry.format)
     return problems + _folder_problems(f"{key}.media", entry.media)
+
+
+def _data_problems(key: str, path: str, data_format: str | None) -> list[str]:
+    if path_exists(path) or (data_format == "shapes" and Path(path).name in GENERATED):
+        return []
+    known = f"; the shapes dataset has {', '.join(GENERATED)}" if data_format == "shapes" else ""
+    return [f"{key}: no such file {path!r}{known}"]
 
 
 def _folder_problems(key: str, folder: str | None) -> list[str]:
