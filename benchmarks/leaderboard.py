@@ -31,7 +31,7 @@ from data_pipelines.samples import Image, Message, Sample, Text
 from eval.benchmarks import Question
 from eval.metrics import cluster_bootstrap
 from eval.scoring import make_report, score_all, write_results
-from mmdora.cli.leaderboard import run as leaderboard
+from mmdora.cli.leaderboard import leaderboard
 from mmdora.core.config import EvaluationConfig
 
 WORDS = ("kitchen", "street", "table", "woman", "red", "blue", "cat", "dog", "left", "right", "under", "holding", "two")
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         make_results(folder, arguments.models, arguments.questions, arguments.images)
         page = folder / "page.html"
         start = time.perf_counter()
-        leaderboard([str(folder / str(i)) for i in range(arguments.models)], page, [])
+        leaderboard([str(folder / str(i)) for i in range(arguments.models)], page)
         build = time.perf_counter() - start
         return {
             **about_machine(),

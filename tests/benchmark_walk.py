@@ -15,8 +15,8 @@ from data_pipelines.encoding import Encoder
 from eval.benchmarks import BENCHMARKS, Question
 from eval.results import read_result
 from eval.run import evaluate, read_questions
-from mmdora.cli.score import run as score
-from mmdora.cli.submit import run as submit
+from mmdora.cli.score import score
+from mmdora.cli.submit import submit
 from mmdora.core.config import EvaluationConfig, ModelConfig, VideoConfig
 from mmdora.models.loading import load_model
 
@@ -55,7 +55,7 @@ def scored(
     """Return the report that `mmdora score --json` prints; with `out`, the result is written there."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        score(benchmark, predictions, str(annotations), split, True, out, False, [])
+        score(benchmark, predictions, str(annotations), split, True, out, False)
     return json.loads(printed.getvalue())
 
 
@@ -66,7 +66,7 @@ def responses(folder: Path) -> dict[str, str]:
 
 def submitted(folders: list[Path], out: Path) -> bytes:
     """Return the file that `mmdora submit` writes."""
-    submit(folders, out, [])
+    submit(folders, out)
     return out.read_bytes()
 
 

@@ -12,8 +12,8 @@ import pytest
 from data_pipelines.encoding import Encoder
 from eval.captions_java import meteor_process
 from eval.run import evaluate, read_questions
-from mmdora.cli.score import run as score
-from mmdora.cli.submit import run as submit
+from mmdora.cli.score import score
+from mmdora.cli.submit import submit
 from mmdora.core.config import EvaluationConfig, VideoConfig
 from mmdora.core.errors import UserError
 from tests.families import qwen2_vl
@@ -151,7 +151,7 @@ def test_from_files_to_report(name, tmp_path, model, meteor, monkeypatch, capsys
     alone = tmp_path / Path(answers).name  # the annotations without the rest of the folder
     alone.write_bytes((data / answers).read_bytes())
     split = options.get("split")
-    score(name, predictions, str(alone if name != "caption" else data / answers), split, True, None, False, [])
+    score(name, predictions, str(alone if name != "caption" else data / answers), split, True, None, False)
     scored = json.loads(capsys.readouterr().out)
     assert scored["scores"]["official"]["value"] > 200  # each caption equals one of its references
     assert scored["metrics"]["Bleu_1"] > 99
@@ -168,9 +168,9 @@ def test_submissions_need_both_splits(name, splits, tmp_path, model, meteor, mon
         assert (report["scores"]["official"] is None) == split.startswith("test")
     folders, out = [tmp_path / split for split in splits], tmp_path / "mine.zip"
     with pytest.raises(UserError, match="takes two results, of the splits"):
-        submit(folders[:1], out, [])
+        submit(folders[:1], out)
     assert not out.exists()
-    submit(folders, out, [])
+    submit(folders, out)
     with zipfile.ZipFile(out) as archive:
         files = {member: archive.read(member).decode() for member in archive.namelist()}
     if name == "tvc":
@@ -241,7 +241,7 @@ def test_errors_name_malformed_predictions(name, text, message, tmp_path):
     predictions = tmp_path / ("p.jsonl" if name == "tvc" else "p.json")
     predictions.write_text(text)
     with pytest.raises(UserError, match=message):
-        score(name, predictions, str(tmp_path / answers), None, True, None, False, [])
+        score(name, predictions, str(tmp_path / answers), None, True, None, False)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from eval.compare import BOOTSTRAP, EXACT
+from eval.compare_results import compare_results
 from eval.metrics import mcnemar
-from mmdora.cli.compare import run
 from mmdora.core.errors import UserError
 from tests.scored import command, edit, judge, right, scored, write_questions
 
@@ -71,7 +71,7 @@ def test_questions_about_one_image_are_not_independent(tmp_path, capsys):
     assert one["mcnemar_p"] == mcnemar(0, 20)
     assert one["p"] > 100 * one["mcnemar_p"]  # five images differ, not twenty
     assert command("compare", a, b) == 0
-    assert "McNemar's test, which takes questions to be independent, has <0.001" in capsys.readouterr().out
+    assert "McNemar's test, which assumes independent questions, gives <0.001" in capsys.readouterr().out
 
 
 def test_partly_correct_answers_are_tested_by_bootstrap(tmp_path, capsys):
@@ -176,5 +176,5 @@ def test_control_characters_in_answers_are_not_printed(rows, tmp_path, capsys):
 
 def test_garbage_collection_is_enabled_again_after_an_error(tmp_path):
     with pytest.raises(UserError):
-        run(tmp_path / "none", tmp_path / "none", False, [])
+        compare_results(tmp_path / "none", tmp_path / "none")
     assert gc.isenabled()

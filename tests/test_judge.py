@@ -14,12 +14,12 @@ from data_pipelines.encoding import Encoder
 from eval import judge
 from eval.benchmarks import BENCHMARKS
 from eval.judge import judge_all
+from eval.predictions import score_predictions
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
 from mmdora.apps.during_training import check_scored
-from mmdora.apps.evaluate import Request, as_requested
-from mmdora.cli.score import run as score
-from mmdora.cli.submit import run as submit
+from mmdora.apps.evaluation_request import Request, as_requested
+from mmdora.cli.submit import submit
 from mmdora.core.config import EvaluationConfig, JudgeConfig
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import RunError, UserError
@@ -99,7 +99,7 @@ def verdicts(folder, config, answers=ANSWERS):
 
 
 def scored(folder, out, config=None):
-    score("mmvet", folder / "answers.json", str(folder / "mm-vet.json"), None, False, folder / out, False, [], config)
+    score_predictions("mmvet", folder / "answers.json", str(folder / "mm-vet.json"), out=folder / out, judge=config)
     return read_report(folder / out)
 
 
@@ -123,7 +123,7 @@ def test_mmvet_by_capability(mmvet, server):
     body, key = server.requests[0]
     assert (body["temperature"], body["model"], key) == (0, "gpt-4", None)
     assert any("Reference: cat <OR> dog\n" in body["messages"][0]["content"] for body, _ in server.requests)
-    submit([mmvet / "out"], mmvet / "handed_in.json", [])
+    submit([mmvet / "out"], mmvet / "handed_in.json")
     assert json.loads((mmvet / "handed_in.json").read_text()) == ANSWERS
 
 
@@ -234,7 +234,7 @@ def test_a_judge_url_in_a_runs_config_is_used_only_if_given_again(caplog):
     given = JudgeConfig(url="http://mine", model="m")
     entry = EvaluationConfig(name="m", benchmark="mmvet", data="d", judge=JudgeConfig(url="http://theirs", model="m"))
     assert as_requested(entry, Request("run")).judge is None
-    assert "its judge at http://theirs is not asked" in caplog.text
+    assert "the judge at http://theirs is not called" in caplog.text
     assert as_requested(entry, Request("run", judge=given)).judge == given
     recorded = entry.model_copy(update={"judge": JudgeConfig(verdicts="f")})
     assert as_requested(recorded, Request("run")).judge == recorded.judge

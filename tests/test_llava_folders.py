@@ -6,8 +6,8 @@ import pytest
 
 from eval.benchmarks import BENCHMARKS
 from eval.layout import find_folder, read_answers, read_answers_as
+from eval.predictions import read_predictions
 from eval.run import read_questions
-from mmdora.cli.score import answers_to
 from mmdora.core.config import EvaluationConfig
 from mmdora.core.errors import UserError
 from tests.media import write_image
@@ -39,7 +39,7 @@ def prompts(benchmark, data, split=None):
 
 
 def answers(benchmark, data, path):
-    return answers_to(questions(benchmark, data), BENCHMARKS[benchmark](), path)
+    return read_predictions(path, BENCHMARKS[benchmark](), questions(benchmark, data))
 
 
 def gqa_row(image):

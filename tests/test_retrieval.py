@@ -22,9 +22,9 @@ from eval.dual_encoders import load_dual_encoder
 from eval.features import FRAMES
 from eval.retrieval import rank_figures, sentence_ranks, tied_ranks
 from eval.run import read_questions
-from mmdora.apps.evaluate import Request
-from mmdora.cli.evaluate import run as evaluate
-from mmdora.cli.score import run as score
+from mmdora.apps.evaluate import run as evaluate
+from mmdora.apps.evaluation_request import Request
+from mmdora.cli.score import score
 from mmdora.core.config import EvaluationConfig
 from mmdora.core.errors import UserError
 from tests.media import write_video
@@ -83,7 +83,7 @@ def data(tmp_path) -> Path:
 
 
 def run(model: Path | str, data: Path, out: Path, **options) -> dict:
-    evaluate(Request(str(model), benchmark="msrvtt_retrieval", data=str(data), out=out, **options), False, [])
+    evaluate(Request(str(model), benchmark="msrvtt_retrieval", data=str(data), out=out, **options), False)
     return json.loads((out / "msrvtt_retrieval" / "report.json").read_text())
 
 
@@ -125,7 +125,7 @@ def test_clip_is_evaluated_from_files_to_report(clip, data, tmp_path, capsys):
         if name.endswith("json"):
             (folder / name).write_text(json.dumps(found.tolist()))
         table = data / "MSRVTT_JSFUSION_test.csv"
-        score("msrvtt_retrieval", folder / name, str(table), None, True, None, False, [])
+        score("msrvtt_retrieval", folder / name, str(table), None, True, None, False)
         assert json.loads(capsys.readouterr().out)["scores"] == report["scores"]
 
 
@@ -213,7 +213,7 @@ def test_invalid_similarities_are_named(values, message, data, tmp_path):
     else:
         path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
-        score("msrvtt_retrieval", path, str(data), None, True, None, False, [])
+        score("msrvtt_retrieval", path, str(data), None, True, None, False)
 
 
 @given(st.text() | st.recursive(st.integers() | st.text(), st.lists).map(lambda x: json.dumps({"text_to_video": x})))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from data_pipelines.samples import Sample
 from eval.benchmarks import BENCHMARKS, Question
 from eval.benchmarks.vqa import VQA
+from eval.predictions import read_predictions
 from eval.results import find_results, read_result
 from mmdora.apps.tables import results_table
-from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
 from tests.conftest import ROOT
 from tests.media import write_image
@@ -92,7 +92,7 @@ def test_nlvr_is_scored_from_its_file_of_labels(tmp_path, capsys):
     [
         (lambda pairs: pairs[:-2], "2 without an answer: q10, q11"),
         (lambda pairs: pairs + pairs[:1], "1 answered twice: q0"),
-        (lambda pairs: [*pairs, {"id": "z", "response": "yes"}], "1 of no question: z"),
+        (lambda pairs: [*pairs, {"id": "z", "response": "yes"}], "1 unknown: z"),
     ],
 )
 def test_missing_duplicate_and_unknown_ids_are_named(change, expected, rows, tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_any_json_gives_answers_or_one_error(document, tmp_path_factory):
     path.write_text(json.dumps(document))
     questions = [Question("q0", Sample("q0", (), "t"), ("yes",), "q0")]
     try:
-        ids, message = list(answers_to(questions, BENCHMARKS["vqa"](), path)), ""
+        ids, message = list(read_predictions(path, BENCHMARKS["vqa"](), questions)), ""
     except UserError as error:
         ids, message = [], str(error)
     assert ids == ["q0"] or str(path) in message
@@ -284,7 +284,7 @@ def test_submit_writes_the_file_and_changes_nothing_else(rows, tmp_path, capsys,
     assert "12 answers to vqa" in capsys.readouterr().out
     assert contents(out) == before
     assert command("submit", out, "--out", file) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert command("submit", out, "--out", file / "inside.json") == 2
     assert f"--out: cannot make the folder {file}" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ from eval.benchmarks.textvqa import question_in_llava_prompt
 from eval.benchmarks.vizwiz import unanswerability
 from eval.results import read_report, read_result
 from eval.run import evaluate, read_questions
-from mmdora.cli.score import run as score
-from mmdora.cli.submit import run as submit
+from mmdora.cli.score import score
+from mmdora.cli.submit import submit
 from mmdora.core.config import EvaluationConfig, ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_model
@@ -36,7 +36,7 @@ def config(name, data, **more):
 
 
 def scored(name, predictions, data, out, **more):
-    score(name, predictions, str(data), more.get("split"), False, out, False, [])
+    score(name, predictions, str(data), more.get("split"), False, out, False)
     return read_report(out)
 
 
@@ -65,14 +65,14 @@ def test_from_files_to_the_leaderboard(name, model, tmp_path, caplog):
 
     if mini.unanswered is None or mini.submitted is None:
         with pytest.raises(UserError, match="no leaderboard"):
-            submit([tmp_path / "out"], tmp_path / "none.json", [])
+            submit([tmp_path / "out"], tmp_path / "none.json")
         return
     entry = config(name, data, split=mini.unanswered)
     report = evaluate(*model, entry, read_questions(entry), tmp_path / "test")
     assert report["scores"] == {"official": None, "strict": None}
-    submit([tmp_path / "test"], tmp_path / "answers.json", [])
+    submit([tmp_path / "test"], tmp_path / "answers.json")
     assert json.loads((tmp_path / "answers.json").read_text()) == mini.submitted(read_result(tmp_path / "test").rows)
-    submit([tmp_path / "out"], tmp_path / "public.json", [])
+    submit([tmp_path / "out"], tmp_path / "public.json")
     assert "this split has public answers; the leaderboard ranks" in caplog.text
     assert len(json.loads((tmp_path / "public.json").read_text())) == len(read_result(tmp_path / "out").rows)
 
@@ -221,7 +221,7 @@ def test_gqa_leaderboard_takes_only_its_split(model, tmp_path):
     entry = config("gqa", tmp_path, split="test_balanced")
     evaluate(*model, entry, read_questions(entry), tmp_path / "out")
     with pytest.raises(UserError, match="the leaderboard takes submission_all"):
-        submit([tmp_path / "out"], tmp_path / "a.json", [])
+        submit([tmp_path / "out"], tmp_path / "a.json")
 
 
 def test_stvqa_reports_anls_and_accuracy(tmp_path):

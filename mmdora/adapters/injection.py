@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
 from mmdora.adapters.layers.siblings import share_reads
-from mmdora.adapters.methods.base import PartPlan
+from mmdora.adapters.methods.base import PartPlan, part_problems
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.core.config import PartConfig
 from mmdora.core.deepspeed import numel
@@ -205,14 +205,8 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
             first = error.errors()[0]
             key = ".".join(str(step) for step in ("parts", part, *first["loc"]))
             raise UserError(f"{key}: {first['msg']}") from None
-    try:
-        method = ADAPTERS[value.method]
-    except UserError as error:
-        raise UserError(f"parts.{part}.method: {error}") from None
-    for key, field_info in PartConfig.model_fields.items():
-        given = getattr(value, key) != field_info.get_default(call_default_factory=True)
-        if key != "method" and given and key not in method.settings:
-            raise UserError(f"parts.{part}.{key}: the method {value.method!r} has no such setting; leave it out")
+    if problems := part_problems(part, value):
+        raise UserError(problems[0])
     return value
 
 

@@ -1,4 +1,4 @@
-"""`python -m mmdora.cli`: what torchrun launches for the commands that several processes share, such as `eval`."""
+"""`python -m mmdora.cli`, for torchrun and other launchers of several processes."""
 
 from mmdora.cli import main
 

@@ -1,21 +1,33 @@
-"""`mmdora analyze`: how far tuning moved each adapted layer's magnitude and direction."""
+"""`mmdora analyze`."""
 
 from __future__ import annotations
 
-from mmdora.analysis.decomposition import analyze, correlation
-from mmdora.apps.load_target import load_target
-from mmdora.core.console import make_console, make_table
-from mmdora.core.errors import UserError
+from mmdora.cli.app import Target, Trust, app
 
 
-def run(target: str, trust_remote_code: bool) -> None:
+@app.command()
+def analyze(run: Target, trust_remote_code: Trust = False) -> None:
+    """Show how training changed each adapted layer.
+
+    Prints the change of magnitude (ΔM) and direction (ΔD) of each layer's weight, and their correlation.
+    """
+    from mmdora.apps.check_inputs import check_target
+
+    check_target(run)
+
+    from mmdora.analysis.decomposition import analyze as decompose
+    from mmdora.analysis.decomposition import correlation
+    from mmdora.apps.load_target import load_target
+    from mmdora.core.console import make_console, make_table
+    from mmdora.core.errors import UserError
+
     console = make_console()
-    changes = analyze(load_target(target, trust_remote_code).model)
+    changes = decompose(load_target(run, trust_remote_code).model)
     if not changes:
-        raise UserError(f"{target}: no layer of it has an adapter")
-    table = make_table("change of weights", "layer", "ΔM", "ΔD")
+        raise UserError(f"{run}: no layer has an adapter")
+    table = make_table("weight changes", "layer", "ΔM", "ΔD")
     for change in changes:
         table.add_row(change.path, f"{change.magnitude:.4f}", f"{change.direction:.4f}")
     console.print(table)
     console.print(f"correlation of ΔD and ΔM over {len(changes)} layers: {correlation(changes):+.2f}")
-    console.print("(the paper's, on VL-BART's query matrices: full fine-tuning −0.62, DoRA −0.31, LoRA +0.83)")
+    console.print("(the DoRA paper, query matrices of VL-BART: full fine-tuning −0.62, DoRA −0.31, LoRA +0.83)")

@@ -1,100 +1,114 @@
-"""`mmdora compare`: two models on the same benchmarks, paired question by question."""
+"""`mmdora compare`."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 
-from eval.compare import EXACT, Comparison, adjusted, compare, flipped, matched, setting_differences
-from eval.results import Result, find_results, read_result, without_garbage_collection
-from mmdora.core.console import make_console, make_table
-from mmdora.core.errors import UserError
-from mmdora.core.registry import import_plugins
+from mmdora.cli.app import JsonOutput, Plugins, app
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from eval.compare import Comparison
+    from eval.compare_results import PairedComparison
 
 
-@without_garbage_collection()
-def run(a: Path, b: Path, as_json: bool, plugins: list[str]) -> None:
-    import_plugins(plugins)
-    sides = [[read_result(folder) for folder in find_results(path)] for path in (a, b)]
-    pairs, alone = matched(*sides)
-    if not pairs:
-        has = [", ".join(f"{r.name} ({r.benchmark})" for r in side) for side in sides]
-        raise UserError(f"no benchmark is in both: {a} has {has[0]}, {b} has {has[1]}")
-    for result in alone:
-        log.warning("%s: the other side has no %s; it is left out", result.folder, result.name)
-    made = [(pair, one) for pair in pairs for one in compare(*pair)]
-    comparisons = adjusted([one for _, one in made])
-    examples = [flipped(*pair, one.kind) for pair, one in made]
-    notes = {pair[0].name: setting_differences(*pair) for pair in pairs}
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RESULT_A", help="A result, a run, or a folder of results.")],
+    b: Annotated[Path, typer.Argument(metavar="RESULT_B", help="The result, run or folder to compare with it.")],
+    as_json: JsonOutput = False,
+    plugin: Plugins = None,
+) -> None:
+    """Compare two models question by question.
+
+    Tests whether the difference may be chance (exact McNemar or paired cluster bootstrap, Holm over benchmarks).
+    """
+    from mmdora.apps.check_inputs import check_results
+    from mmdora.core.registry import import_plugins
+
+    import_plugins(plugin or [])
+    check_results([a, b])
+
+    from eval.compare_results import compare_results
+    from mmdora.core.console import make_console
+
+    compared = compare_results(a, b)
     if as_json:
-        rows = [asdict(one) | {"examples": shown} for one, shown in zip(comparisons, examples, strict=True)]
-        document = {"a": str(a), "b": str(b), "comparisons": rows, "also_unlike": notes}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.write(json.dumps(compared.to_json(), indent=2) + "\n")
         return
     console = make_console()
+    shown = [pair for pair in compared.pairs if pair.comparison.kind != "strict"]  # strict scores: in the JSON only
     console.print(f"A: {a}\nB: {b}\n", soft_wrap=True)
-    show(console, comparisons)
-    for (pair, one), shown in zip(made, examples, strict=True):
-        if one.kind != "strict":
-            show_counts(console, pair, one, shown)
-    for name, lines in notes.items():
+    console.print(_table([pair.comparison for pair in shown]))
+    for pair in shown:
+        for line in _describe_flips(pair):
+            console.print(line, soft_wrap=True)
+    for name, lines in compared.differences.items():
         for line in lines:
-            console.print(f"Unlike in {name}: {line}", soft_wrap=True)
+            console.print(f"Differs in {name}: {line}", soft_wrap=True)
 
 
-def show(console: Console, comparisons: Sequence[Comparison]) -> None:
-    """Official and judged scores; the strict ones are in the JSON."""
-    table = make_table("B against A, with 95% intervals", "benchmark", "n", "A", "B", "B - A", "p", "p, Holm")
-    for one in comparisons:
-        if one.kind != "strict":
-            name = one.name if one.kind == "official" else f"{one.name}, {one.kind}"
-            scores = f"{one.a:.1f}", f"{one.b:.1f}"
-            table.add_row(name, str(one.n), *scores, change(one), chance(one.p), chance(one.p_holm))
-    console.print(table)
+def _table(comparisons: Sequence[Comparison]) -> Table:
+    from mmdora.core.console import make_table
 
-
-def show_counts(console: Console, pair: tuple[Result, Result], one: Comparison, shown: Mapping[str, Any]) -> None:
-    """How many answers flipped, by which test p is, and some of the questions."""
-    counts = one.counts
-    told = (
-        f"{one.name}, {one.kind}: both right {counts['both_right']}, only A {counts['only_a']}, "
-        f"only B {counts['only_b']}, both wrong {counts['both_wrong']}. p by {one.test}"
-    )
-    if one.test != EXACT and one.mcnemar_p is not None:
-        told += (
-            f" ({one.n} questions in {one.clusters} clusters, as on one image; McNemar's test, which takes questions "
-            f"to be independent, has {chance(one.mcnemar_p)})"
+    table = make_table("B compared with A, 95% intervals", "benchmark", "n", "A", "B", "B - A", "p", "p (Holm)")
+    for comparison in comparisons:
+        kind = "" if comparison.kind == "official" else f", {comparison.kind}"
+        table.add_row(
+            f"{comparison.name}{kind}",
+            str(comparison.n),
+            f"{comparison.a:.1f}",
+            f"{comparison.b:.1f}",
+            _format_difference(comparison),
+            _format_p(comparison.p),
+            _format_p(comparison.p_holm),
         )
-    console.print(told, soft_wrap=True)
-    for name, side in (("better_in_a", "A"), ("better_in_b", "B")):
-        for row in shown[name]:
-            references = " / ".join(dict.fromkeys(row["references"]))
-            console.print(
-                f"  better in {side}: {row['id']}: {_short(row['question'])} ({_short(references)})  "
-                f"A: {_short(row['response_a'])}  B: {_short(row['response_b'])}",
-                soft_wrap=True,
+    return table
+
+
+def _describe_flips(pair: PairedComparison) -> list[str]:
+    """Return lines with the number of answers that only one side has right, the test behind p, and some questions."""
+    from eval.compare import EXACT
+
+    comparison, counts = pair.comparison, pair.comparison.counts
+    summary = (
+        f"{comparison.name}, {comparison.kind}: both right {counts['both_right']}, only A {counts['only_a']}, "
+        f"only B {counts['only_b']}, both wrong {counts['both_wrong']}. p by {comparison.test}"
+    )
+    if comparison.test != EXACT and comparison.mcnemar_p is not None:
+        summary += (
+            f" ({comparison.n} questions in {comparison.clusters} clusters, e.g. of one image; McNemar's test, which "
+            f"assumes independent questions, gives {_format_p(comparison.mcnemar_p)})"
+        )
+    lines = [summary]
+    for side, examples in (("A", pair.examples["better_in_a"]), ("B", pair.examples["better_in_b"])):
+        for example in examples:
+            references = " / ".join(dict.fromkeys(example["references"]))
+            lines.append(
+                f"  better in {side}: {example['id']}: {_shorten(example['question'])} ({_shorten(references)})  "
+                f"A: {_shorten(example['response_a'])}  B: {_shorten(example['response_b'])}"
             )
+    return lines
 
 
-def change(one: Comparison) -> str:
-    """`+1.2 [0.3, 2.1]`"""
-    interval = "" if one.low is None else f" [{one.low:.1f}, {one.high:.1f}]"
-    return f"{one.difference:+.1f}{interval}"
+def _format_difference(comparison: Comparison) -> str:
+    """Format as `+1.2 [0.3, 2.1]`."""
+    interval = "" if comparison.low is None else f" [{comparison.low:.1f}, {comparison.high:.1f}]"
+    return f"{comparison.difference:+.1f}{interval}"
 
 
-def chance(p: float) -> str:
+def _format_p(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _short(text: str, longest: int = 60) -> str:
+def _shorten(text: str, max_length: int = 60) -> str:
     line = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))  # a terminal obeys control codes
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+    return line if len(line) <= max_length else f"{line[: max_length - 1]}…"

@@ -1,44 +1,50 @@
-"""`mmdora list`: what a config can name."""
+"""`mmdora list`. The file is not called list.py: a module of that name would hide the builtin in this package."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipelines.formats import DATASET_FORMATS
-from data_pipelines.video import VIDEO_READERS
-from eval.benchmarks import BENCHMARKS
-from mmdora.adapters import ADAPTERS
-from mmdora.core.console import make_console
-from mmdora.core.errors import UserError
-from mmdora.core.registry import nearest
-from mmdora.models.architectures import ARCHITECTURES
-from mmdora.models.vision_encoders import VISION_ENCODERS
+import typer
 
-KINDS: dict[str, Any] = {
-    "adapters": ADAPTERS,
-    "vision-encoders": VISION_ENCODERS,
-    "architectures": ARCHITECTURES,
-    "formats": DATASET_FORMATS,
-    "video-readers": VIDEO_READERS,
-    "benchmarks": BENCHMARKS,
+from mmdora.cli.app import app
+
+REGISTRIES = {
+    "adapters": ("mmdora.adapters", "ADAPTERS"),
+    "vision-encoders": ("mmdora.core.vision_encoders", "VISION_ENCODERS"),
+    "architectures": ("mmdora.models.architectures", "ARCHITECTURES"),
+    "formats": ("data_pipelines.formats", "DATASET_FORMATS"),
+    "video-readers": ("data_pipelines.video", "VIDEO_READERS"),
+    "benchmarks": ("eval.benchmarks", "BENCHMARKS"),
 }
 
 
-def run(kind: str) -> None:
-    if kind not in KINDS:
-        raise UserError(f"nothing is called {kind!r}.{nearest(kind, list(KINDS))} Known: {', '.join(KINDS)}")
-    rows = [(name, *about(kind, entry)) for name, entry in KINDS[kind].items()]
+@app.command("list")
+def list_names(
+    kind: Annotated[
+        str,
+        typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers or benchmarks"),
+    ],
+) -> None:
+    """List the names that a config can use."""
+    from mmdora.core.errors import UserError
+    from mmdora.core.registry import nearest
+
+    if kind not in REGISTRIES:
+        raise UserError(f"cannot list {kind!r}.{nearest(kind, list(REGISTRIES))} Known: {', '.join(REGISTRIES)}")
+    module, registry = REGISTRIES[kind]
+    entries = getattr(importlib.import_module(module), registry).items()
+    rows = [(name, *_describe(kind, entry)) for name, entry in entries]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    console = make_console()
     for *cells, last in rows:
         padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
-        console.print("  ".join([*padded, last]).rstrip(), soft_wrap=True)
+        typer.echo("  ".join([*padded, last]).rstrip())
 
 
-def about(kind: str, entry: Any) -> tuple[str, ...]:
-    """What is told of an entry: the parts of an architecture, else the first line of its docstring or its module's; of
-    a benchmark also whether its layout was tried on the real files."""
+def _describe(kind: str, entry: Any) -> tuple[str, ...]:
+    """Return an entry's columns: an architecture's parts, or the first line of a docstring (the entry's or its
+    module's), after a benchmark's state of verification."""
     if kind == "architectures":
         return (", ".join(f"{part}: {' + '.join(paths)}" for part, paths in entry.parts.items()),)
     module = inspect.getmodule(entry)

@@ -1,101 +1,98 @@
-"""`mmdora plan`: which engine a run fits under, on so many GPUs of so much memory, before any is paid for."""
+"""`mmdora plan`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from rich.console import Console
+import typer
 
-from data_pipelines.encoding import Encoder
-from mmdora.adapters.injection import inject_adapters
-from mmdora.core.config_files import load_config
-from mmdora.core.console import make_console, make_table
-from mmdora.core.errors import UserError
-from mmdora.core.registry import import_plugins
-from mmdora.models.loading import load_shape
-from mmdora.planning.engine_memory import MemoryEstimate, cast_parameters, model_sizes
-from mmdora.planning.planner import ActivationProfiler, Cluster, Planner, hidden_size, longest_sample, prepare
-from mmdora.training.arguments import micro_batches
+from mmdora.cli.app import Config, Overrides, app
 
-# The first that fits is advised: each next one sends more around, over slower wires.
-ADVISED = ("zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
-ADVISED_ALONE = ("none", "zero2_offload", "zero3_offload", "zero3_nvme")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mmdora.planning.plan_run import RunPlan
 
 
-def run(name: str, overrides: list[str], gpus: int, gpu_memory: float, per_node: int | None) -> int:
-    """Print the plan. Returns 0 where the run fits under some engine, else 1. Raises UserError."""
-    config = load_config(name, overrides)
-    import_plugins(config.plugins)
+@app.command()
+def plan(
+    config: Config,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, over all nodes.")],
+    gpu_memory: Annotated[float, typer.Option(min=0.001, help="Memory of each GPU in GiB.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of one node. Default: 8.")] = None,
+) -> None:
+    """Show memory per GPU at each ZeRO stage and offload.
+
+    Exits with 1 if the run fits under none of them.
+    """
+    from mmdora.core.config_files import load_config
+    from mmdora.core.registry import import_plugins
+
+    settings = load_config(config, overrides)
+
+    from mmdora.apps.check_inputs import check_config
+
+    import_plugins(settings.plugins)
+    check_config(settings, needs_data=False)
+
+    from mmdora.core.console import make_console
+    from mmdora.planning.plan_run import plan_run
+
     console = make_console()
-    cluster = Cluster(gpus, min(gpus, per_node or 8), gpu_memory * 2**30)
-    micro, _ = micro_batches(config.training, gpus)
-    if config.model.quantization is not None:
-        raise UserError("model.quantization: plan does not know what quantized weights take; leave it out to plan")
-    model, processor = load_shape(config.model)
-    report = inject_adapters(model, config.parts)
-    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    example = longest_sample(config, encoder)
-    sizes = model_sizes(model, hidden_size(model))
-    if gpus > 1 or config.training.deepspeed is not None:
-        cast_parameters(model, getattr(torch, config.model.dtype))
-    prepare(model, config)
-    meter = ActivationProfiler(model, config, example)
-    planner = Planner(config, sizes, cluster, meter)
-    rows = [planner.memory(engine, micro) for engine in planner.engines]
-    tokens = example["input_ids"].shape[1]
+    planned = plan_run(settings, gpus, gpu_memory, gpus_per_node)
     console.print(
-        f"{report.total:,} parameters, of which {report.trainable:,} are trained; a micro-batch of {micro} × "
-        f"{tokens:,} tokens, of which autograd keeps {gib(meter(micro).saved)}",
+        f"{planned.parameters:,} parameters, of which {planned.trainable:,} are trained; a micro-batch of "
+        f"{planned.micro_batch_size} × {planned.tokens:,} tokens, of which autograd keeps "
+        f"{_format_bytes(planned.saved_activations)}",
         soft_wrap=True,
     )
-    show(console, planner, rows, micro)
-    return advise(console, planner, micro)
+    _show_engines(console, planned)
+    _show_recommendation(console, planned)
+    raise typer.Exit(int(planned.recommendation is None))
 
 
-def gib(size: float) -> str:
+def _format_bytes(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def show(console: Console, planner: Planner, rows: list[MemoryEstimate], micro: int) -> None:
-    unit, name = (2**30, "GiB") if max(row.peak for row in rows) >= 2**30 else (2**20, "MiB")
-    cluster = planner.cluster
-    title = f"{name} of each of {cluster.gpus} GPUs, with micro-batches of {micro}"
+def _show_engines(console: Console, planned: RunPlan) -> None:
+    from mmdora.core.console import make_table
+
+    unit, name = (2**30, "GiB") if max(row.peak for row in planned.engines) >= 2**30 else (2**20, "MiB")
+    title = f"{name} on each of {planned.cluster.gpus} GPUs, with micro_batch_size {planned.micro_batch_size}"
     columns = ("deepspeed", "weights", "grads", "Adam", "buffers", "activ.", "peak", "node", "fits")
     table = make_table(title, *columns)
-    for row in rows:
+    for row in planned.engines:
         parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host)
-        figures = [f"{max(0, part) / unit:.1f}" if part else "–" for part in parts]
-        table.add_row(Path(row.engine).name, *figures, "yes" if planner.fits(row) else "no")
+        cells = [f"{max(0, part) / unit:.1f}" if part else "–" for part in parts]
+        table.add_row(Path(row.engine).name, *cells, "yes" if planned.fits(row) else "no")
     console.print(table)
     console.print(
-        "peak: amid the backward pass, in the optimizer's step, or while the whole model is loaded, whichever is most. "
-        "Not in it: the CUDA context, NCCL's buffers, what the allocator cannot use again. node: of a node's own "
-        f"memory, with {planner.cluster.per_node} of the GPUs.",
+        "peak: the largest of backward pass, optimizer step and model loading. It does not include the CUDA context, "
+        "NCCL buffers and fragmented memory. node: CPU memory of a node with "
+        f"{planned.cluster.per_node} of the GPUs.",
         style="dim",
         soft_wrap=True,
     )
 
 
-def advise(console: Console, planner: Planner, micro: int) -> int:
-    """The first engine that fits, and the largest micro-batch under it. Returns the exit code."""
-    given = planner.cluster.memory
-    for engine in ADVISED_ALONE if planner.cluster.gpus == 1 else ADVISED:
-        largest = planner.largest(engine)
-        if largest is None:
-            continue
-        peak = planner.memory(engine, largest).peak
-        settings = f"training.deepspeed={'null' if engine == 'none' else engine} training.micro_batch_size={largest}"
-        console.print(f"Fits: {settings} ({gib(peak)} of {gib(given)})", style="green", soft_wrap=True)
-        if disk := planner.memory(engine, largest).disk:
-            console.print(f"It takes {gib(disk)} of a local disk of each node.", style="yellow", soft_wrap=True)
-        if largest < micro:
-            console.print(f"training.micro_batch_size={micro} does not fit under it.", style="yellow", soft_wrap=True)
-        return 0
-    console.print(
-        f"Fits under none, whatever the micro-batch: more GPUs or a larger one than {gib(given)}; else a smaller "
-        "data.max_length, training.gradient_checkpointing=true, or a smaller model.",
-        style="red",
-        soft_wrap=True,
-    )
-    return 1
+def _show_recommendation(console: Console, planned: RunPlan) -> None:
+    memory = _format_bytes(planned.cluster.memory)
+    best, micro = planned.recommendation, planned.micro_batch_size
+    if best is None:
+        console.print(
+            f"Fits under none, at any micro-batch size. Use more GPUs or GPUs with more than {memory}, a smaller "
+            "data.max_length, training.gradient_checkpointing=true, or a smaller model.",
+            style="red",
+            soft_wrap=True,
+        )
+        return
+    engine = "null" if best.engine == "none" else best.engine
+    settings = f"training.deepspeed={engine} training.micro_batch_size={best.micro_batch_size}"
+    console.print(f"Fits: {settings} ({_format_bytes(best.peak)} of {memory})", style="green", soft_wrap=True)
+    if best.disk:
+        console.print(f"Needs {_format_bytes(best.disk)} of local disk on each node.", style="yellow", soft_wrap=True)
+    if best.micro_batch_size < micro:
+        console.print(f"training.micro_batch_size={micro} does not fit with it.", style="yellow", soft_wrap=True)

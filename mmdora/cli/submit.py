@@ -1,28 +1,25 @@
-"""`mmdora submit`: results as the file that their benchmark's leaderboard takes."""
+"""`mmdora submit`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from eval.benchmarks import BENCHMARKS
-from eval.results import read_result
-from mmdora.core.config_files import make_folder
-from mmdora.core.console import make_console
-from mmdora.core.errors import UserError
-from mmdora.core.registry import import_plugins
+import typer
+
+from mmdora.cli.app import Plugins, app
 
 
-def run(folders: list[Path], out: Path, plugins: list[str]) -> None:
-    import_plugins(plugins)
-    results = [read_result(folder) for folder in folders]
-    names = sorted({result.benchmark for result in results})
-    if len(names) > 1:
-        raise UserError(f"results of several benchmarks ({', '.join(names)}) do not go into one file")
-    for result in results:
-        if (limit := result.receipt.get("limit")) is not None:
-            raise UserError(f"{result.folder}: only the first {limit} questions were asked; a leaderboard wants all")
-    if out.exists():
-        raise UserError(f"{out} is there already; --out names a new file")
-    make_folder(out.parent, "--out")
-    BENCHMARKS[names[0]]().write_submission(results, out)
-    make_console().print(f"Wrote {out}, {sum(len(r.rows) for r in results):,} answers to {names[0]}", soft_wrap=True)
+@app.command()
+def submit(
+    results: Annotated[list[Path], typer.Argument(help="Result directories: one, or one per split.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    plugin: Plugins = None,
+) -> None:
+    """Write the file that a benchmark's leaderboard accepts."""
+    from eval.submission import write_submission
+    from mmdora.core.registry import import_plugins
+
+    import_plugins(plugin or [])
+    submission = write_submission(results, out)
+    typer.echo(f"Wrote {out}, {submission.answers:,} answers to {submission.benchmark}")

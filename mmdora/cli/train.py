@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from mmdora.apps.check_names import check_names
-from mmdora.apps.train import train
-from mmdora.core.config_files import load_config
-from mmdora.core.console import make_console
-from mmdora.core.logs import logged
-from mmdora.core.registry import import_plugins
-from mmdora.training.reporting import check_reports
+from typing import Annotated
+
+import typer
+
+from mmdora.cli.app import Config, Overrides, app
 
 
-def run(name: str, overrides: list[str], resume: bool, overwrite: bool) -> None:
-    config = load_config(name, overrides)
-    console = make_console()
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Move an existing run aside.")] = False,
+) -> None:
+    """Fine-tune a model and evaluate it before and after.
+
+    The config names the model, the method of each of its parts, the data and the benchmarks.
+    """
+    from mmdora.core.config_files import load_config
+    from mmdora.core.logs import logged
+    from mmdora.core.registry import import_plugins
+
+    settings = load_config(config, overrides)
+
+    from mmdora.apps.check_inputs import check_config
+    from mmdora.training.reporting import check_reports
+
     with logged() as logs:
-        import_plugins(config.plugins)
-        check_names(config)
-        check_reports(config)
-        train(config, resume, overwrite, console, logs)
+        import_plugins(settings.plugins)
+        check_config(settings)
+        check_reports(settings)
+
+        from mmdora.apps.train import train as run_training
+        from mmdora.core.console import make_console
+
+        run_training(settings, resume, overwrite, make_console(), logs)

@@ -1,5 +1,4 @@
-"""A run's YAML: found by path or shipped name, changed by overrides, read into a RunConfig with every problem told at
-once, and written."""
+"""Find, read, override, validate and write a run's YAML."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ S = TypeVar("S", bound=Section)
 
 
 def shipped_path(name: str) -> Path | None:
-    """`configs/…` or `assets/…` as shipped: inside the wheel, or at the repository's root; None where it is in
-    neither."""
+    """Return the shipped file `configs/...` or `assets/...`, from the wheel or the repository's root; else None."""
     package = Path(__file__).resolve().parents[1]
     for root in (package / "_shipped", package.parent):
         if name.startswith(("configs/", "assets/")) and (root / name).exists():
@@ -27,31 +25,44 @@ def shipped_path(name: str) -> Path | None:
 
 
 def find_path(value: str) -> Path:
-    """A path of a config: relative to the working directory and, where nothing is there, to what is shipped."""
+    """Return a path of a config, relative to the working directory or, if it does not exist there, to shipped files."""
     path = Path(value).expanduser()
     if not path.exists() and not path.is_absolute():
         return shipped_path(path.as_posix()) or path
     return path
 
 
+def path_exists(value: str) -> bool:
+    """Return whether a data path exists. A pattern of shards counts as existing: its files are listed when it is
+    read."""
+    return find_path(value).exists() or not {"*", "{"}.isdisjoint(value)
+
+
+def shipped_configs() -> list[Path]:
+    """Return the files of the shipped configs, sorted by name."""
+    quickstart = shipped_path("configs/quickstart.yaml")
+    return sorted(quickstart.parent.glob("*.yaml")) if quickstart else []
+
+
 def find_config(name: str) -> Path:
-    """A config by path, or by the name of a shipped one (`quickstart`). Raises UserError."""
+    """Return the file of a config, given its path or the name of a shipped one (`quickstart`). Raises UserError."""
     path = Path(name)
     if path.is_file():
         return path
     shipped = shipped_path(f"configs/{name}.yaml") or shipped_path(name)
     if shipped is not None and shipped.is_file():
         return shipped
-    folder = shipped_path("configs/quickstart.yaml")
-    known = sorted(p.stem for p in folder.parent.glob("*.yaml")) if folder else []
+    known = [file.stem for file in shipped_configs()]
     raise UserError(
         f"no config at {name!r}.{nearest(path.name.removesuffix('.yaml'), known)} Shipped configs: {', '.join(known)}"
     )
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """The config at a path (or a shipped name) with `section.key=value` overrides. Raises UserError with every
-    problem."""
+    """Load a config by path or shipped name and apply `section.key=value` overrides.
+
+    Raises UserError that lists every invalid key and value.
+    """
     path = find_config(name)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -65,21 +76,21 @@ def load_config(name: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
-    """A tree of plain values as a RunConfig. Raises UserError that lists every problem."""
+    """Validate a tree of plain values as a RunConfig. Raises UserError that lists every problem."""
     return parse_section(RunConfig, tree, f"{source} is not a valid config")
 
 
-def parse_section(kind: type[S], values: dict[str, Any], trouble: str) -> S:
-    """Plain values as a section. Raises UserError that lists every problem behind `trouble`."""
+def parse_section(kind: type[S], values: dict[str, Any], heading: str) -> S:
+    """Validate plain values as a section. Raises UserError that lists every problem below `heading`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(e) for e in error.errors()]
-        raise UserError(f"{trouble}:\n" + "\n".join(f"  {p}" for p in problems)) from None
+        problems = [_describe(e) for e in error.errors()]
+        raise UserError(f"{heading}:\n" + "\n".join(f"  {p}" for p in problems)) from None
 
 
 def judge_config(url: str | None, model: str | None, verdicts: str | None) -> JudgeConfig | None:
-    """The judge that a command line names, if it names one. Raises UserError."""
+    """Return the judge that the command line names, or None. Raises UserError."""
     given = {"url": url, "model": model, "verdicts": verdicts}
     if all(value is None for value in given.values()):
         return None
@@ -87,13 +98,21 @@ def judge_config(url: str | None, model: str | None, verdicts: str | None) -> Ju
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML: what `load_config` reads back to an equal one."""
+    """Return the resolved config as YAML. `load_config` reads it back to an equal config."""
     tree = config.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
-def _problem(error: Any) -> str:
-    """One pydantic error as `key: what is wrong`, with the nearest known key for an unknown one."""
+def make_folder(folder: Path, option: str) -> None:
+    """Create a folder for results. Raises UserError that names the option if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
+
+
+def _describe(error: Any) -> str:
+    """Describe a pydantic error as `key: message`, with the nearest known key if the key is unknown."""
     key = ".".join(str(step) for step in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(error["loc"][:-1])
@@ -101,13 +120,13 @@ def _problem(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: required, but missing"
     message = error["msg"].removeprefix("Value error, ")
-    shown = error["input"]
-    found = f" (found {shown!r})" if isinstance(shown, str | int | float | bool) or shown is None else ""
+    value = error["input"]
+    found = f" (found {value!r})" if isinstance(value, str | int | float | bool) or value is None else ""
     return f"{key}: {message}{found}" if key else message
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section at `location` knows, read off the schema."""
+    """Return the keys of the section at `location`, read from the JSON schema."""
     schema = RunConfig.model_json_schema()
     node: dict[str, Any] = schema
     for step in location:
@@ -128,7 +147,10 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key; list items go by index, values are YAML. Raises UserError that quotes the override."""
+    """Set the dotted key of a `section.key=value` override; list items go by index, and the value is YAML.
+
+    Raises UserError that quotes the override.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write section.key=value")
@@ -172,16 +194,3 @@ def _index(items: list[Any], step: str, override: str) -> int:
     if not step.isdigit() or int(step) >= len(items):
         raise UserError(f"{override!r}: {step!r} is not an index into a list of {len(items)}")
     return int(step)
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Make a folder that results go into. Raises UserError that names the option where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: cannot make the folder {folder} ({error.strerror})") from error
-
-
-def is_there(path: str) -> bool:
-    """Whether a path names something; a pattern of shards is looked into when it is read."""
-    return find_path(path).exists() or not {"*", "{"}.isdisjoint(path)

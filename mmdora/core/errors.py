@@ -1,10 +1,12 @@
-"""What commands print as one message, without a traceback."""
+"""Errors that the CLI reports in one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: exit code 2. The message names the file, the key or the sample, and says what
-    to do."""
+    """Invalid input: a config, a file, a sample or an option. The command exits with 2.
+
+    The message names the key, file or sample and says what to do.
+    """
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though nothing that was given is known to be wrong: exit code 1."""
+    """A run that cannot continue although its input is valid. The command exits with 1."""

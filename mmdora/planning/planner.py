@@ -15,7 +15,7 @@ from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from data_pipelines.sources import read_source
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import is_there
+from mmdora.core.config_files import path_exists
 from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.core.errors import UserError
 from mmdora.planning.activations import Activations, measure
@@ -61,7 +61,7 @@ def longest_sample(config: RunConfig, encoder: Encoder) -> Encoded:
     max_length = config.data.max_length
     samples: list[Encoded] = []
     for source in config.data.train:
-        if source.format == "shapes" or is_there(source.path):
+        if source.format == "shapes" or path_exists(source.path):
             samples += encoded_samples(read_source(source, config.training.seed), encoder)
     if not samples and max_length is None:
         raise UserError("plan: the data does not exist, so the length of samples is unknown; set data.max_length")

@@ -12,8 +12,8 @@ from eval.benchmarks.base import Question
 from eval.benchmarks.mvbench import check_ans
 from eval.benchmarks.videomme import VideoMME, extract_letter
 from eval.options import LETTERS
+from eval.predictions import read_predictions
 from eval.scoring import figure, score_all
-from mmdora.cli.score import answers_to
 from mmdora.core.errors import UserError
 from tests.official import official
 
@@ -64,7 +64,7 @@ def value(case):
 
 def accuracy(name, file, questions):
     try:
-        responses = answers_to(questions, BENCHMARKS[name](), file)
+        responses = read_predictions(file, BENCHMARKS[name](), questions)
     except UserError:  # in the words of the recorded official exceptions
         missing = [q.id for q in questions if q.id not in json.loads(file.read_text())]
         faults = {"tvqa": f"KeyError: {', '.join(missing[:1])}", "how2qa": "AssertionError: submission qids != GT qids"}

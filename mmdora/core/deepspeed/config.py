@@ -13,6 +13,7 @@ from typing import Any
 
 from mmdora.core.config_files import find_path, shipped_path
 from mmdora.core.errors import UserError
+from mmdora.core.registry import nearest
 
 
 def read_deepspeed_config(name: str) -> tuple[Path, dict[str, Any]]:
@@ -24,9 +25,10 @@ def read_deepspeed_config(name: str) -> tuple[Path, dict[str, Any]]:
     path = shipped_path(f"configs/deepspeed/{name}.json") or find_path(name)
     if not path.is_file():
         folder = shipped_path("configs/deepspeed")
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) if folder else ""
+        known = sorted(p.stem for p in folder.glob("*.json")) if folder else []
         raise UserError(
-            f"training.deepspeed: no such config {name!r}. Shipped configs: {known}; or give the path of a JSON file"
+            f"training.deepspeed: no such config {name!r}.{nearest(name, known)} Shipped configs: {', '.join(known)}; "
+            "or give the path of a JSON file"
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,5 @@
-"""VISION_ENCODERS: `model.vision_encoder.type` → a function that builds the tower from the entry's other keys."""
+"""The registry that the files of this package register themselves in; declared in mmdora/core/vision_encoders.py."""
 
-from collections.abc import Callable
-from typing import Any
+from mmdora.core.vision_encoders import VISION_ENCODERS
 
-from mmdora.core.registry import Registry
-
-VISION_ENCODERS: Registry[Callable[..., Any]] = Registry("vision encoder")
+__all__ = ["VISION_ENCODERS"]
