@@ -14,7 +14,7 @@ import mmdora
 from data_pipelines.dataset import read_source
 from data_pipelines.formats import DATASET_FORMATS
 from data_pipelines.video import VIDEO_READERS, load_video
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import BENCHMARKS, Score
 from eval.scoring import score_all
 from mmdora.adapters import ADAPTERS, adapter_layers
 from mmdora.core.config import EvaluationConfig, ModelConfig, SourceConfig, VideoConfig
@@ -108,3 +108,12 @@ def test_a_model_family():
     model = torch.nn.Module()
     model.lm_head = torch.nn.Linear(2, 2)
     assert set(ARCHITECTURES["my_vlm"].resolve(model)) == {"lm_head"}
+
+
+def test_a_benchmark_written_for_0_1_0_still_works():
+    """Its names `ask` and `of_words` are deprecated."""
+    config = EvaluationConfig(name="vqa", benchmark="vqa", data="x")
+    with pytest.warns(DeprecationWarning, match="format_prompt"):
+        assert BENCHMARKS["vqa"]().ask(config, question="Why?") == "Why?"
+    with pytest.warns(DeprecationWarning, match="free_text"):
+        assert Score.of_words(1.0, " ") == Score(1.0, 0.0, True)

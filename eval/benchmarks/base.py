@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import string
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,12 @@ class Score:
         """Return the score of a free-text response, which is unparsed only if it is blank."""
         unparsed = not response.strip()
         return cls(value, 0.0 if unparsed else value, unparsed)
+
+    @classmethod
+    def of_words(cls, value: float, response: str) -> Score:
+        """Deprecated name of `free_text`."""
+        warnings.warn("Score.of_words is now Score.free_text", DeprecationWarning, stacklevel=2)
+        return cls.free_text(value, response)
 
 
 class Benchmark(ABC):
@@ -131,6 +138,11 @@ class Benchmark(ABC):
         if "question" in fields and "question" not in named:
             raise UserError(f"prompt: {template!r} has no {{question}}")
         return template.format(**fields)
+
+    def ask(self, config: EvaluationConfig, **fields: str) -> str:
+        """Deprecated name of `format_prompt`."""
+        warnings.warn("Benchmark.ask is now Benchmark.format_prompt", DeprecationWarning, stacklevel=2)
+        return self.format_prompt(config, **fields)
 
     def missing_input(self, config: EvaluationConfig) -> str | None:
         """Return an error message if a file that generation needs and scoring does not (media aside) is missing."""
