@@ -179,6 +179,7 @@ def test_analyze_and_list(trained, capsys):
         ("formats", "llava"),
         ("video-readers", "decord"),
         ("benchmarks", "nlvr"),
+        ("configs", "quickstart"),
     ]:
         assert command("list", kind) == 0
         assert name in capsys.readouterr().out
