@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from mmdora.apps.check_inputs import check_config
+from mmdora.apps.check_config import check_config
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import dump_config, load_config, parse_config, read_deepspeed
 from mmdora.core.errors import UserError
