@@ -7,7 +7,7 @@ import yaml
 
 from mmdora.apps.check_config import check_config
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import dump_config, load_config, parse_config, read_deepspeed
+from mmdora.core.config_files import dump_config, load_config, parse_config
 from mmdora.core.errors import UserError
 from tests.conftest import ROOT
 
@@ -90,18 +90,6 @@ def test_a_config_is_frozen():
     config = load_config("quickstart")
     with pytest.raises(ValueError, match="frozen"):
         config.training.seed = 1
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("[1, 2]", "must hold a JSON object, found list"), ("{", "is not valid JSON"), (None, "no such config")],
-)
-def test_invalid_deepspeed_configs(text, message, tmp_path):
-    path = tmp_path / "zero.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match=rf"training\.deepspeed: .*{message}"):
-        read_deepspeed(str(path))
 
 
 def test_all_invalid_names_and_paths_are_reported_at_once(tmp_path):

@@ -62,14 +62,14 @@ class SourceDiagnosis:
     samples: int  # rows that are samples
     repeats: int  # samples with the same text and files as an earlier one
     rejected: list[Entry]  # rows that are not samples
-    inspection: Look
+    inspected: Look
     example: Example | None
 
     @property
     def supervised_share(self) -> float | None:
         """Supervised tokens over all tokens of the inspected samples."""
-        total = sum(self.inspection.lengths)
-        return sum(self.inspection.supervised) / total if total else None
+        total = sum(self.inspected.lengths)
+        return sum(self.inspected.supervised) / total if total else None
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
 def _diagnose(
     setting: str, source: Source, encoder: Encoder, samples: int, advance: Callable[[int], None]
 ) -> SourceDiagnosis:
-    inspection = look(source, encoder, samples, advance, _count_frames)
+    inspected = look(source, encoder, samples, advance, _count_frames)
     example = None
-    if inspection.example is not None:
-        sample, encoded = inspection.example
+    if inspected.example is not None:
+        sample, encoded = inspected.example
         supervised = sum(label != IGNORED for label in encoded["labels"][0].tolist())
         example = Example(sample.id, spelled(encoder, encoded), encoded["input_ids"].shape[1], supervised)
     rejected = [from_rejected(row) for row in source.rejected]
     repeats = repeated(readable(source))
-    return SourceDiagnosis(setting, source.path.name, source.total, len(source), repeats, rejected, inspection, example)
+    return SourceDiagnosis(setting, source.path.name, source.total, len(source), repeats, rejected, inspected, example)
 
 
 def _count_frames(encoded: Encoded) -> int:
@@ -188,9 +188,9 @@ def _unusable_samples(config: RunConfig, sources: Sequence[SourceDiagnosis]) -> 
     total = sum(source.rows for source in sources)
     rejected = sum(len(source.rejected) for source in sources)
     broken = sum(
-        source.samples * len(source.inspection.skipped) / source.inspection.looked
+        source.samples * len(source.inspected.skipped) / source.inspected.looked
         for source in sources
-        if source.inspection.looked
+        if source.inspected.looked
     )
     share = (rejected + broken) / total
     if not share:
@@ -213,7 +213,7 @@ def _supervision_problems(config: RunConfig, sources: Sequence[SourceDiagnosis])
             text = f"{source.name}: {source.repeats} of {source.samples} samples repeat an earlier one word for word"
             problems.append(Problem("warning", text, source.setting))
     if config.data.max_length is None:
-        longest = max((max(s.inspection.lengths) for s in sources if s.inspection.lengths), default=0)
+        longest = max((max(s.inspected.lengths) for s in sources if s.inspected.lengths), default=0)
         text = f"the length of a sample is not limited; the longest inspected sample has {longest} tokens"
         problems.append(Problem("note", text, "data.max_length"))
     return problems

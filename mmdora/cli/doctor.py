@@ -84,18 +84,18 @@ def _show_sources(console: Console, sources: Sequence[SourceDiagnosis]) -> None:
     table = make_table("encoded samples (frames and tokens: median, maximum)", *columns)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # file names may be long
     for source in sources:
-        inspection, share = source.inspection, source.supervised_share
-        images, videos = (str(sum(kind[i] for kind in inspection.kinds)) for i in (0, 1))
-        counts = (inspection.frames, inspection.lengths)
+        inspected, share = source.inspected, source.supervised_share
+        images, videos = (str(sum(kind[i] for kind in inspected.kinds)) for i in (0, 1))
+        counts = (inspected.frames, inspected.lengths)
         frames, tokens = (f"{median(values):.0f}, ≤ {max(values)}" if values else "–" for values in counts)
-        encoded, supervised = f"{inspection.looked} of {source.samples:,}", "–" if share is None else f"{share:.1%}"
+        encoded, supervised = f"{inspected.looked} of {source.samples:,}", "–" if share is None else f"{share:.1%}"
         table.add_row(source.name, encoded, images, videos, frames, tokens, supervised)
     console.print(table)
     for source in sources:
-        inspection = source.inspection
+        inspected = source.inspected
         for total, entries in (
             (f"{source.rows} rows", source.rejected),
-            (f"{inspection.looked} encoded samples", inspection.entries),
+            (f"{inspected.looked} encoded samples", inspected.entries),
         ):
             for count, entry in by_reason(entries):
                 change = "changed" if entry.changed else "skipped"
