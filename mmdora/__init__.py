@@ -1,9 +1,11 @@
-"""mmdora: tune vision-language models with DoRA. For your own training loop, any `nn.Module` will do:
+"""mmdora: fine-tune vision-language models with DoRA.
+
+The functions below work on any `nn.Module`, in your own training loop too:
 
     report = mmdora.inject_adapters(model, {"language": {"method": "dora", "rank": 16}})
     mmdora.save_adapter(model, "out")
 
-Names load on first use, so that `import mmdora` and the command line stay quick.
+Names load on first use: `import mmdora` does not import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "InjectionReport": "mmdora.adapters.injection",
     "LoRAExport": "mmdora.adapters.merging",
     "add_tokens": "mmdora.models.new_tokens",
@@ -63,9 +65,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mmdora' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 _moved.install()

@@ -1,6 +1,6 @@
-"""Old module paths, which stay importable for one release: `import mmdora.loading` warns, and finds the new module.
+"""Old module paths stay importable for one release: `import mmdora.loading` warns and forwards to the new module.
 
-Delete this file, and its line in `mmdora/__init__.py`, with the release after 0.2.
+Delete this file, and its lines in `mmdora/__init__.py`, in the release after 0.2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Old path -> the modules that its names are in now.
+# Old path -> the modules that now hold its names.
 MOVED: dict[str, tuple[str, ...]] = {
     "mmdora.adapters.base": ("mmdora.adapters.methods.base", "mmdora.adapters.spec"),
     "mmdora.adapters.convolution": ("mmdora.adapters.layers.convolution",),
@@ -82,7 +82,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 
 class MovedFinder(MetaPathFinder, Loader):
-    """Answers for the old paths alone, and only after every other finder has found nothing."""
+    """Finds the old paths only. It comes last on `sys.meta_path`, so every other finder is asked first."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -96,16 +96,16 @@ class MovedFinder(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, homes = module.__name__, MOVED[module.__name__]
-        warnings.warn(f"{old} moved to {' and '.join(homes)}", DeprecationWarning, stacklevel=2)
-        module.__dict__["__getattr__"] = partial(_find, old, homes)
+        old, modules = module.__name__, MOVED[module.__name__]
+        warnings.warn(f"{old} moved to {' and '.join(modules)}", DeprecationWarning, stacklevel=2)
+        module.__dict__["__getattr__"] = partial(_forward, old, modules)
 
 
-def _find(old: str, homes: tuple[str, ...], name: str) -> Any:
-    for home in homes:
-        if not name.startswith("__") and hasattr(module := importlib.import_module(home), name):
+def _forward(old: str, modules: tuple[str, ...], name: str) -> Any:
+    for new in modules:
+        if not name.startswith("__") and hasattr(module := importlib.import_module(new), name):
             return getattr(module, name)
-    raise AttributeError(f"module {old!r} has no attribute {name!r}; its names are in {' and '.join(homes)}")
+    raise AttributeError(f"module {old!r} has no attribute {name!r}; its names moved to {' and '.join(modules)}")
 
 
 def install() -> None:

@@ -1,11 +1,11 @@
-"""Configs: every shipped one validates, every problem is told at once with the nearest name, overrides do what they
-say."""
+"""Configs: shipped ones are valid, all problems are reported at once with the nearest name, overrides apply."""
 
 from __future__ import annotations
 
 import pytest
 import yaml
 
+from mmdora.apps.check_config import check_config
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import dump_config, load_config, parse_config
 from mmdora.core.errors import UserError
@@ -45,7 +45,7 @@ def test_all_problems_at_once_with_the_nearest_key():
     assert "parts.vision.methd: unknown key. Did you mean 'method'?" in message
 
 
-def test_a_config_that_is_not_there_suggests_the_nearest():
+def test_an_unknown_config_suggests_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'quickstart'"):
         load_config("quikstart")
 
@@ -90,3 +90,37 @@ def test_a_config_is_frozen():
     config = load_config("quickstart")
     with pytest.raises(ValueError, match="frozen"):
         config.training.seed = 1
+
+
+def test_all_invalid_names_and_paths_are_reported_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    overrides = [
+        f"model.path={tmp_path}/empty",
+        "model.chat_template=gone.jinja",
+        "parts.projector.rank=4",
+        "parts.vision.method=dorra",
+        "data.train.0.path=gone.json",
+        "data.video.reader=decrod",
+        "training.deepspeed=zero9",
+        "evaluation.0.benchmark=vqaa",
+    ]
+    with pytest.raises(UserError) as caught:
+        check_config(load_config("quickstart", overrides))
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == "the config is not valid:"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "model.path",
+        "model.chat_template",
+        "parts.vision.method",
+        "parts.projector.rank",
+        "data.train.0.path",
+        "data.video.reader",
+        "training.deepspeed",
+        "evaluation.0.benchmark",
+    ]
+
+
+def test_a_model_can_be_a_hub_id():
+    check_config(load_config("quickstart", ["model.path=llava-hf/llava-1.5-7b-hf"]))
+    with pytest.raises(UserError, match=r"model\.path: no such directory '/llava-1\.5-7b-hf'"):
+        check_config(load_config("quickstart", ["model.path=/llava-1.5-7b-hf"]))

@@ -1,4 +1,4 @@
-"""`mmdora doctor` tells, before a run, what the run would meet."""
+"""`mmdora doctor` reports data, template and batch problems before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MESSY = {"ok": 16, "gone": 2, "torn": 1, "empty": 1}  # samples of each kind
 
 @pytest.fixture
 def messy(tmp_path) -> Path:
-    """LLaVA's JSON with what goes wrong in such files; two good samples say the same."""
+    """LLaVA JSON with typical faults: missing, truncated and outside files, and a repeated sample."""
     rows = []
     for i in range(MESSY["ok"]):
         write_image(tmp_path / f"{i}.png", seed=i) if i else write_image(tmp_path / "0.png")
@@ -55,12 +55,12 @@ def config(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
+def test_problems_name_the_setting_to_change(messy, capsys):
     assert command("doctor", *config(messy), "--html", str(messy / "page.html")) == 1
     out = capsys.readouterr().out
     assert "over data.max_skipped 1.0%  [data.max_skipped]" in out
-    assert "1 of 21 rows lost: '../out.png' is outside the media folder" in out
-    assert "2 of 20 looked at lost: no such file" in out
+    assert "1 of 21 rows skipped: '../out.png' is outside the media folder" in out
+    assert "2 of 20 encoded samples skipped: no such file" in out
     assert "torn.png, at stage 'media'" in out
     assert "1 of 20 samples repeat an earlier one" in out
     assert f"mine: 1 of its 1 files are training data too, such as {messy}/copy.png ({messy}/3.png)" in out
@@ -70,22 +70,22 @@ def test_what_is_wrong_is_told_with_the_setting_to_change(messy, capsys):
     assert "data.max_skipped" in page
 
 
-def test_validation_data_is_looked_at_and_compared(messy, world, capsys):
-    """Its losses, its frames, and what of it is trained on."""
+def test_validation_data_is_encoded_and_compared_with_training_data(messy, world, capsys):
+    """Skipped samples, frames, and overlap with the training data are reported."""
     lost = row("lost", "nowhere.png", "<image>\nWhat?", "a thing")
     (messy / "watched.json").write_text(json.dumps([*json.loads((messy / "held_out.json").read_text()), lost]))
     sources = f"[{{path: {messy}/watched.json}}, {{path: {world}/motion_held_out.json, format: shapes}}]"
     overrides = config(messy, f"data.validation={sources}", "training.evaluate_every=50")
     assert command("doctor", *overrides, "--samples", "8") == 1
     out = capsys.readouterr().out
-    assert "watched.json: 1 of 3 looked at lost: no such file" in out
+    assert "watched.json: 1 of 3 encoded samples skipped: no such file" in out
     assert f"watched.json: 1 of its 2 files are training data too, such as {messy}/copy.png" in out
     assert "[data.validation.0]" in out
-    table = out[out.index("what the samples become") :]
-    assert re.search(r"8 of 256 +0 +8 +4, ≤ 4 ", table)  # pictures, clips, frames of each
+    table = out[out.index("encoded samples") :]
+    assert re.search(r"8 of 256 +0 +8 +4, ≤ 4 ", table)  # images, videos, frames
 
 
-def test_training_loses_what_the_doctor_said(messy, capsys):
+def test_training_skips_the_samples_that_doctor_reported(messy, capsys):
     assert command("doctor", *config(messy, "data.max_skipped=0.5")) == 0
     assert "[data.train]" in capsys.readouterr().out
     more = ("data.max_skipped=0.5", "training.max_steps=6", "training.batch_size=8", "training.micro_batch_size=8")
@@ -105,30 +105,30 @@ def test_a_template_that_never_ends_an_answer_is_an_error(messy, capsys):
     assert "[model.chat_template]" in out
 
 
-def test_data_without_faults(world, capsys):
+def test_data_without_problems(world, capsys):
     overrides = [f"data.train=[{{path: {world}/counting_train.json, format: shapes}}]", "evaluation=[]"]
     assert command("doctor", "quickstart", *overrides, "data.max_length=200", "--samples", "5") == 0
     out = capsys.readouterr().out
-    assert "Nothing wrong was found." in out
+    assert "No problems found." in out
     assert "97, ≤ 97" in out
 
 
-def test_batches_that_a_run_would_refuse_are_errors(messy, capsys):
+def test_batches_that_training_rejects_are_errors(messy, capsys):
     budget = ("data.max_skipped=1.0", "data.max_length=200", "data.max_tokens=200", "training.batch_size=16")
     assert command("doctor", *config(messy, *budget)) == 1
     told = capsys.readouterr().out
     assert "error: data.max_tokens 200: the 16 samples of a step need" in told
     assert command("train", *config(messy, *budget)) == 2
     assert "data.max_tokens 200: the 16 samples of a step need" in capsys.readouterr().err
-    assert not (messy / "run" / "eval").exists()  # it was told before the base was scored
+    assert not (messy / "run" / "eval").exists()  # reported before the base model was evaluated
 
 
-def test_rows_that_are_no_samples_end_a_run_before_the_model_is_loaded(messy, capsys):
+def test_too_many_invalid_rows_stop_a_run_before_the_model_is_loaded(messy, capsys):
     assert command("train", *config(messy, "data.max_skipped=0.01", "model.path=nobody/nothing")) == 2
     assert "1 of 21 samples skipped, more than data.max_skipped" in capsys.readouterr().err
 
 
-def test_brackets_in_names_are_no_markup(messy, capsys):
+def test_brackets_in_file_names_are_printed_as_they_are(messy, capsys):
     rows = [row(str(i), None, f"Question {i}?", "b") for i in range(8)]
     rows += [row(f"b{i}", "missing[/b].png", "<image> What?", "b") for i in range(2)]
     (messy / "data[train].json").write_text(json.dumps(rows))
@@ -167,7 +167,7 @@ def test_bad_input_exits_with_2(messy, capsys):
     assert "data.train.0.path: no such file 'nowhere.json'" in capsys.readouterr().err
 
 
-def test_learnt_words_are_told_from_the_others(tiny, tmp_path):
+def test_supervised_text_is_marked(tiny, tmp_path):
     picture = Image(write_image(tmp_path / "a.png"))
     sample = Sample("s", (Message("user", (picture, Text("What?"))), Message("assistant", (Text("red"),))), "t")
     encoder = Encoder(tiny[1])
@@ -176,12 +176,12 @@ def test_learnt_words_are_told_from_the_others(tiny, tmp_path):
     assert any(text.startswith("[<image> × ") for text, _ in pieces)
 
 
-def test_repeats_are_of_words_and_files(messy):
+def test_repeats_have_the_same_text_and_files(messy):
     source = read_source(SourceConfig(path=str(messy / "data.json")))
     assert count_duplicates(source) == 1
 
 
-def test_repeats_of_embedded_pictures_are_found_by_content():
+def test_repeats_of_embedded_images_are_found_by_content():
     def sample(row: int, data: bytes) -> Sample:
         parts = Image(Path(f"x.parquet/{row}/image"), data), Text("What?")
         return Sample(f"{row}", (Message("user", parts), Message("assistant", (Text("red"),))), "x.parquet")

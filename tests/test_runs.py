@@ -179,6 +179,7 @@ def test_analyze_and_list(trained, capsys):
         ("formats", "llava"),
         ("video-readers", "decord"),
         ("benchmarks", "nlvr"),
+        ("configs", "quickstart"),
     ]:
         assert command("list", kind) == 0
         assert name in capsys.readouterr().out
@@ -204,10 +205,10 @@ def test_analyze_and_list(trained, capsys):
         (["plugins=[no_such_plugin]"], ["plugins: cannot import 'no_such_plugin'"]),
     ],
 )
-def test_a_mistake_is_one_clear_error_and_exit_code_2(world, tmp_path, capsys, overrides, messages):
+def test_invalid_input_is_one_clear_error_and_exit_code_2(world, tmp_path, capsys, overrides, messages):
     assert command("train", *small(world, tmp_path / "run"), *overrides) == 2
     printed, error = capsys.readouterr()
-    assert "before" not in printed  # told before anything is scored
+    assert "before" not in printed  # reported before anything is evaluated
     assert error.startswith("error: ")
     assert "Traceback" not in error
     for message in messages:
@@ -223,15 +224,17 @@ def test_a_full_disk_is_one_clear_error(world, tmp_path, capsys, monkeypatch):
     assert "no disk space" in capsys.readouterr().err
 
 
-def test_an_error_that_one_process_meets_is_told(capsys, monkeypatch):
+def test_an_error_of_another_rank_is_reported_after_rank_0(capsys, monkeypatch):
+    waits: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("mmdora.cli.SHARED_ERROR", 0.0)
+    monkeypatch.setattr("time.sleep", waits.append)
     assert command("train", "nowhere") == 2
+    assert waits == [3.0]
     assert capsys.readouterr().err.startswith("error (rank 1): no config at 'nowhere'")
 
 
 def test_help_is_quick_to_import():
-    """The command line imports neither torch nor pydantic before a command runs."""
+    """The command line imports no heavy library before a command runs."""
     code = "import sys, mmdora.cli; print(sorted({'torch', 'pydantic', 'rich', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

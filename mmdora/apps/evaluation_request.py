@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from eval.benchmarks import BENCHMARKS
-from mmdora.apps.check_inputs import check_entries, check_target
+from mmdora.apps.check_config import check_entries
+from mmdora.apps.check_paths import check_target
 from mmdora.core.config import EvaluationConfig, JudgeConfig, RunConfig
 from mmdora.core.config_files import parse_section
 from mmdora.core.errors import UserError

@@ -11,7 +11,7 @@ def analyze(run: Target, trust_remote_code: Trust = False) -> None:
 
     Prints the change of magnitude (ΔM) and direction (ΔD) of each layer's weight, and their correlation.
     """
-    from mmdora.apps.check_inputs import check_target
+    from mmdora.apps.check_paths import check_target
 
     check_target(run)
 

@@ -19,7 +19,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat with a run or a model in the terminal."""
-    from mmdora.apps.check_inputs import check_files, check_target
+    from mmdora.apps.check_paths import check_files, check_target
 
     check_files([*(image or []), *(video or [])])
     check_target(target)

@@ -31,11 +31,12 @@ def compare(
 
     Tests whether the difference may be chance (exact McNemar or paired cluster bootstrap, Holm over benchmarks).
     """
-    from mmdora.apps.check_inputs import check_results
+    from eval.results import find_results
     from mmdora.core.registry import import_plugins
 
     import_plugins(plugin or [])
-    check_results([a, b])
+    for path in (a, b):
+        find_results(path)
 
     from eval.compare_results import compare_results
     from mmdora.core.console import make_console

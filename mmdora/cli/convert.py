@@ -27,7 +27,7 @@ def convert(
 
     Takes checkpoints of LLaVA's own code, and Llama language models, which get a new projector.
     """
-    from mmdora.apps.check_inputs import check_directory, check_model_path, check_new_directory
+    from mmdora.apps.check_paths import check_directory, check_model_path, check_new_directory
 
     check_new_directory(out)
     check_directory(folder)

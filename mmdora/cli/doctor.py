@@ -38,7 +38,7 @@ def doctor(
 
     settings = load_config(config, overrides)
 
-    from mmdora.apps.check_inputs import check_config
+    from mmdora.apps.check_config import check_config
 
     import_plugins(settings.plugins)
     check_config(settings)

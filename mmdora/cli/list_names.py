@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -24,22 +25,40 @@ REGISTRIES = {
 def list_names(
     kind: Annotated[
         str,
-        typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers or benchmarks"),
+        typer.Argument(help="adapters, vision-encoders, architectures, formats, video-readers, benchmarks or configs"),
     ],
 ) -> None:
     """List the names that a config can use."""
     from mmdora.core.errors import UserError
     from mmdora.core.registry import nearest
 
-    if kind not in REGISTRIES:
-        raise UserError(f"cannot list {kind!r}.{nearest(kind, list(REGISTRIES))} Known: {', '.join(REGISTRIES)}")
-    module, registry = REGISTRIES[kind]
-    entries = getattr(importlib.import_module(module), registry).items()
-    rows = [(name, *_describe(kind, entry)) for name, entry in entries]
+    kinds = [*REGISTRIES, "configs"]
+    if kind not in kinds:
+        raise UserError(f"cannot list {kind!r}.{nearest(kind, kinds)} Known: {', '.join(kinds)}")
+    rows = _config_rows() if kind == "configs" else _registry_rows(kind)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for *cells, last in rows:
         padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
         typer.echo("  ".join([*padded, last]).rstrip())
+
+
+def _config_rows() -> list[tuple[str, ...]]:
+    """Return the shipped configs, each with the first sentence of its comment."""
+    from mmdora.core.config_files import shipped_configs
+
+    rows = []
+    for path in shipped_configs():
+        _, *lines = path.read_text(encoding="utf-8").splitlines()  # the first line is the launch command
+        comment = takewhile(lambda line: line.startswith("#"), lines)
+        text = " ".join(line.removeprefix("#").strip() for line in comment).strip()
+        rows.append((path.stem, text.partition(". ")[0].removesuffix(".") + "."))
+    return rows
+
+
+def _registry_rows(kind: str) -> list[tuple[str, ...]]:
+    module, registry = REGISTRIES[kind]
+    entries = getattr(importlib.import_module(module), registry).items()
+    return [(name, *_describe(kind, entry)) for name, entry in entries]
 
 
 def _describe(kind: str, entry: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ def merge(
 
     Prints the largest difference between the logits of the adapted and the merged model.
     """
-    from mmdora.apps.check_inputs import check_new_directory, check_target
+    from mmdora.apps.check_paths import check_new_directory, check_target
 
     check_new_directory(out)
     check_target(run)

@@ -32,7 +32,7 @@ def plan(
 
     settings = load_config(config, overrides)
 
-    from mmdora.apps.check_inputs import check_config
+    from mmdora.apps.check_config import check_config
 
     import_plugins(settings.plugins)
     check_config(settings, needs_data=False)
@@ -62,7 +62,7 @@ def _show_engines(console: Console, planned: RunPlan) -> None:
 
     unit, name = (2**30, "GiB") if max(row.peak for row in planned.engines) >= 2**30 else (2**20, "MiB")
     title = f"{name} on each of {planned.cluster.gpus} GPUs, with micro_batch_size {planned.micro_batch_size}"
-    columns = ("deepspeed", "weights", "grads", "Adam", "buffers", "activ.", "peak", "node", "fits")
+    columns = ("deepspeed", "weights", "grads", "Adam", "buf.", "act.", "peak", "node", "fits")
     table = make_table(title, *columns)
     for row in planned.engines:
         parts = (row.weights, row.gradients, row.optimizer, row.buffers, row.activations, row.peak, row.host)
@@ -70,6 +70,7 @@ def _show_engines(console: Console, planned: RunPlan) -> None:
         table.add_row(Path(row.engine).name, *cells, "yes" if planned.fits(row) else "no")
     console.print(table)
     console.print(
+        "buf.: communication buckets and parameters that ZeRO-3 has gathered. act.: activations. "
         "peak: the largest of backward pass, optimizer step and model loading. It does not include the CUDA context, "
         "NCCL buffers and fragmented memory. node: CPU memory of a node with "
         f"{planned.cluster.per_node} of the GPUs.",

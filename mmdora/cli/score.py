@@ -27,7 +27,7 @@ def score(
     plugin: Plugins = None,
 ) -> None:
     """Score existing predictions, without a model."""
-    from mmdora.apps.check_inputs import check_scoring
+    from mmdora.apps.check_config import check_scoring
     from mmdora.core.config_files import judge_config
     from mmdora.core.registry import import_plugins
 

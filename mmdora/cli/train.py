@@ -26,12 +26,14 @@ def train(
 
     settings = load_config(config, overrides)
 
-    from mmdora.apps.check_inputs import check_config
-    from mmdora.training.reporting import check_reports
+    from mmdora.apps.check_config import check_config
 
     with logged() as logs:
         import_plugins(settings.plugins)
         check_config(settings)
+
+        from mmdora.training.reporting import check_reports
+
         check_reports(settings)
 
         from mmdora.apps.train import train as run_training
