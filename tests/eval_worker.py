@@ -21,9 +21,7 @@ class Plan:
     arguments: list[str]
     log: str  # every process appends the ids of the questions that it generates answers for
     kill_rank: int | None = None  # this rank is killed by SIGKILL when its second batch begins
-    reruns: list[list[str]] = field(
-        default_factory=list
-    )  # [source, destination, port]: a file to copy, and a free port
+    reruns: list[list[str]] = field(default_factory=list)  # [file to copy, destination, free port]
 
 
 def watch(plan: Plan) -> None:
