@@ -21,7 +21,7 @@ class Plan:
     arguments: list[str]
     log: str  # every process appends the ids of the questions that it generates answers for
     kill_rank: int | None = None  # this rank is killed by SIGKILL when its second batch begins
-    repairs: list[list[str]] = field(default_factory=list)  # [source, destination]: a file to copy before each rerun
+    reruns: list[list[str]] = field(default_factory=list)  # [file to copy, destination, free port]
 
 
 def watch(plan: Plan) -> None:
@@ -52,9 +52,9 @@ if __name__ == "__main__":
     plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
     watch(plan)
     codes = [exit_code(plan.arguments)]
-    for attempt, (source, destination) in enumerate(plan.repairs, 1):
-        # The processes meet again under a new name, as after a restart by torchrun.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    for source, destination, port in plan.reruns:
+        # The processes meet again in a new store: torchrun's still holds their addresses of the run before.
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
         if os.environ["RANK"] == "0":
             shutil.copy(source, destination)
         codes.append(exit_code(plan.arguments))

@@ -25,7 +25,7 @@ from mmdora.core.config import EvaluationConfig, VideoConfig
 from mmdora.core.errors import RunError, UserError
 from tests.conftest import ROOT
 from tests.media import write_image
-from tests.test_runs import command, small
+from tests.scored import command, write_questions
 
 
 @given(st.text())
@@ -200,14 +200,18 @@ def unscored(monkeypatch) -> str:
     return "unscored"
 
 
-def test_a_split_without_public_answers_is_evaluated_but_not_during_training(unscored, world, tmp_path, capsys):
-    file = f"{world}/counting_held_out.json"
-    data = f"data: {file}, format: shapes"
-    options = ["--benchmark", unscored, "--format", "shapes", "--data", file, "--limit", "2"]
+def test_a_split_without_public_answers_is_evaluated_but_not_during_training(unscored, tmp_path, capsys):
+    file = write_questions(tmp_path / "data", 3)
+    options = ["--benchmark", unscored, "--data", str(file), "--limit", "2"]
     assert command("eval", "assets/tiny-llava", *options, "--out", str(tmp_path)) == 0
     report = json.loads((tmp_path / unscored / "report.json").read_text())
     assert (report["n"], report["scores"]) == (2, {"official": None, "strict": None})
-    entry = f"evaluation=[{{name: unscored, benchmark: {unscored}, {data}, limit: 2, during: true}}]"
-    settings = [*small(world, tmp_path / "run"), entry, "training.evaluate_every=2", "model.path=nobody/nothing"]
-    assert command("train", *settings) == 2
+    settings = [
+        f"data.train=[{{path: {file}}}]",
+        f"evaluation=[{{name: unscored, benchmark: {unscored}, data: {file}, limit: 2, during: true}}]",
+        f"training.output={tmp_path / 'run'}",
+        "training.evaluate_every=2",
+        "model.path=nobody/nothing",
+    ]
+    assert command("train", "quickstart", *settings) == 2
     assert "evaluation.0.during: the answers of unscored's questions" in capsys.readouterr().err

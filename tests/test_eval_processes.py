@@ -14,7 +14,7 @@ import pytest
 
 from eval import generation
 from tests.eval_worker import Plan
-from tests.grid import launch
+from tests.grid import free_port, launch
 from tests.media import write_image
 from tests.test_runs import command
 from tests.test_zero import torchrun
@@ -110,7 +110,7 @@ def test_two_processes_continue_after_a_kill(data, single, killed, tmp_path):
     result, image, whole = tmp_path / "vqa", data.parent / "3.png", tmp_path / "whole.png"
     shutil.copy(image, whole)
     image.write_bytes(whole.read_bytes()[:100])
-    plan = Plan(arguments(data, tmp_path), str(killed / "log"), repairs=[[str(whole), str(image)]])
+    plan = Plan(arguments(data, tmp_path), str(killed / "log"), reruns=[[str(whole), str(image), free_port()]])
     done, codes = run_plan(plan, tmp_path)
     assert codes == [[1, 0]] * 2, done.stderr[-3000:]
     assert "error: 1 of 11 questions could not be answered, such as 'q3'" in done.stderr
