@@ -115,7 +115,7 @@ class ValueQA(Benchmark):
             given = " and ".join(str(result.receipt.get("split") or self.splits[0]) for result in results)
             raise UserError(f"VALUE takes one result of each split, {' and '.join(self.splits)}; got {given}")
         predictions = {split: json_text(self._predictions(by_split[split])) for split in self.splits}
-        write_zip(out, {f"{self.task}/{self.handed_in[split]}": text for split, text in predictions.items()})
+        write_zip(out, {f"{self.task}/{self.submission_files[split]}": text for split, text in predictions.items()})
 
     def _predictions(self, result: Result) -> dict[str, int]:
         chosen = {row["id"]: chosen_option(row["response"], row["details"]["options"]) for row in result.rows}
