@@ -67,8 +67,10 @@ def make_msrvtt(folder: Path) -> str:
     names = [write_video(folder / "TestVideo" / f"video{i}.mp4", frames=4).stem for i in range(7010, 7013)]
     videos = [{"video_id": name, "split": "test", "category": i} for i, name in enumerate(names)]
     videos.append({"video_id": "video0", "split": "train", "category": 9})
-    said = [{"video_id": n, "sen_id": k, "caption": CAPTIONS[i + k]} for i, n in enumerate(names) for k in range(2)]
-    (folder / "test_videodatainfo.json").write_text(json.dumps({"info": {}, "videos": videos, "sentences": said}))
+    sentences = [
+        {"video_id": n, "sen_id": k, "caption": CAPTIONS[i + k]} for i, n in enumerate(names) for k in range(2)
+    ]
+    (folder / "test_videodatainfo.json").write_text(json.dumps({"info": {}, "videos": videos, "sentences": sentences}))
     result = [{"video_id": name, "caption": CAPTIONS[i]} for i, name in enumerate(names)]
     return json.dumps({"version": "VERSION 1.0", "result": result, "external_data": {"used": "true"}})
 
@@ -76,7 +78,7 @@ def make_msrvtt(folder: Path) -> str:
 def make_value(folder: Path, task: str, names: list[str]) -> str:
     (folder / "ann" / task).mkdir(parents=True)
     clips = [{"vid_name": name, "duration": 3.0, "ts": [i / 2, 2.5], "clip_id": 80 + i} for i, name in enumerate(names)]
-    answered = [clip | {"descs": [{"desc": c} for c in CAPTIONS[i : i + 2]]} for i, clip in enumerate(clips)]
+    answered = [video | {"descs": [{"desc": c} for c in CAPTIONS[i : i + 2]]} for i, video in enumerate(clips)]
     (folder / "ann" / task / f"{task}_val_release.jsonl").write_text(rows(*answered))
     (folder / "ann" / task / f"{task}_test_release.jsonl").write_text(rows(*clips))
     return rows(*({"clip_id": 80 + i, "descs": [{"desc": CAPTIONS[i]}, {"desc": "x"}]} for i in range(len(names))))
@@ -89,12 +91,12 @@ def make_tvc(folder: Path) -> str:
         frames.mkdir(parents=True)
         for i in range(9):
             write_image(frames / f"{i + 1:05}.jpg", i)
-    said = {
+    subtitles = {
         "vid_name": names[1],
         "sub": [{"text": " Hi. ", "start": 2, "end": 3}, {"text": "No", "start": 0, "end": 0.4}],
     }
     make = make_value(folder, "tvc", names)
-    (folder / "ann" / "tv_subtitles.jsonl").write_text(rows(said))
+    (folder / "ann" / "tv_subtitles.jsonl").write_text(rows(subtitles))
     return make
 
 
@@ -217,9 +219,9 @@ def test_tvc_uses_the_frames_and_subtitles_of_the_clip(tmp_path):
     first, second = read_questions(config)
     assert first.sample.messages[0].text == "Hear: . Caption it."
     assert second.sample.messages[0].text == "Hear: Hi.. Caption it."
-    (clip,) = second.sample.media()
-    assert (clip.start, clip.end, clip.frames_fps) == (0.5, 2.5, 3.0)
-    assert clip.path == tmp_path / "frames_hq" / "bbt_frames" / "s01e01_seg01_clip_00"
+    (video,) = second.sample.media()
+    assert (video.start, video.end, video.frames_fps) == (0.5, 2.5, 3.0)
+    assert video.path == tmp_path / "frames_hq" / "bbt_frames" / "s01e01_seg01_clip_00"
 
 
 @pytest.mark.parametrize(

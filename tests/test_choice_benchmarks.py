@@ -107,12 +107,12 @@ def test_every_response_gets_a_score(text):
 
 def test_scienceqa_uses_llavas_prompt_and_both_official_scorers(tmp_path):
     data = science_files(tmp_path)
-    asked = {q.id: q.sample.messages[0].text for q in questions_of("scienceqa", data)}
+    prompts = {q.id: q.sample.messages[0].text for q in questions_of("scienceqa", data)}
     end = "\nAnswer with the option's letter from the given choices directly."
-    assert asked["1"] == "Context: Look at it.\nWhich is warmer?\nA. ice\nB. fire\nC. snow" + end
-    assert asked["2"] == "Which is a verb?\nA. run\nB. tree" + end
-    said = [{"question_id": "1", "text": "The answer is B."}, {"question_id": "2", "text": "(A)"}]
-    report = scored("scienceqa", write_lines(tmp_path / "said.jsonl", said), data, out=tmp_path / "out")
+    assert prompts["1"] == "Context: Look at it.\nWhich is warmer?\nA. ice\nB. fire\nC. snow" + end
+    assert prompts["2"] == "Which is a verb?\nA. run\nB. tree" + end
+    predicted = [{"question_id": "1", "text": "The answer is B."}, {"question_id": "2", "text": "(A)"}]
+    report = scored("scienceqa", write_lines(tmp_path / "said.jsonl", predicted), data, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == pytest.approx(100 / 3)  # "(A)" is unparsed, 3 has no prediction
     assert report["metrics"]["img_accuracy"] == 100  # excludes 3, which has no prediction
     assert report["metrics"]["acc_has_image"] == 50
@@ -133,10 +133,10 @@ def test_mmbench_requires_every_pass(tmp_path):
     assert [answer_letter(q) for q in questions] == ["B", "A", "C", "A", "B"]
     assert questions[1].sample.messages[0].text.startswith('Think.\nWhat "colour"?\nA. =green\nB. blue\nC. red\nAnswer')
     assert questions[0].sample.messages[0].parts[0] is questions[2].sample.messages[0].parts[0]  # one shared image
-    said = {q.id: answer_letter(q) for q in questions} | {"1000007": "I think =green", "1000009": "A"}
-    scores = BENCHMARKS["mmbench"]().score_all(said, questions)
+    predicted = {q.id: answer_letter(q) for q in questions} | {"1000007": "I think =green", "1000009": "A"}
+    scores = BENCHMARKS["mmbench"]().score_all(predicted, questions)
     assert [scores[q.id].official for q in questions] == [1, 1, 1, 0, 0]
-    rows = write_lines(tmp_path / "said.jsonl", [{"question_id": i, "text": text} for i, text in said.items()])
+    rows = write_lines(tmp_path / "said.jsonl", [{"question_id": i, "text": text} for i, text in predicted.items()])
     report = scored("mmbench", rows, tmp_path, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 50
     assert report["metrics"]["accuracy of dev"] == {"CP": 0.5, "Overall": 0.5, "color": 0.0, "ocr": 1.0}
@@ -181,8 +181,8 @@ def test_commonsense_tasks_individually_and_together(tmp_path):
     (q,) = questions_of("siqa", data / "social_i_qa" / "test.json")
     assert q.sample.messages[0].text.startswith("Below is an instruction that describes a task. Write a response")
     assert q.sample.messages[0].text.endswith("\n\n                ### Response:\n                ")
-    said = write_lines(tmp_path / "said.jsonl", [{"id": q.id, "response": "answer3 ### Response: answer1"}])
-    assert scored("siqa", said, data, out=tmp_path / "siqa")["scores"]["official"]["value"] == 100
+    predicted = write_lines(tmp_path / "said.jsonl", [{"id": q.id, "response": "answer3 ### Response: answer1"}])
+    assert scored("siqa", predicted, data, out=tmp_path / "siqa")["scores"]["official"]["value"] == 100
     rows = [
         {"id": q.id, "response": answer_letter(q) if "arc" in q.id else "?"} for q in questions_of("commonsense", data)
     ]

@@ -30,16 +30,16 @@ def make_image(path):
     write_image(path)
 
 
-def questions(benchmark, data, split=None):
+def load_questions(benchmark, data, split=None):
     return read_questions(EvaluationConfig(name=benchmark, benchmark=benchmark, data=str(data), split=split))
 
 
 def prompts(benchmark, data, split=None):
-    return [q.sample.messages[-1].text for q in questions(benchmark, data, split)]
+    return [q.sample.messages[-1].text for q in load_questions(benchmark, data, split)]
 
 
 def answers(benchmark, data, path):
-    return read_predictions(path, BENCHMARKS[benchmark](), questions(benchmark, data))
+    return read_predictions(path, BENCHMARKS[benchmark](), load_questions(benchmark, data))
 
 
 def gqa_row(image):
@@ -79,7 +79,7 @@ def test_textvqa_names_llavas_row_without_ocr_tokens(tmp_path):
     row = {"question_id": "003a", "text": f"What is the brand?\n{SHORT}"}
     save_lines(tmp_path / "llava_textvqa_val_v051_ocr.jsonl", [row])
     with pytest.raises(UserError, match="row 0: no OCR tokens"):
-        questions("textvqa", tmp_path)
+        load_questions("textvqa", tmp_path)
 
 
 def test_vizwiz_uses_llavas_prompt_and_reads_its_numbered_answers(tmp_path):
@@ -109,7 +109,7 @@ def test_nlvr2_repository_has_images_beside_the_data_folder(tmp_path):
     for side in (0, 1):
         make_image(tmp_path / "nlvr2" / "dev" / f"dev-1-0-img{side}.png")
     for data in (tmp_path, tmp_path / "nlvr2", tmp_path / "nlvr2" / "data" / "dev.json"):
-        assert [q.id for q in questions("nlvr2", data)] == ["dev-1-0-0"]
+        assert [q.id for q in load_questions("nlvr2", data)] == ["dev-1-0-0"]
 
 
 def test_vqav2_finds_files_in_sibling_folders_of_the_question_file(tmp_path):
@@ -122,7 +122,7 @@ def test_vqav2_finds_files_in_sibling_folders_of_the_question_file(tmp_path):
     save(tmp_path / "Annotations" / "v2_mscoco_val2014_annotations.json", {"annotations": [annotation]})
     make_image(tmp_path / "Images" / "val2014" / "COCO_val2014_000000000001.jpg")
     for data in (tmp_path, questions):
-        assert [q.references for q in questions("vqav2", data)] == [("yes",) * 10]
+        assert [q.references for q in load_questions("vqav2", data)] == [("yes",) * 10]
 
 
 def test_media_are_found_in_the_folder_above(tmp_path):

@@ -25,17 +25,20 @@ from tests.choice_files import commonsense_files, mmbench_files, mme_files, pope
     ("response", "letter"),
     [
         *[
-            (said, "B")
-            for said in ("B", "b.", "(B)", "**B**", "B. dog", "(B) a dog", "B) x", "B: dog", "B is correct.")
+            (response, "B")
+            for response in ("B", "b.", "(B)", "**B**", "B. dog", "(B) a dog", "B) x", "B: dog", "B is correct.")
         ],
-        *[(said, "B") for said in ("The answer is B", "Answer: (B).", "the correct answer is **B**. It barks.")],
-        *[(said, "B") for said in ("Dog.", "a dog", "It is a dog", "The answer is the dog.", "B\nIt barks.")],
-        *[(said, "C") for said in ("Let me think. A is wrong. So the answer is C", "option C")],
         *[
-            (said, None)
-            for said in ("", "A or B", "E", "I", "dog and cat", "the answer is a fish", "not B", "A dog or so")
+            (response, "B")
+            for response in ("The answer is B", "Answer: (B).", "the correct answer is **B**. It barks.")
         ],
-        *[(said, None) for said in ("The answer is A. No, the answer is B.", "hot dog", "The answer is not B")],
+        *[(response, "B") for response in ("Dog.", "a dog", "It is a dog", "The answer is the dog.", "B\nIt barks.")],
+        *[(response, "C") for response in ("Let me think. A is wrong. So the answer is C", "option C")],
+        *[
+            (response, None)
+            for response in ("", "A or B", "E", "I", "dog and cat", "the answer is a fish", "not B", "A dog or so")
+        ],
+        *[(response, None) for response in ("The answer is A. No, the answer is B.", "hot dog", "The answer is not B")],
     ],
 )
 def test_only_unambiguous_responses_name_an_option(response, letter):
@@ -193,8 +196,8 @@ def test_malformed_predictions_raise_user_errors(tmp_path, name, make, row):
     path, benchmark = tmp_path / "said.jsonl", BENCHMARKS[name]()
 
     def score() -> None:
-        said = dict(benchmark.read_predictions(path, questions))
-        benchmark.score_all({q.id: said.get(q.id, "") for q in questions}, questions)
+        predicted = dict(benchmark.read_predictions(path, questions))
+        benchmark.score_all({q.id: predicted.get(q.id, "") for q in questions}, questions)
 
     rows = [row(q) for q in questions]
     write_lines(path, rows)

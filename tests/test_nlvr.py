@@ -94,7 +94,7 @@ def test_nlvr_from_files_to_csv(small, tmp_path, caplog):
     again = scored("nlvr", tmp_path / "submission.csv", path)
     assert again["scores"]["official"]["value"] == report["scores"]["official"]["value"]
     csv = tmp_path / "predictions.csv"  # the official script compares only the numbers in a name
-    csv.write_text("".join(f"{split}-7-{m}-{k}.png,{said}\n" for split, m, k, said in [
+    csv.write_text("".join(f"{split}-7-{m}-{k}.png,{label}\n" for split, m, k, label in [
         ("dev", 0, 0, "TRUE"), ("test", 0, 1, "true"), ("dev", 1, 0, "false"), ("dev", 1, 1, "what")]))  # fmt: skip
     found = scored("nlvr", csv, path)
     assert (found["scores"]["official"]["value"], found["metrics"]["consistency"], found["unparsed_rate"]) == (
@@ -102,8 +102,8 @@ def test_nlvr_from_files_to_csv(small, tmp_path, caplog):
         0,
         0.25,
     )
-    _, asked = walk(small, "nlvr", tmp_path / "dev", tmp_path / "other", prompt="Is it so? {question}")
-    assert asked[0]["question"] == "Is it so? A box."
+    _, rows_with_prompt = walk(small, "nlvr", tmp_path / "dev", tmp_path / "other", prompt="Is it so? {question}")
+    assert rows_with_prompt[0]["question"] == "Is it so? A box."
 
 
 def test_nlvr_annotations_alone_require_all_images(tmp_path):

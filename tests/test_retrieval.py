@@ -201,9 +201,9 @@ def test_models_and_questions_that_cannot_be_compared_are_refused(data, tmp_path
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([[1, 2], [3, 4]], r"4 sentences and as many videos are asked about, and this is \(2, 2\)"),
+        ([[1, 2], [3, 4]], r"expected 4 sentences x 4 videos, found the shape \(2, 2\)"),
         ([["a"] * 4] * 4, "expected a list of lists of numbers"),
-        (np.full((4, 4), np.nan), "16 similarities are no finite numbers"),
+        (np.full((4, 4), np.nan), "16 similarities are not finite numbers"),
     ],
 )
 def test_invalid_similarities_are_named(values, message, data, tmp_path):

@@ -25,47 +25,47 @@ __all__ = ["small"]
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
+def video_file(tmp_path_factory) -> Path:
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=4, size=(32, 32))
 
 
-def put(clip: Path, *places: Path) -> None:
+def copy_to(video_file: Path, *places: Path) -> None:
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, place)
+        shutil.copy(video_file, place)
 
 
-def xu(root: Path, clip: Path, name: str) -> None:
+def xu(root: Path, video_file: Path, name: str) -> None:
     rows = [
         {"question": f"{word} is it?", "answer": answer, "id": i, "video_id": 7 + i % 2}
         for i, (word, answer) in enumerate([("what", "dog"), ("who", "man"), ("is", "no")])
     ]
     write(root / "test_qa.json", rows)
-    put(clip, root / "video" / name.format(7))
+    copy_to(video_file, root / "video" / name.format(7))
 
 
-def msvd(root: Path, clip: Path) -> Path:
-    xu(root, clip, "vid{}.avi")
+def msvd(root: Path, video_file: Path) -> Path:
+    xu(root, video_file, "vid{}.avi")
     write(root / "youtube_mapping.txt", "abc_1_2 vid8\nxyz_1_2 vid7\n")
-    put(clip, root / "YouTubeClips" / "abc_1_2.avi")
+    copy_to(video_file, root / "YouTubeClips" / "abc_1_2.avi")
     return root / "test_qa.json"
 
 
-def msrvtt(root: Path, clip: Path) -> Path:
-    xu(root, clip, "video{}.mp4")
-    put(clip, root / "video" / "video8.mp4")
+def msrvtt(root: Path, video_file: Path) -> Path:
+    xu(root, video_file, "video{}.mp4")
+    copy_to(video_file, root / "video" / "video8.mp4")
     return root / "test_qa.json"
 
 
-def activitynet(root: Path, clip: Path) -> Path:
-    asked = [{"video_name": "x", "question": f"what {i}?", "question_id": f"v_x_{i}"} for i in range(3)]
+def activitynet(root: Path, video_file: Path) -> Path:
+    questions = [{"video_name": "x", "question": f"what {i}?", "question_id": f"v_x_{i}"} for i in range(3)]
     answers = [{"answer": a, "type": t, "question_id": f"v_x_{i}"} for i, (a, t) in enumerate([("dog", 0), ("no", 3)])]
-    write(root / "dataset" / "test_q.json", asked[:2])
-    put(clip, root / "videos" / "v_x.mp4")
+    write(root / "dataset" / "test_q.json", questions[:2])
+    copy_to(video_file, root / "videos" / "v_x.mp4")
     return write(root / "dataset" / "test_a.json", answers)
 
 
-def tgif(root: Path, clip: Path) -> Path:
+def tgif(root: Path, video_file: Path) -> Path:
     frames = [picture(i, (32, 32)) for i in range(3)]
     (root / "gifs").mkdir(parents=True)
     frames[0].save(root / "gifs" / "g.gif", save_all=True, append_images=frames[1:])
@@ -76,12 +76,12 @@ def tgif(root: Path, clip: Path) -> Path:
     return write(root / "Test_frameqa_question.csv", "\n".join(rows) + "\n")
 
 
-def next_oe(root: Path, clip: Path) -> Path:
+def next_oe(root: Path, video_file: Path) -> Path:
     rows = ["video,frame_count,width,height,question,answer,qid,type", "11,9,32,32,why run,to play,0,CW"]
     rows += ["11,9,32,32,how many dogs,two,1,DC", "12,9,32,32,what after,jump,0,TP"]
     write(root / "add_reference_answer_test.json", {"12": {"0": "leap"}})
     write(root / "map_vid_vidorID.json", {"11": "0001/11"})
-    put(clip, root / "NExTVideo" / "0001" / "11.mp4", root / "NExTVideo" / "12.mp4")
+    copy_to(video_file, root / "NExTVideo" / "0001" / "11.mp4", root / "NExTVideo" / "12.mp4")
     write(root / "val.csv", "\n".join(rows) + "\n")
     return write(root / "test.csv", "\n".join(rows) + "\n")
 
@@ -96,9 +96,9 @@ OFFICIAL = {  # benchmark: (function that writes its files, official predictions
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_from_files_to_scores(name, small, clip, tmp_path):
+def test_from_files_to_scores(name, small, video_file, tmp_path):
     make, predictions, accuracy = OFFICIAL[name]
-    answers = make(tmp_path / "data", clip)
+    answers = make(tmp_path / "data", video_file)
     split = "test" if name == "nextqa_oe" else None
     report, rows = walk(small, name, tmp_path / "data", tmp_path / "out", split=split)
     assert report["n"] == len(rows)
@@ -110,12 +110,12 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
         found = scored(name, file, official, split)
         assert found["scores"]["official"]["value"] == pytest.approx(accuracy)
         assert found["scores"]["strict"]["value"] == pytest.approx(accuracy)
-    ours = write(tmp_path / "ours.jsonl", lines([{"id": row["id"], "response": ""} for row in rows]))
-    assert scored(name, ours, answers, split)["unparsed_rate"] == 1
+    own_predictions = write(tmp_path / "ours.jsonl", lines([{"id": row["id"], "response": ""} for row in rows]))
+    assert scored(name, own_predictions, answers, split)["unparsed_rate"] == 1
 
 
-def test_answer_file_or_question_file_alone(clip, tmp_path):
-    answers = activitynet(tmp_path, clip)
+def test_answer_file_or_question_file_alone(video_file, tmp_path):
+    answers = activitynet(tmp_path, video_file)
     (tmp_path / "dataset" / "test_q.json").rename(tmp_path / "q.json")
     found = BENCHMARKS["activitynet_qa"]().questions(config("activitynet_qa", answers))
     assert [(q.id, q.cluster, q.references) for q in found] == [("v_x_0", "x", ("dog",)), ("v_x_1", "x", ("no",))]
@@ -126,42 +126,42 @@ def test_answer_file_or_question_file_alone(clip, tmp_path):
     assert {q.references for q in unanswered} == {()}
 
 
-def test_tgif_action_and_transition_splits(small, clip, tmp_path):
-    tgif(tmp_path / "data", clip)
+def test_tgif_action_and_transition_splits(small, video_file, tmp_path):
+    tgif(tmp_path / "data", video_file)
     _, rows = walk(small, "tgif_qa", tmp_path / "data", tmp_path / "out", split="action")
     assert rows[0]["references"] == ["C"]
     assert "C. x" in rows[0]["question"]
     question = read_questions(config("tgif_qa", tmp_path / "data", split="action"))[0]
     benchmark = BENCHMARKS["tgif_qa"]()
-    assert [benchmark.score(said, question).official for said in ("C", "x", "B", "?")] == [1, 1, 0, 0]
+    assert [benchmark.score(response, question).official for response in ("C", "x", "B", "?")] == [1, 1, 0, 0]
     assert "Reference answer: C. x\n" in benchmark.judge_prompt("C", question)
     assert benchmark.extras({}, [question]) == {}
 
 
-def test_judge_prompt_and_verdicts(clip, tmp_path):
-    msvd(tmp_path, clip)
+def test_judge_prompt_and_verdicts(video_file, tmp_path):
+    msvd(tmp_path, video_file)
     benchmark = BENCHMARKS["msvd_qa"]()
     question = benchmark.questions(config("msvd_qa", tmp_path))[0]
-    asked = benchmark.judge_prompt(" a {dog}", question)
-    assert "Question: what is it?" in asked
-    assert "Reference answer: dog" in asked
-    assert "judged: a {dog}\n" in asked
+    prompt = benchmark.judge_prompt(" a {dog}", question)
+    assert "Question: what is it?" in prompt
+    assert "Reference answer: dog" in prompt
+    assert "judged: a {dog}\n" in prompt
     verdicts = ["{'pred': 'yes', 'score': 4.8}", 'Sure: {"pred": "No"}', "yes", "{'pred': 'not sure'}", ""]
     assert [benchmark.judge_score(verdict) for verdict in verdicts] == [1.0, 0.0, None, None, None]
 
 
-def test_errors_name_malformed_files(clip, tmp_path):
+def test_errors_name_malformed_files(video_file, tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder; expected layout:\n  train_qa\.json"):
         BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", tmp_path / "nothing"))
     write(tmp_path / "test_qa.json", [{"question": "what?", "answer": "a", "id": 0}])
     with pytest.raises(UserError, match=r"test_qa\.json, row 0: no field 'video_id'"):
         BENCHMARKS["msvd_qa"]().questions(config("msvd_qa", tmp_path))
-    answers = activitynet(tmp_path, clip)
+    answers = activitynet(tmp_path, video_file)
     write(answers, [{"answer": "a", "type": 9, "question_id": "v_x_0"}])
     with pytest.raises(UserError, match=r"question v_x_0: type must be 0 to 8, found 9"):
         BENCHMARKS["activitynet_qa"]().questions(config("activitynet_qa", answers))
     shutil.rmtree(tmp_path / "videos")
-    activitynet(tmp_path / "2", clip)
+    activitynet(tmp_path / "2", video_file)
     (tmp_path / "2" / "videos" / "v_x.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 1 media files are missing, such as .*v_x\.mp4; expected layout"):
         read_questions(config("activitynet_qa", tmp_path / "2"))
@@ -176,10 +176,10 @@ def test_video_bounds_are_part_of_the_sample(small, tmp_path):
         return Sample("q", (Message("user", (Video(tmp_path, **bounds), Text("What?"))),), "t")
 
     encoder = small[1]
-    clips = [
+    videos = [
         encoder._load(sample(**b))[0] for b in ({}, {"frames_fps": 3.0}, {"start": 1.0, "end": 2.0, "frames_fps": 3.0})
     ]
-    assert [(c.indices, c.fps) for c in clips] == [((0, 4, 8), 1.0), ((0, 4, 8), 3.0), ((3, 4, 5), 3.0)]
+    assert [(c.indices, c.fps) for c in videos] == [((0, 4, 8), 1.0), ((0, 4, 8), 3.0), ((3, 4, 5), 3.0)]
     bounds = [{}, {"start": 1.0}, {"start": 1.0, "end": 2.0}, {"start": 1.0, "end": 2.0, "frames_fps": 3.0}]
     keys = {question_keys([Question("q", sample(**b), (), "c")], encoder, 2, "weights")["q"] for b in bounds}
     assert len(keys) == len(bounds)
@@ -190,13 +190,13 @@ def test_video_bounds_are_part_of_the_sample(small, tmp_path):
 
 def test_the_model_continues_an_assistant_turn(small):
     encoder = small[1]
-    said = (Message("user", (Text("What?"),)), Message("assistant", (Text("Best option:("),)))
-    begun = encoder.render(Sample("q", said, "t"), add_generation_prompt=True)
-    assert begun.endswith("Best option:(")
-    asked = encoder.render(Sample("q", said[:1], "t"), add_generation_prompt=True)
-    assert begun.removesuffix("Best option:(").rstrip() == asked
-    assert not encoder.render(Sample("q", said, "t")).endswith("(")  # a supervised turn is closed
-    ids = encoder.encode_prompt(Sample("q", said, "t"))["input_ids"][0]
+    messages = (Message("user", (Text("What?"),)), Message("assistant", (Text("Best option:("),)))
+    continued = encoder.render(Sample("q", messages, "t"), add_generation_prompt=True)
+    assert continued.endswith("Best option:(")
+    prompt = encoder.render(Sample("q", messages[:1], "t"), add_generation_prompt=True)
+    assert continued.removesuffix("Best option:(").rstrip() == prompt
+    assert not encoder.render(Sample("q", messages, "t")).endswith("(")  # a supervised turn is closed
+    ids = encoder.encode_prompt(Sample("q", messages, "t"))["input_ids"][0]
     assert encoder.processor.tokenizer.decode(ids).endswith("Best option:(")
 
 

@@ -26,32 +26,32 @@ LLAVA = "Answer with the option's letter from the given choices directly."
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
+def video_file(tmp_path_factory) -> Path:
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=12, size=(32, 32))
 
 
-def put(clip: Path, *places: Path) -> None:
+def copy_to(video_file: Path, *places: Path) -> None:
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, place)
+        shutil.copy(video_file, place)
 
 
-def nextqa(root: Path, clip: Path) -> Path:
+def nextqa(root: Path, video_file: Path) -> Path:
     rows = ["video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"]
     rows += [f"11,9,32,32,why,{i},{i},{kind},a,b,c,d,e" for i, kind in enumerate(["CW", "TP", "DO"])]
-    put(clip, root / "NExTVideo" / "11.mp4")
+    copy_to(video_file, root / "NExTVideo" / "11.mp4")
     return write(root / "val.csv", "\n".join(rows) + "\n")
 
 
-def mvbench(root: Path, clip: Path, tasks: tuple[str, ...] = ("Action Sequence", "Action Count")) -> Path:
+def mvbench(root: Path, video_file: Path, tasks: tuple[str, ...] = ("Action Sequence", "Action Count")) -> Path:
     row = {"question": "What?", "candidates": ["cat", "dog."], "answer": "dog.", "video": "x.mp4"}
     for task in tasks:
         write(root / "json" / f"{file_name(task)}.json", [row | {"start": 0.5, "end": 1.0}])
-        put(clip, root / "video" / TASKS[task] / "x.mp4")
+        copy_to(video_file, root / "video" / TASKS[task] / "x.mp4")
     return root / "json" / f"{file_name(tasks[0])}.json"
 
 
-def videomme(root: Path, clip: Path) -> Path:
+def videomme(root: Path, video_file: Path) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -62,7 +62,7 @@ def videomme(root: Path, clip: Path) -> Path:
         "options": ["A. Apples.", "B. Pears.", "C. Figs.", "D. No."],
     }
     rows = [row | {"question_id": f"001-{i}", "answer": "ABC"[i - 1]} for i in (1, 2, 3)]
-    put(clip, root / "data" / "abc.mp4")
+    copy_to(video_file, root / "data" / "abc.mp4")
     write(root / "subtitle" / "abc.srt", "1\n00:00:00,000 --> 00:00:01,000\nHello there\n")
     path = root / "videomme" / "test-00000-of-00001.parquet"
     path.parent.mkdir()
@@ -70,14 +70,14 @@ def videomme(root: Path, clip: Path) -> Path:
     return path
 
 
-def egoschema(root: Path, clip: Path) -> Path:
+def egoschema(root: Path, video_file: Path) -> Path:
     rows = [{"q_uid": key, "question": "What?"} | {f"option {i}": f"C does {i}" for i in range(5)} for key in "xyz"]
-    put(clip, *(root / "videos" / f"{key}.mp4" for key in "xyz"))
+    copy_to(video_file, *(root / "videos" / f"{key}.mp4" for key in "xyz"))
     write(root / "questions.json", rows)
     return write(root / "subset_answers.json", {"x": 0, "y": 4})
 
 
-def value(root: Path, clip: Path, task: str) -> Path:
+def value(root: Path, video_file: Path, task: str) -> Path:
     options = {f"a{i}": f"it is {i}" for i in range(5 if task == "tvqa" else 4)}
     rows = [
         {"qid": i, "q": "What?", "vid_name": "friends_s01", "ts": ts} | options
@@ -93,7 +93,7 @@ def value(root: Path, clip: Path, task: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             write_image(folder / f"{i + 1:05d}.jpg", i, (32, 32))
     else:
-        put(clip, root / "videos" / "friends_s01.mp4")
+        copy_to(video_file, root / "videos" / "friends_s01.mp4")
     write(root / "ann" / ("tv_subtitles.jsonl" if task == "tvqa" else "how2_subtitles.jsonl"), lines([sub]))
     files = BENCHMARKS[task].files
     write(root / "ann" / task / files["test"][0], lines([row | {"qid": row["qid"] + 10} for row in rows]))
@@ -115,15 +115,15 @@ OFFICIAL = {  # benchmark: (function that writes its files, official predictions
     "mvbench": (mvbench, {"res_list": [{"pred": p, "gt": "(B) dog."} for p in ("(B) dog", "")]}, 100, 50),
     "videomme": (videomme, template, 50, 100 / 3),
     "egoschema": (egoschema, {"x": 0, "y": -1, "z": 2}, 50, 50),
-    "tvqa": (lambda root, clip: value(root, clip, "tvqa"), {"0": 0, "1": 4}, 50, 50),
-    "how2qa": (lambda root, clip: value(root, clip, "how2qa"), {"0": 0, "1": 3}, 100, 100),
+    "tvqa": (lambda root, video_file: value(root, video_file, "tvqa"), {"0": 0, "1": 4}, 50, 50),
+    "how2qa": (lambda root, video_file: value(root, video_file, "how2qa"), {"0": 0, "1": 3}, 100, 100),
 }
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_from_files_to_scores(name, small, clip, tmp_path):
+def test_from_files_to_scores(name, small, video_file, tmp_path):
     make, predictions, official, strict = OFFICIAL[name]
-    answers = make(tmp_path / "data", clip)
+    answers = make(tmp_path / "data", video_file)
     report, rows = walk(small, name, tmp_path / "data", tmp_path / "out")
     assert report["n"] == len(rows)
     assert report["scores"]["official"] is not None
@@ -136,12 +136,12 @@ def test_from_files_to_scores(name, small, clip, tmp_path):
         found = scored(name, file, annotated)
         assert found["scores"]["official"]["value"] == pytest.approx(official)
         assert found["scores"]["strict"]["value"] == pytest.approx(strict)
-    ours = write(tmp_path / "ours.jsonl", lines([{"id": row["id"], "response": "B"} for row in rows]))
-    assert scored(name, ours, tmp_path / "data")["unparsed_rate"] == 0
+    own_predictions = write(tmp_path / "ours.jsonl", lines([{"id": row["id"], "response": "B"} for row in rows]))
+    assert scored(name, own_predictions, tmp_path / "data")["unparsed_rate"] == 0
 
 
-def test_nextqa_categories(clip, tmp_path):
-    nextqa(tmp_path, clip)
+def test_nextqa_categories(video_file, tmp_path):
+    nextqa(tmp_path, video_file)
     predictions = OFFICIAL["nextqa"][1]
     found = scored("nextqa", write(tmp_path / "p.json", predictions), tmp_path)["categories"]
     right = {name for name, figures in found.items() if figures["value"] == 100}
@@ -153,19 +153,19 @@ def test_nextqa_categories(clip, tmp_path):
         scored("nextqa", write(tmp_path / "p.json", changed), tmp_path)
 
 
-def test_mvbench_response_start_and_submission(small, clip, tmp_path):
-    mvbench(tmp_path / "data", clip, tuple(TASKS))
+def test_mvbench_response_start_and_submission(small, video_file, tmp_path):
+    mvbench(tmp_path / "data", video_file, tuple(TASKS))
     prompt = "Question: {question}\nOptions:\n{choices}\nOnly give the best option.\nBest option:("
     entry = config("mvbench", tmp_path / "data", prompt=prompt)
     questions = read_questions(entry)
     report = evaluate(*small, entry, questions, tmp_path / "out")
     assert report["receipt"]["prompt"].endswith("Best option:(")
     assert questions[0].sample.messages[0].text.endswith("(A) cat\n(B) dog.\nOnly give the best option.")
-    clips = {q.id: next(q.sample.media()) for q in questions}
-    assert clips["action_sequence-0"].bounds == {"start": 0.5, "end": 1.0}
-    assert clips["episodic_reasoning-0"].bounds == {"start": 0.5, "end": 1.0}  # a video file has its own frame rate
-    assert clips["action_count-0"].bounds == {}
-    scores = [BENCHMARKS["mvbench"]().score(said, questions[0]) for said in ("B) dog", "A) cat", "B", "")]
+    videos = {q.id: next(q.sample.media()) for q in questions}
+    assert videos["action_sequence-0"].bounds == {"start": 0.5, "end": 1.0}
+    assert videos["episodic_reasoning-0"].bounds == {"start": 0.5, "end": 1.0}  # a video file has its own frame rate
+    assert videos["action_count-0"].bounds == {}
+    scores = [BENCHMARKS["mvbench"]().score(response, questions[0]) for response in ("B) dog", "A) cat", "B", "")]
     assert [(s.official, s.strict, s.unparsed) for s in scores] == [
         (1, 1, False), (0, 0, False), (1, 1, False), (1, 0, True),
     ]  # fmt: skip
@@ -175,7 +175,7 @@ def test_mvbench_response_start_and_submission(small, clip, tmp_path):
     walk(
         small,
         "mvbench",
-        Path(mvbench(tmp_path / "few", clip)).parent,
+        Path(mvbench(tmp_path / "few", video_file)).parent,
         tmp_path / "few-out",
         media=str(tmp_path / "few/video"),
     )
@@ -183,8 +183,8 @@ def test_mvbench_response_start_and_submission(small, clip, tmp_path):
         submitted([tmp_path / "few-out"], tmp_path / "few.json")
 
 
-def test_videomme_with_subtitles_and_both_key_styles(small, clip, tmp_path):
-    videomme(tmp_path / "data", clip)
+def test_videomme_with_subtitles_and_both_key_styles(small, video_file, tmp_path):
+    videomme(tmp_path / "data", video_file)
     prompt = "{subtitles}\n{question}\n{options}\nThe best answer is:"
     _, rows = walk(small, "videomme", tmp_path / "data", tmp_path / "out", prompt=prompt)
     assert rows[0]["question"] == "Hello there\nWhat?\nA. Apples.\nB. Pears.\nC. Figs.\nD. No.\nThe best answer is:"
@@ -202,8 +202,8 @@ def test_videomme_with_subtitles_and_both_key_styles(small, clip, tmp_path):
     assert (found["scores"]["official"]["value"], found["unparsed_rate"]) == (0, 1)
 
 
-def test_egoschema_submission_is_of_the_full_set(small, clip, tmp_path, caplog):
-    egoschema(tmp_path / "data", clip)
+def test_egoschema_submission_is_of_the_full_set(small, video_file, tmp_path, caplog):
+    egoschema(tmp_path / "data", video_file)
     report, _ = walk(small, "egoschema", tmp_path / "data", tmp_path / "full", split="full")
     assert report["scores"]["official"] is None
     table = submitted([tmp_path / "full"], tmp_path / "kaggle.csv").decode()
@@ -219,8 +219,8 @@ def test_egoschema_submission_is_of_the_full_set(small, clip, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("task", ["tvqa", "how2qa"])
-def test_value_submission_needs_both_splits(task, small, clip, tmp_path):
-    value(tmp_path / "data", clip, task)
+def test_value_submission_needs_both_splits(task, small, video_file, tmp_path):
+    value(tmp_path / "data", video_file, task)
     for split in ("val", "test"):
         report, rows = walk(small, task, tmp_path / "data", tmp_path / split, split=split)
     assert report["scores"]["official"] is None
@@ -251,8 +251,8 @@ def test_tvqa_solution_file_alone(tmp_path):
 
 def test_responses_that_name_an_option():
     options = ["C is cooking.", "a cat", "Bird", "red fox"]
-    said = ["A", "b", "(B)", "B. a cat", "c is COOKING", "The answer is (D).", "Option C", "red fox."]
-    assert [chosen_option(text, options) for text in said] == [0, 1, 1, 1, 0, 3, 2, 3]
+    response = ["A", "b", "(B)", "B. a cat", "c is COOKING", "The answer is (D).", "Option C", "red fox."]
+    assert [chosen_option(text, options) for text in response] == [0, 1, 1, 1, 0, 3, 2, 3]
     assert {chosen_option(text, options) for text in ("", "A cat or so", "E", "I do not know", "an option", "2")} == {
         None
     }

@@ -56,8 +56,8 @@ def test_from_files_to_submission(small, tmp_path, name, make, official, n, best
     written = tmp_path / "out" / file
     submitted([tmp_path / "result"], written)
     read_back = dict(BENCHMARKS[name]().read_predictions(written, questions))
-    said = responses(tmp_path / "result")
-    assert {i: " ".join(text.split()) for i, text in said.items()} == read_back
+    predicted = responses(tmp_path / "result")
+    assert {i: " ".join(text.split()) for i, text in predicted.items()} == read_back
     assert [path.name for path in written.parent.iterdir()] == [file]
 
 
@@ -134,8 +134,8 @@ def test_pope_strict_parsing(response, expected):
 def test_pope_strict_score_requires_a_clear_answer(tmp_path):
     data = pope_files(tmp_path)
     only = data / "coco/coco_pope_random.json"
-    said = [{"question_id": 1, "text": "Maybe"}, {"question_id": 2, "text": "No"}]
-    report = scored("pope", write_lines(tmp_path / "said.jsonl", said), only, out=tmp_path / "out")
+    predicted = [{"question_id": 1, "text": "Maybe"}, {"question_id": 2, "text": "No"}]
+    report = scored("pope", write_lines(tmp_path / "said.jsonl", predicted), only, out=tmp_path / "out")
     assert report["scores"]["official"]["value"] == 100
     assert report["scores"]["strict"] is None  # no clear "yes" at all: F1 is 0 / 0
     assert report["unparsed_rate"] == 0.5
@@ -149,12 +149,12 @@ def test_pope_strict_score_requires_a_clear_answer(tmp_path):
 
 def test_pope_errors_name_file_and_row(tmp_path):
     data = pope_files(tmp_path)
-    said = write_lines(tmp_path / "said.jsonl", [{"question": "Is there a horse?", "answer": "no"}] * 6)
+    predicted = write_lines(tmp_path / "said.jsonl", [{"question": "Is there a horse?", "answer": "no"}] * 6)
     with pytest.raises(UserError, match=r"row 1: answers 'Is there a horse\?'"):
-        scored("pope", said, data, out=tmp_path / "out")
-    said = write_lines(tmp_path / "said.jsonl", [{"answer": "no"}] * 5)
+        scored("pope", predicted, data, out=tmp_path / "out")
+    predicted = write_lines(tmp_path / "said.jsonl", [{"answer": "no"}] * 5)
     with pytest.raises(UserError, match="5 answers for 6 questions"):
-        scored("pope", said, data, out=tmp_path / "out")
+        scored("pope", predicted, data, out=tmp_path / "out")
     with pytest.raises(UserError, match="the file name must contain one of"):
         questions_of("pope", write_lines(tmp_path / "coco.json", []))
     write_lines(data / "coco/coco_pope_random.json", [{"question_id": 1, "image": "x", "text": "?", "label": "maybe"}])

@@ -120,12 +120,12 @@ train_images/003a8ae2ef43b901.jpg   (train and val; test_images/ for test)"""
         for number, row in enumerate(read_rows(path)):
             where = f"row {number}"
             image_id, prompt, answer = (typed(row, path, where, key, str) for key in ("question_id", "prompt", "text"))
-            asked = question_in_llava_prompt(prompt)
-            if asked is None:
+            text = question_in_llava_prompt(prompt)
+            if text is None:
                 raise UserError(f"{path}, {where}: no question in the prompt {prompt!r:.80}")
-            same = ids.get((image_id, asked))
+            same = ids.get((image_id, text))
             if not same:
-                raise UserError(f"{path}, {where}: no (further) question {asked!r} about image {image_id}")
+                raise UserError(f"{path}, {where}: no (further) question {text!r} about image {image_id}")
             pairs.append((same.pop(0), answer))
         return pairs
 

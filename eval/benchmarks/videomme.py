@@ -39,7 +39,6 @@ PREFIXES = (
     "The best option isThe correct option is",  # two strings joined by a missing comma
     "Best answer:Best option:",
 )
-DURATIONS = ("short", "medium", "long")
 # Names of the same fields in the dataset's table, its JSON file and the results template.
 DURATION, DOMAIN = ("duration", "duration_category"), ("domain", "video_category")
 SUB_CATEGORY, CHOICES = ("sub_category", "video_subcategory", "video_sub_category"), ("options", "choices")
