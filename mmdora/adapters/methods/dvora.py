@@ -11,9 +11,9 @@ import math
 import torch
 from torch import nn
 
-from mmdora.adapters.layers.base import Projection
+from mmdora.adapters.layers.base import SharedVeRA
 from mmdora.adapters.layers.linear import LinearLayer
-from mmdora.adapters.layers.wrapping import layer_kind, wrap
+from mmdora.adapters.layers.wrapping import layer_class, wrap
 from mmdora.adapters.methods.base import ADAPTERS, RATES, PartPlan
 from mmdora.adapters.methods.lora import LoRA, layer_seed
 from mmdora.adapters.spec import LowRankSpec
@@ -41,7 +41,7 @@ class DVoRA(LoRA):
         plan = dict.fromkeys(resolve_targets(model, part, region, config), spec)
         modules = dict(model.named_modules())
         for layer in plan:
-            kind = layer_kind(modules[layer]) if layer in modules else None
+            kind = layer_class(modules[layer]) if layer in modules else None
             if kind is None or not issubclass(kind, LinearLayer):
                 raise UserError(f"parts.{part}.targets: dvora shares A and B among linear layers; {layer} is none")
         return PartPlan(plan)
@@ -57,6 +57,6 @@ class DVoRA(LoRA):
         generator = torch.Generator().manual_seed(layer_seed(region.path))
         for matrix in (a, b):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
-        shared = Projection(a.to(device), b.to(device))
+        shared = SharedVeRA(a.to(device), b.to(device))
         for layer, adapter in wrapped.items():
             adapter.add_adapter(name, layers[layer], shared=shared)
