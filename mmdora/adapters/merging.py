@@ -73,7 +73,7 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
         raise UserError("nothing to unmerge: merge with merge_adapters(model, reversible=True)")
     for snapshot in reversed(undo.snapshots):
         module, training = snapshot.module, snapshot.module.training
-        module.__class__, module.__dict__ = snapshot.module_class, snapshot.attributes  # type: ignore[assignment]
+        module.__class__, module.__dict__ = snapshot.module_class, snapshot.attributes
         module.train(training)
     state.adapters = state.adapters | undo.adapters
     share_inputs(model)
