@@ -88,7 +88,7 @@ VIT = {
 
 
 def write_tower(folder: Path, family: str, **changes: Any) -> Path:
-    """Write a vision tower. `clip_whole` is a CLIP model with its text tower; dinov2's image processor crops to 16 px."""
+    """Write a vision tower. `clip_whole` includes CLIP's text tower; dinov2's image processor crops to 16 px."""
     torch.manual_seed(2)
     vit = {**VIT, **changes}
     if family == "clip_whole":
