@@ -65,36 +65,36 @@ def test_output_and_gradients_equal_float64(bias, rslora):
     out = reference(leaves[0], layer.weight, layer.bias, leaves[1], leaves[2], leaves[3], scale)
     (out * weight).sum().backward()
     torch.testing.assert_close(net(x).double(), out, atol=1e-6, rtol=1e-6)
-    for ours, theirs in zip((x, a, b, m), leaves, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
+    for tensor, leaf in zip((x, a, b, m), leaves, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), leaf.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_equals_peft(tmp_path):
     """An adapter saved by either loads in the other, with equal outputs and gradients."""
     torch.manual_seed(0)
     base = Net()
-    ours = copy.deepcopy(base)
-    mmdora.inject_adapters(ours, {"": DORA})
-    randomize(ours)
-    mmdora.save_adapter(ours, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", is_trainable=True)
+    net = copy.deepcopy(base)
+    mmdora.inject_adapters(net, {"": DORA})
+    randomize(net)
+    mmdora.save_adapter(net, tmp_path / "mmdora")
+    in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mmdora", is_trainable=True)
     x = torch.randn(7, 12)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
-    ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    for path, layer in adapter_layers(ours):
+    torch.testing.assert_close(net(x), in_peft(x), atol=1e-5, rtol=1e-5)
+    net(x).square().sum().backward()
+    in_peft(x).square().sum().backward()
+    gradients = {n: p.grad for n, p in in_peft.named_parameters() if p.requires_grad}
+    for path, layer in adapter_layers(net):
         for kind in ("lora_A", "lora_B"):
-            theirs_grad = gradients[f"base_model.model.{path}.{kind}.default.weight"]
-            torch.testing.assert_close(getattr(layer, kind)["default"].grad, theirs_grad, atol=1e-5, rtol=1e-5)
+            peft_gradient = gradients[f"base_model.model.{path}.{kind}.default.weight"]
+            torch.testing.assert_close(getattr(layer, kind)["default"].grad, peft_gradient, atol=1e-5, rtol=1e-5)
         magnitude = gradients[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
         torch.testing.assert_close(layer.lora_magnitude_vector["default"].grad, magnitude, atol=1e-5, rtol=1e-5)
 
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], use_dora=True, init_lora_weights=False)
     peft_model = get_peft_model(copy.deepcopy(base), config)
-    peft_model.save_pretrained(tmp_path / "theirs")
+    peft_model.save_pretrained(tmp_path / "peft")
     loaded = copy.deepcopy(base)
-    mmdora.load_adapter(loaded, tmp_path / "theirs")
+    mmdora.load_adapter(loaded, tmp_path / "peft")
     torch.testing.assert_close(loaded(x), peft_model(x), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad == ("lora_" in n) for n, p in loaded.named_parameters())
 
@@ -103,21 +103,21 @@ def test_mixed_methods_mean_the_same_in_peft(tmp_path):
     """PEFT has one flag `use_dora`, so LoRA beside DoRA is saved as DoRA with m = ‖W + sBA‖; it loads as LoRA here."""
     torch.manual_seed(0)
     base = Net()
-    ours = copy.deepcopy(base)
+    net = copy.deepcopy(base)
     parts = {"up": DORA | {"method": "lora", "rank": 2}, "down": DORA | {"alpha": 3}}
-    mmdora.inject_adapters(ours, parts)
-    randomize(ours)
-    mmdora.save_adapter(ours, tmp_path)
+    mmdora.inject_adapters(net, parts)
+    randomize(net)
+    mmdora.save_adapter(net, tmp_path)
     x = torch.randn(7, 12)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(peft_model(x), net(x), atol=1e-5, rtol=1e-5)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
     assert {path: layer.specs["default"].use_dora for path, layer in adapter_layers(again)} == {
         "up": False,
         "down": True,
     }
-    torch.testing.assert_close(again(x), ours(x))
+    torch.testing.assert_close(again(x), net(x))
 
 
 def test_norm_survives_cancellation_and_zero_rows():
@@ -216,10 +216,12 @@ def test_peft_computes_the_same_with_a_whole_model(tiny, batches, tmp_path):
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight += 0.01
     mmdora.save_adapter(model, tmp_path)
-    theirs = PeftModel.from_pretrained(base, tmp_path)
+    peft_model = PeftModel.from_pretrained(base, tmp_path)
     for batch in batches:
-        ours = model(**batch).logits
-        torch.testing.assert_close(theirs(**batch).logits, ours, atol=1e-5 * ours.abs().max().item(), rtol=1e-5)
+        expected = model(**batch).logits
+        torch.testing.assert_close(
+            peft_model(**batch).logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5
+        )
 
 
 def test_unused_vision_blocks_are_not_adapted(tiny):

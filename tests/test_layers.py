@@ -152,27 +152,27 @@ def test_peft_refuses_layers_that_it_would_misread(kind, tmp_path):
 def test_dropout_with_and_without_pefts_rule(peft_dropout):
     """By default dropout applies to the low-rank branch only; PEFT applies it to the scaled base product too."""
     base, x = build("linear")
-    ours = adapted(base, dropout=0.5, peft_dropout=peft_dropout).train()
+    net = adapted(base, dropout=0.5, peft_dropout=peft_dropout).train()
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5, target_modules=["layer"], use_dora=True)
-    theirs = get_peft_model(copy.deepcopy(base), config).train()
-    tensors = ours.layer.adapter_tensors("default")
-    for name, parameter in theirs.named_parameters():
+    peft_model = get_peft_model(copy.deepcopy(base), config).train()
+    tensors = net.layer.adapter_tensors("default")
+    for name, parameter in peft_model.named_parameters():
         for suffix, tensor in tensors.items():
             if suffix.split(".")[0] in name:
                 parameter.data.copy_(tensor)
     torch.manual_seed(1)
-    out = ours(x)
+    out = net(x)
     torch.manual_seed(1)
-    expected = theirs(x)
+    expected = peft_model(x)
     if peft_dropout:
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         out.square().sum().backward()
         expected.square().sum().backward()
-        gradient = theirs.base_model.model.layer.lora_A.default.weight.grad
+        gradient = peft_model.base_model.model.layer.lora_A.default.weight.grad
         torch.testing.assert_close(tensors["lora_A.weight"].grad, gradient, atol=1e-5, rtol=1e-5)
     else:
         assert (out - expected).abs().max() > 0.01
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net.eval()(x), peft_model.eval()(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_scaled_embedding_stays_scaled():
@@ -182,14 +182,14 @@ def test_a_scaled_embedding_stays_scaled():
     base = Net(Gemma3TextScaledWordEmbedding(30, 12, 0, embed_scale=3.5))
     x = torch.randint(0, 30, (3, 7))
     before = base(x)
-    ours = copy.deepcopy(base)
-    mmdora.inject_adapters(ours, {"": {"method": "dora", "targets": ["layer"]}})
-    torch.testing.assert_close(ours(x), before, atol=1e-6, rtol=1e-5)
-    with mmdora.disable_adapters(ours):
-        assert torch.equal(ours(x), before)
-    randomize(ours)
-    out = ours(x)
-    merged = mmdora.merge_adapters(ours)
+    net = copy.deepcopy(base)
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["layer"]}})
+    torch.testing.assert_close(net(x), before, atol=1e-6, rtol=1e-5)
+    with mmdora.disable_adapters(net):
+        assert torch.equal(net(x), before)
+    randomize(net)
+    out = net(x)
+    merged = mmdora.merge_adapters(net)
     assert type(merged.layer) is Gemma3TextScaledWordEmbedding
     torch.testing.assert_close(merged(x), out, atol=1e-5, rtol=1e-5)
 
@@ -202,14 +202,14 @@ def half_precision_errors(dtype: torch.dtype, bias: bool, forward: str) -> tuple
     torch.manual_seed(0)
     base = Net(nn.Linear(256, 384, bias=bias)).to(dtype)
     x = torch.randn(64, 256, dtype=dtype, requires_grad=True)
-    ours = adapted(base, rank=8, alpha=16, forward=forward)
+    net = adapted(base, rank=8, alpha=16, forward=forward)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], use_dora=True)
-    theirs = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-    for name, parameter in theirs.named_parameters():
-        for suffix, tensor in ours.layer.adapter_tensors("default").items():
+    peft_model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    for name, parameter in peft_model.named_parameters():
+        for suffix, tensor in net.layer.adapter_tensors("default").items():
             if suffix.split(".")[0] in name:
                 parameter.data.copy_(tensor)
-    expected, leaves = reference(base.layer, ours.layer, x.detach())
+    expected, leaves = reference(base.layer, net.layer, x.detach())
     expected.square().sum().backward()
 
     def errors(model: nn.Module, named) -> list[float]:
@@ -218,11 +218,11 @@ def half_precision_errors(dtype: torch.dtype, bias: bool, forward: str) -> tuple
         pairs = [(out, expected), *((p.grad, leaf.grad) for p, leaf in zip(named, leaves, strict=True))]
         return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
-    mine = errors(ours, ours.layer.adapter_tensors("default").values())
-    peft_layer = theirs.base_model.model.layer
+    own_errors = errors(net, net.layer.adapter_tensors("default").values())
+    peft_layer = peft_model.base_model.model.layer
     kinds = (peft_layer.lora_A, peft_layer.lora_B, peft_layer.lora_magnitude_vector)
-    yours = errors(theirs, [k["default"].weight for k in kinds])
-    return mine, yours
+    peft_errors = errors(peft_model, [k["default"].weight for k in kinds])
+    return own_errors, peft_errors
 
 
 def test_autocast_and_checkpointing_compute_the_same():
@@ -303,19 +303,19 @@ def test_experts_equal_float64_and_are_saved_and_merged(make, method, tmp_path):
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     base = Model(block)
-    before, ours = base(*inputs), copy.deepcopy(base)
+    before, net = base(*inputs), copy.deepcopy(base)
     settings = {} if method == "magnitude" else {"rank": 2, "alpha": 3}
     parts = {"": {"method": method, "targets": ["experts.gate_up_proj", "down_proj"]} | settings}
-    report = mmdora.inject_adapters(ours, parts)
+    report = mmdora.inject_adapters(net, parts)
     assert report.parts[0].modules == ["experts.gate_up_proj", "experts.down_proj"]
-    torch.testing.assert_close(ours(*inputs), before, atol=1e-6, rtol=1e-5)
-    randomize(ours)
-    out = ours(*inputs)
+    torch.testing.assert_close(net(*inputs), before, atol=1e-6, rtol=1e-5)
+    randomize(net)
+    out = net(*inputs)
     assert (out - before).abs().max() > 0.01
     out.square().sum().backward()
 
     weights, leaves = {}, []
-    for path, layer in adapter_layers(ours):
+    for path, layer in adapter_layers(net):
         tensors = [t.detach().double().requires_grad_() for t in layer.adapter_tensors("default").values()]
         direction = layer.matrix().detach().double()
         if layer.specs["default"].rank:
@@ -328,11 +328,11 @@ def test_experts_equal_float64_and_are_saved_and_merged(make, method, tmp_path):
     expected = functional_call(copy.deepcopy(base).double(), weights, double)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     expected.square().sum().backward()
-    mine = [p for _, layer in adapter_layers(ours) for p in layer.adapter_tensors("default").values()]
-    for parameter, leaf in zip(mine, leaves, strict=True):
+    parameters = [p for _, layer in adapter_layers(net) for p in layer.adapter_tensors("default").values()]
+    for parameter, leaf in zip(parameters, leaves, strict=True):
         torch.testing.assert_close(parameter.grad.double(), leaf.grad, atol=1e-5, rtol=1e-4)
 
-    mmdora.save_adapter(ours, tmp_path)
+    mmdora.save_adapter(net, tmp_path)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
     assert torch.equal(again(*inputs), out)

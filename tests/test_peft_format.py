@@ -208,12 +208,12 @@ def test_an_embedding_that_peft_saves_with_its_base_weight_is_loaded(tmp_path):
     lora = LoraConfig(
         r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
     )
-    theirs = get_peft_model(base, lora)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    peft_model = get_peft_model(base, lora)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     mmdora.load_adapter(again, tmp_path)
-    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    mmdora.save_adapter(again, tmp_path / "ours")
+    torch.testing.assert_close(again(ids).logits, peft_model(ids).logits, atol=1e-5, rtol=1e-5)
+    mmdora.save_adapter(again, tmp_path / "mmdora")
 
 
 def test_a_part_trained_in_full_is_saved_with_buffers_and_tied_weights(tmp_path):

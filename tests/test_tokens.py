@@ -158,8 +158,8 @@ def test_adapters_merged_models_and_peft_keep_the_rows(kind, tokenizer, tmp_path
     assert torch.allclose(logits(again, batch), expected, atol=1e-6)
 
     fresh.resize_token_embeddings(len(model.get_input_embeddings().weight))  # as PEFT's users do
-    theirs = PeftModel.from_pretrained(fresh, tmp_path).eval()
-    assert torch.allclose(logits(theirs, batch)[..., : max(ids) + 1], expected[..., : max(ids) + 1], atol=1e-5)
+    peft_model = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.allclose(logits(peft_model, batch)[..., : max(ids) + 1], expected[..., : max(ids) + 1], atol=1e-5)
 
     merged = mmdora.merge_adapters(again, reversible=True)
     assert list(token_rows(merged)) == []
@@ -187,12 +187,12 @@ def test_a_directory_of_pefts_with_trained_tokens_loads(tied, tmp_path):
 
     kind = "tied" if tied else "untied"
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[40, 7])
-    theirs = get_peft_model(make(kind), config)
-    batch = trained(theirs, [7, 40])
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    peft_model = get_peft_model(make(kind), config)
+    batch = trained(peft_model, [7, 40])
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
     model = make(kind)
     mmdora.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, batch), logits(theirs, batch), atol=1e-5)
+    assert torch.allclose(logits(model, batch), logits(peft_model, batch), atol=1e-5)
     other = make(kind)
     mmdora.load_adapter(other, tmp_path)
     trained(model, [7, 40])
