@@ -1,4 +1,4 @@
-"""The adapters' mathematics against a float64 reference and the real PEFT, and what injection promises."""
+"""The mathematics of adapters against a float64 reference and PEFT, and the effects of injection."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Net(nn.Module):
 
 
 def randomize(model: nn.Module) -> None:
-    """Give every adapter parameter a value, as training would."""
+    """Change every adapter parameter, as training would."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 
 def reference(x, w, b, a, bb, m, s):
-    """DoRA written down as in the paper, in float64, the norm detached."""
+    """DoRA as written in the paper, in float64, with the norm detached."""
     x, w, a, bb, m = (t.double() for t in (x, w, a, bb, m))
     v = w + s * bb @ a
     out = F.linear(x, m[:, None] * v / v.detach().norm(dim=1, keepdim=True))
@@ -65,60 +65,59 @@ def test_output_and_gradients_equal_float64(bias, rslora):
     out = reference(leaves[0], layer.weight, layer.bias, leaves[1], leaves[2], leaves[3], scale)
     (out * weight).sum().backward()
     torch.testing.assert_close(net(x).double(), out, atol=1e-6, rtol=1e-6)
-    for ours, theirs in zip((x, a, b, m), leaves, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
+    for tensor, leaf in zip((x, a, b, m), leaves, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), leaf.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_equals_peft(tmp_path):
-    """Ours loads in PEFT, and theirs in ours, with equal outputs and gradients."""
+    """An adapter saved by either loads in the other, with equal outputs and gradients."""
     torch.manual_seed(0)
     base = Net()
-    ours = copy.deepcopy(base)
-    mmdora.inject_adapters(ours, {"": DORA})
-    randomize(ours)
-    mmdora.save_adapter(ours, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", is_trainable=True)
+    net = copy.deepcopy(base)
+    mmdora.inject_adapters(net, {"": DORA})
+    randomize(net)
+    mmdora.save_adapter(net, tmp_path / "mmdora")
+    in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mmdora", is_trainable=True)
     x = torch.randn(7, 12)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
-    ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    for path, layer in adapter_layers(ours):
+    torch.testing.assert_close(net(x), in_peft(x), atol=1e-5, rtol=1e-5)
+    net(x).square().sum().backward()
+    in_peft(x).square().sum().backward()
+    gradients = {n: p.grad for n, p in in_peft.named_parameters() if p.requires_grad}
+    for path, layer in adapter_layers(net):
         for kind in ("lora_A", "lora_B"):
-            theirs_grad = gradients[f"base_model.model.{path}.{kind}.default.weight"]
-            torch.testing.assert_close(getattr(layer, kind)["default"].grad, theirs_grad, atol=1e-5, rtol=1e-5)
+            peft_gradient = gradients[f"base_model.model.{path}.{kind}.default.weight"]
+            torch.testing.assert_close(getattr(layer, kind)["default"].grad, peft_gradient, atol=1e-5, rtol=1e-5)
         magnitude = gradients[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
         torch.testing.assert_close(layer.lora_magnitude_vector["default"].grad, magnitude, atol=1e-5, rtol=1e-5)
 
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], use_dora=True, init_lora_weights=False)
     peft_model = get_peft_model(copy.deepcopy(base), config)
-    peft_model.save_pretrained(tmp_path / "theirs")
+    peft_model.save_pretrained(tmp_path / "peft")
     loaded = copy.deepcopy(base)
-    mmdora.load_adapter(loaded, tmp_path / "theirs")
+    mmdora.load_adapter(loaded, tmp_path / "peft")
     torch.testing.assert_close(loaded(x), peft_model(x), atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad == ("lora_" in n) for n, p in loaded.named_parameters())
 
 
 def test_mixed_methods_mean_the_same_in_peft(tmp_path):
-    """`use_dora` is one flag there: LoRA beside DoRA is written as DoRA with m = ‖W + sBA‖, and comes back here as
-    LoRA."""
+    """PEFT has one flag `use_dora`, so LoRA beside DoRA is saved as DoRA with m = ‖W + sBA‖; it loads as LoRA here."""
     torch.manual_seed(0)
     base = Net()
-    ours = copy.deepcopy(base)
+    net = copy.deepcopy(base)
     parts = {"up": DORA | {"method": "lora", "rank": 2}, "down": DORA | {"alpha": 3}}
-    mmdora.inject_adapters(ours, parts)
-    randomize(ours)
-    mmdora.save_adapter(ours, tmp_path)
+    mmdora.inject_adapters(net, parts)
+    randomize(net)
+    mmdora.save_adapter(net, tmp_path)
     x = torch.randn(7, 12)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(peft_model(x), net(x), atol=1e-5, rtol=1e-5)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
     assert {path: layer.specs["default"].use_dora for path, layer in adapter_layers(again)} == {
         "up": False,
         "down": True,
     }
-    torch.testing.assert_close(again(x), ours(x))
+    torch.testing.assert_close(again(x), net(x))
 
 
 def test_norm_survives_cancellation_and_zero_rows():
@@ -132,13 +131,13 @@ def test_norm_survives_cancellation_and_zero_rows():
     torch.testing.assert_close(dora_norm(weight, a, b, 1.0).double(), dense, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("left", [1e-3, 0.02, 0.05, 0.1, 0.3, 0.6])
-def test_norm_is_exact_however_much_cancels(left):
+@pytest.mark.parametrize("remaining", [1e-3, 0.02, 0.05, 0.1, 0.3, 0.6])
+def test_norm_is_exact_for_any_cancellation(remaining):
     torch.manual_seed(0)
     a, b = torch.randn(8, 512), torch.randn(16, 8)
     noise = torch.randn(16, 512)
     weight = -(b @ a)
-    weight += left * weight.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
+    weight += remaining * weight.norm(dim=1, keepdim=True) * noise / noise.norm(dim=1, keepdim=True)
     dense = (weight.double() + b.double() @ a.double()).norm(dim=1)
     torch.testing.assert_close(dora_norm(weight, a, b, 1.0).double(), dense, atol=0, rtol=1e-5)
 
@@ -156,13 +155,13 @@ def test_a_zero_row_stays_finite():
 
 @pytest.fixture
 def batches(tiny, tmp_path):
-    """One picture, and one clip, as the shipped base encodes them."""
+    """A sample with an image and one with a video, encoded for the shipped base model."""
     _, processor = tiny
     encoder = Encoder(processor, VideoConfig(num_frames=4))
-    picture, clip = write_image(tmp_path / "a.png"), write_video(tmp_path / "a.mp4")
+    image, video = write_image(tmp_path / "a.png"), write_video(tmp_path / "a.mp4")
     return [
         encoder.encode(Sample(str(m), (Message("user", (m, Text("What?"))), Message("assistant", (Text("red"),))), "t"))
-        for m in (Image(picture), Video(clip))
+        for m in (Image(image), Video(video))
     ]
 
 
@@ -180,12 +179,12 @@ def test_injection_changes_nothing_until_trained(tiny, batches):
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_every_adapter_parameter_learns_and_the_base_does_not(tiny, batches):
+def test_training_moves_every_adapter_parameter_and_no_base_weight(tiny, batches):
     model, _ = tiny
     mmdora.inject_adapters(model, PARTS)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):  # B starts at zero: A has no gradient at the first step
+    for _ in range(3):  # B starts at zero, so A has no gradient in the first step
         optimizer.zero_grad()
         sum(model(**batch).loss for batch in batches).backward()
         optimizer.step()
@@ -209,7 +208,7 @@ def test_merged_equals_adapted_and_disabled_equals_base(tiny, batches):
         torch.testing.assert_close(merged(**batch).logits, logits, atol=1e-3, rtol=1e-4)
 
 
-def test_a_whole_model_goes_through_peft(tiny, batches, tmp_path):
+def test_peft_computes_the_same_with_a_whole_model(tiny, batches, tmp_path):
     model, _ = tiny
     base = copy.deepcopy(model)
     mmdora.inject_adapters(model, PARTS)
@@ -217,13 +216,15 @@ def test_a_whole_model_goes_through_peft(tiny, batches, tmp_path):
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight += 0.01
     mmdora.save_adapter(model, tmp_path)
-    theirs = PeftModel.from_pretrained(base, tmp_path)
+    peft_model = PeftModel.from_pretrained(base, tmp_path)
     for batch in batches:
-        ours = model(**batch).logits
-        torch.testing.assert_close(theirs(**batch).logits, ours, atol=1e-5 * ours.abs().max().item(), rtol=1e-5)
+        expected = model(**batch).logits
+        torch.testing.assert_close(
+            peft_model(**batch).logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-5
+        )
 
 
-def test_unused_vision_blocks_are_left_out(tiny):
+def test_unused_vision_blocks_are_not_adapted(tiny):
     model, _ = tiny
     model.config.vision_feature_layer = -2
     targets = resolve_targets(model, "vision", find_part(model, "vision"), PartConfig(method="dora"))
@@ -231,7 +232,7 @@ def test_unused_vision_blocks_are_left_out(tiny):
     assert not any(".resblocks.2." in t for t in targets)
 
 
-def test_two_adapters_switch():
+def test_switching_between_two_adapters():
     torch.manual_seed(0)
     net = Net()
     x = torch.randn(2, 12)
@@ -261,14 +262,14 @@ def test_two_adapters_switch():
         ({"": DORA, "language": DORA}, "both adapt"),
     ],
 )
-def test_wrong_parts_are_named_and_change_nothing(tiny, parts, message):
+def test_an_invalid_part_is_named_and_changes_nothing(tiny, parts, message):
     model, _ = tiny
     with pytest.raises(UserError, match=message):
         mmdora.inject_adapters(model, parts)
     assert not list(adapter_layers(model))
 
 
-def test_damaged_and_foreign_adapters_are_refused_whole(tmp_path):
+def test_a_damaged_or_foreign_adapter_changes_nothing(tmp_path):
     torch.manual_seed(0)
     net = Net()
     mmdora.inject_adapters(net, {"": DORA})

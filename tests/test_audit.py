@@ -1,4 +1,4 @@
-"""The audit tells a parameter that is wired to nothing from one that waits for its first picture."""
+"""The audit reports a parameter that never moves, but not a part that is still waiting for its first image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def move(module: nn.Module) -> None:
         parameter += 1
 
 
-def test_what_never_moves_beside_others_is_an_error():
+def test_a_parameter_that_never_moves_is_an_error():
     net = Net()
     audit = audited(net)
     for step in range(1, 4):
@@ -45,7 +45,7 @@ def test_what_never_moves_beside_others_is_an_error():
             audit.check(step)
 
 
-def test_a_part_is_watched_from_the_step_that_first_moves_it():
+def test_a_part_is_audited_from_its_first_change():
     net = Net()
     audit = audited(net)
     for step in range(1, 9):
@@ -61,8 +61,8 @@ def test_a_part_is_watched_from_the_step_that_first_moves_it():
         audit.check(11)
 
 
-def test_a_run_whose_first_steps_see_no_picture(tmp_path, world, caplog):
-    """Two pictures in 200 samples: the run goes on, and says what learnt nothing."""
+def test_a_run_without_images_in_its_first_steps_logs_the_idle_part(tmp_path, world, caplog):
+    """With one image in 61 samples the run is completed, and names the part that was not trained."""
     import json
 
     write_image(tmp_path / "a.png")

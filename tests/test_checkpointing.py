@@ -1,5 +1,7 @@
-"""Gradient checkpointing, turned on as the Trainer does: every block with a gradient is computed again in the backward
-pass, and loss and gradients stay what they are."""
+"""Gradient checkpointing, enabled as the Trainer enables it, changes neither the loss nor the gradients.
+
+Every block with a gradient is computed again in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def blocks_with_gradients(model: nn.Module) -> dict[str, list[str]]:
-    """By part, the blocks of each of its towers; those that nothing reads have no backward pass."""
+    """The blocks of each tower by part, without those whose output is not used, which have no backward pass."""
     found = {}
     for part in ("vision", "language"):
         region = architecture_of(model).resolve(model)[part]
@@ -46,10 +48,10 @@ def blocks_with_gradients(model: nn.Module) -> dict[str, list[str]]:
 
 
 def step(model: nn.Module, samples: list[Batch], blocks: list[str]) -> tuple[Counter, list[float], Batch]:
-    """How often each block computed, the losses, and the gradients of one pass over the samples.
+    """Return how often each block computed, the losses, and the gradients of one pass over the samples.
 
-    A block is counted by the first layer that it calls: transformers checkpoints a block's `forward`, past its hooks,
-    and a recomputation ends as soon as it has all that is needed.
+    A block is counted by the first layer that it calls. The block's own hooks do not work: transformers checkpoints its
+    `forward` without them, and a recomputation stops as soon as all needed tensors exist.
     """
     calls: Counter[str] = Counter()
     first: dict[str, nn.Module] = {}
@@ -74,21 +76,21 @@ def step(model: nn.Module, samples: list[Batch], blocks: list[str]) -> tuple[Cou
 
 
 def check(model: nn.Module, samples: list[Batch], projector: dict | None = None) -> None:
-    """DoRA in every part: with checkpointing each block computes twice as often, and all else is equal."""
+    """Check that with DoRA in every part, checkpointing doubles the calls of each block and changes nothing else."""
     mmdora.inject_adapters(model, {"vision": DORA, "projector": projector or DORA, "language": DORA})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B" in name:
-                parameter.normal_(std=0.05)  # else A has no gradient to compare
+                parameter.normal_(std=0.05)  # with B = 0, A would have no gradient
     model.train()
     blocks = blocks_with_gradients(model)
-    everything = [b for paths in blocks.values() for b in paths]
+    all_blocks = [b for paths in blocks.values() for b in paths]
     assert all(len(paths) > 1 for paths in blocks.values())
-    calls, losses, gradients = step(model, samples, everything)
+    calls, losses, gradients = step(model, samples, all_blocks)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    again, same_losses, same_gradients = step(model, samples, everything)
-    assert all(calls[block] for block in everything)
-    assert again == {block: 2 * calls[block] for block in everything}
+    again, same_losses, same_gradients = step(model, samples, all_blocks)
+    assert all(calls[block] for block in all_blocks)
+    assert again == {block: 2 * calls[block] for block in all_blocks}
     assert same_losses == pytest.approx(losses, rel=1e-6)
     assert same_gradients.keys() == gradients.keys()
     assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -108,5 +110,5 @@ def test_every_family(name, folder):
     parts = {"image": Image(folder / "picture.png"), "video": Video(folder / "clip.mp4")}
     encoder = Encoder(processor, VideoConfig(num_frames=4))
     rows = [encoder.encode(sample(parts[kind], "What is it?")) for kind in parts if kind in FAMILIES[name].media]
-    # Gemma 3's projector is one bare matrix, which no adapter takes.
+    # Gemma 3's projector is a bare parameter, which cannot have an adapter.
     check(model, [Collator(processor.tokenizer.pad_token_id)(rows)], {"method": "full"} if name == "gemma3" else None)

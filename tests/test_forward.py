@@ -1,4 +1,4 @@
-"""The two ways to compute a linear layer with its adapter: x meets A and B, or W + sBA."""
+"""The two forward passes of an adapted linear layer: multiply x by W, A and B (exact), or by W + sBA (merged)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmdora
 from benchmarks.learning_curve import losses
-from mmdora.adapters.ops import linear_function
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 
@@ -20,23 +20,26 @@ from .test_layers import LAYERS, Net, adapted, half_precision_errors, randomize,
 LINEAR = ["linear", "linear without bias", "fused qkv", "Conv1D"]
 
 
-@pytest.fixture
-def merges(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the weights that were built."""
-    found: list[tuple[int, ...]] = []
-    real = linear_function.merge
+def cost(net: Net, tokens: int, width: int = 12) -> int:
+    """The floating-point operations of a forward pass, without the in-place product hBᵀ, which torch does not count."""
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(tokens, width))
+    return counter.get_total_flops()
 
-    def counting(weight, a, b, gain):
-        found.append(tuple(weight.shape))
-        return real(weight, a, b, gain)
 
-    monkeypatch.setattr(linear_function, "merge", counting)
-    return found
+def exact_cost(tokens: int, rank: int = 4, inputs: int = 12, outputs: int = 20) -> int:
+    """xWᵀ and xAᵀ."""
+    return 2 * tokens * (inputs * outputs + rank * inputs)
+
+
+def merged_cost(tokens: int, rank: int = 4, inputs: int = 12, outputs: int = 20) -> int:
+    """BA and x(W + sBA)ᵀ."""
+    return 2 * (tokens + rank) * inputs * outputs
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dvora"])
 @pytest.mark.parametrize("kind", LINEAR)
-def test_merged_and_exact_equal_float64(kind, method, merges):
+def test_merged_and_exact_equal_float64(kind, method):
     torch.manual_seed(0)
     base, x = Net(LAYERS[kind]()), torch.randn(3, 5, 12)
     results = []
@@ -51,7 +54,6 @@ def test_merged_and_exact_equal_float64(kind, method, merges):
         direction = torch.linspace(-1, 1, out.numel()).view(out.shape)
         (out * direction).sum().backward()
         results.append([out.detach(), inputs.grad, *(p.grad for p in net.layer.adapter_tensors("default").values())])
-        assert len(merges) == (2 if forward == "merged" else 0)
         if method == "dvora":
             weight = net.layer.from_matrix(net.layer.merged("default").double())
             plain = copy.deepcopy(base.layer).double()
@@ -72,29 +74,26 @@ def test_merged_and_exact_equal_float64(kind, method, merges):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("forward", ["exact", "merged"])
 def test_half_precision_errs_no_more_than_peft(dtype, bias, forward):
-    ours, theirs = half_precision_errors(dtype, bias, forward)
-    for mine, yours in zip(ours, theirs, strict=True):
-        assert mine <= yours, (ours, theirs)
+    errors, peft_errors = half_precision_errors(dtype, bias, forward)
+    for error, peft_error in zip(errors, peft_errors, strict=True):
+        assert error <= peft_error, (errors, peft_errors)
 
 
-def test_auto_merges_where_there_are_many_tokens(merges):
+def test_auto_merges_for_many_tokens():
     net = adapted(Net(nn.Linear(12, 20)))
     few, many = 12 * 20 * 2 // 32, 12 * 20 * 2 // 32 + 1
-    net(torch.randn(1, few, 12))
-    assert merges == []
-    net(torch.randn(1, many, 12))
-    assert merges == [(20, 12)]
+    assert cost(net, few) == exact_cost(few)
+    assert cost(net, many) == merged_cost(many)
 
 
-def test_dropout_is_on_the_low_rank_branch_so_it_stays_one(merges):
-    net = adapted(Net(nn.Linear(12, 20)), dropout=0.5, forward="merged").train()
-    net(torch.randn(4, 12))
-    assert merges == []
-    net.eval()(torch.randn(4, 12))
-    assert merges == [(20, 12)]
+def test_dropout_needs_the_exact_forward():
+    """It applies to the input of the low-rank branch, which the merged forward does not have."""
+    net = adapted(Net(nn.Linear(12, 20)), dropout=0.5, forward="merged")
+    assert cost(net.train(), 40) == exact_cost(40)
+    assert cost(net.eval(), 40) == merged_cost(40)
 
 
-def test_a_zero_row_and_a_zero_magnitude():
+def test_a_zero_row_and_a_zero_magnitude_have_finite_gradients():
     net = Net(nn.Linear(12, 20, bias=False))
     net.layer.weight.data[3] = 0
     mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["layer"], "forward": "merged"}})
@@ -110,17 +109,17 @@ def test_a_zero_row_and_a_zero_magnitude():
     assert gradient[5] != 0
 
 
-def test_it_is_a_setting_of_low_rank_methods():
+def test_forward_is_a_setting_of_low_rank_methods():
     with pytest.raises(UserError, match=r"parts\.layer\.forward"):
         mmdora.inject_adapters(Net(nn.Linear(3, 3)), {"layer": {"method": "magnitude", "forward": "merged"}})
     with pytest.raises(ValueError, match="forward"):
         PartConfig.model_validate({"method": "dora", "forward": "fast"})
 
 
-def test_merged_learns_as_well_as_exact():
-    """In bf16, at a large model's learning rate, where a weight cannot show a single step's change."""
-    exact, merged = (losses(forward, torch.bfloat16, 2e-4, 0.03, seed=0, steps=120) for forward in ("exact", "merged"))
-    for step in (20, 60, 120):
+def test_merged_trains_as_well_as_exact():
+    """In bf16 and at a large model's learning rate, one step's change of a weight is below its precision."""
+    exact, merged = (losses(forward, torch.bfloat16, 2e-4, 0.03, seed=0, steps=60) for forward in ("exact", "merged"))
+    for step in (20, 40, 60):
         a, b = sum(exact[step - 10 : step]), sum(merged[step - 10 : step])
         assert b < 1.03 * a, (step, a, b)
-    assert sum(merged[-10:]) < 0.6 * sum(merged[:10])
+    assert sum(merged[-10:]) < 0.65 * sum(merged[:10])

@@ -1,4 +1,4 @@
-"""The Triton kernels: in Triton's interpreter where there is no GPU, and compiled for GPUs without one."""
+"""The Triton kernels, in Triton's interpreter if there is no GPU, and compiled for GPUs without having one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import mmdora
-from mmdora.adapters.ops import linear_function
+from mmdora.adapters.ops import autograd
 
 kernels = pytest.importorskip("mmdora.adapters.ops.triton_kernels", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's dot products of bf16 are garbage; a GPU's are not.
+# The interpreter computes wrong dot products in bf16; a GPU does not.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -84,7 +84,7 @@ def test_merge_and_norm(shape, dtype, transposed):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("rank", [16, 128])
-def test_they_compile_for_gpus(capability, dtype, rank):
+def test_the_kernels_compile_for_gpus(capability, dtype, rank):
     """To machine code, without a GPU, within the shared memory that the GPU has."""
     code = f"""
 from triton import compile
@@ -121,7 +121,7 @@ for kernel, names in pointers.items():
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", ["lora", "dora", "magnitude"])
-def test_a_layer_computes_the_same_with_them(method, bias, dense, monkeypatch):
+def test_a_layer_computes_the_same_with_the_kernels(method, bias, dense, monkeypatch):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(40, 70, bias=bias)).to(DEVICE)
     mmdora.inject_adapters(net, {"": {"method": method} | ({} if method == "magnitude" else {"rank": 5})})
@@ -130,8 +130,8 @@ def test_a_layer_computes_the_same_with_them(method, bias, dense, monkeypatch):
             parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randn(3, 30, 40, device=DEVICE, requires_grad=True)
     results = []
-    for module in (linear_function, kernels):
-        monkeypatch.setattr(linear_function, "passes", lambda device, module=module: module)
+    for module in (autograd, kernels):
+        monkeypatch.setattr(autograd, "kernels_for", lambda device, module=module: module)
         net.zero_grad()
         x.grad = None
         out = net(x)

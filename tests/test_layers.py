@@ -1,4 +1,4 @@
-"""Every kind of layer that can be adapted: against a float64 reference, and against PEFT where PEFT has it."""
+"""Every kind of adapted layer, compared with a float64 reference and, where PEFT has the layer, with PEFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYERS = {
     "conv3d": lambda: nn.Conv3d(3, 10, 2),
     "embedding": lambda: nn.Embedding(30, 12, padding_idx=0),
 }
-OWN = {  # PEFT has no such layer, or computes something that cannot be merged
+OWN = {  # PEFT does not have these layers, or computes an output that cannot be merged
     "grouped": lambda: nn.Conv2d(6, 12, 3, groups=3),
     "depthwise": lambda: nn.Conv1d(6, 6, 3, groups=6, padding="same"),
     "dilated": lambda: nn.Conv2d(6, 10, 3, dilation=2, padding=2),
@@ -73,7 +73,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def reference(plain: nn.Module, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The plain layer in float64 with the weight of the paper's equation, the norm a constant; and the leaves."""
+    """Return the float64 output of the plain layer with the paper's W' (the norm detached), and the tensors in W'."""
     name = layer.active
     leaves = [t.detach().double().requires_grad_() for t in layer.adapter_tensors(name).values()]
     matrix = layer.matrix().detach().double()
@@ -94,7 +94,7 @@ def test_output_gradients_and_merge_equal_float64(kind, method):
     net = copy.deepcopy(base)
     settings = {} if method == "magnitude" else {"rank": 4, "alpha": 6}
     mmdora.inject_adapters(net, {"": {"method": method, "targets": ["layer"]} | settings})
-    torch.testing.assert_close(net(x), before, atol=1e-6, rtol=1e-5)  # nothing changes until it is trained
+    torch.testing.assert_close(net(x), before, atol=1e-6, rtol=1e-5)  # an untrained adapter changes nothing
     randomize(net)
     out = net(x)
     assert (out - before).abs().max() > 0.01
@@ -113,16 +113,16 @@ def test_output_gradients_and_merge_equal_float64(kind, method):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_goes_through_peft_and_back(kind, use_dora, tmp_path):
+def test_peft_reads_and_writes_the_same_adapter(kind, use_dora, tmp_path):
     base, x = build(kind)
-    ours = adapted(base, "dora" if use_dora else "lora")
-    mmdora.save_adapter(ours, tmp_path / "ours")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours", is_trainable=True)
-    torch.testing.assert_close(theirs(x), ours(x), atol=1e-5, rtol=1e-5)
-    ours(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    for suffix, parameter in ours.layer.adapter_tensors("default").items():
+    net = adapted(base, "dora" if use_dora else "lora")
+    mmdora.save_adapter(net, tmp_path / "mmdora")
+    in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mmdora", is_trainable=True)
+    torch.testing.assert_close(in_peft(x), net(x), atol=1e-5, rtol=1e-5)
+    net(x).square().sum().backward()
+    in_peft(x).square().sum().backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in in_peft.named_parameters() if p.requires_grad}
+    for suffix, parameter in net.layer.adapter_tensors("default").items():
         name = f"base_model.model.layer.{suffix}"
         gradient = gradients[f"{name}.weight" if "magnitude" in suffix else name]
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-5)
@@ -130,49 +130,49 @@ def test_goes_through_peft_and_back(kind, use_dora, tmp_path):
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["layer"], use_dora=use_dora, init_lora_weights=False)
     peft_model = get_peft_model(copy.deepcopy(base), config)
     randomize(peft_model)
-    peft_model.save_pretrained(tmp_path / "theirs")
+    peft_model.save_pretrained(tmp_path / "peft")
     loaded = copy.deepcopy(base)
-    mmdora.load_adapter(loaded, tmp_path / "theirs")
+    mmdora.load_adapter(loaded, tmp_path / "peft")
     torch.testing.assert_close(loaded(x), peft_model(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_what_peft_would_misread_it_refuses(kind, tmp_path):
+def test_peft_refuses_layers_that_it_would_misread(kind, tmp_path):
     base, x = build(kind)
-    ours = adapted(base)
-    mmdora.save_adapter(ours, tmp_path)
+    net = adapted(base)
+    mmdora.save_adapter(net, tmp_path)
     with pytest.raises(KeyError, match="MMDORA"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
-    assert torch.equal(again(x), ours(x))
+    assert torch.equal(again(x), net(x))
 
 
 @pytest.mark.parametrize("peft_dropout", [False, True])
-def test_dropout(peft_dropout):
-    """Ours is on the low-rank branch; PEFT's is on the base product that the gain scales too, with the same numbers."""
+def test_dropout_with_and_without_pefts_rule(peft_dropout):
+    """By default dropout applies to the low-rank branch only; PEFT applies it to the scaled base product too."""
     base, x = build("linear")
-    ours = adapted(base, dropout=0.5, peft_dropout=peft_dropout).train()
+    net = adapted(base, dropout=0.5, peft_dropout=peft_dropout).train()
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.5, target_modules=["layer"], use_dora=True)
-    theirs = get_peft_model(copy.deepcopy(base), config).train()
-    tensors = ours.layer.adapter_tensors("default")
-    for name, parameter in theirs.named_parameters():
+    peft_model = get_peft_model(copy.deepcopy(base), config).train()
+    tensors = net.layer.adapter_tensors("default")
+    for name, parameter in peft_model.named_parameters():
         for suffix, tensor in tensors.items():
             if suffix.split(".")[0] in name:
                 parameter.data.copy_(tensor)
     torch.manual_seed(1)
-    out = ours(x)
+    out = net(x)
     torch.manual_seed(1)
-    expected = theirs(x)
+    expected = peft_model(x)
     if peft_dropout:
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
         out.square().sum().backward()
         expected.square().sum().backward()
-        gradient = theirs.base_model.model.layer.lora_A.default.weight.grad
+        gradient = peft_model.base_model.model.layer.lora_A.default.weight.grad
         torch.testing.assert_close(tensors["lora_A.weight"].grad, gradient, atol=1e-5, rtol=1e-5)
     else:
         assert (out - expected).abs().max() > 0.01
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net.eval()(x), peft_model.eval()(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_scaled_embedding_stays_scaled():
@@ -182,32 +182,34 @@ def test_a_scaled_embedding_stays_scaled():
     base = Net(Gemma3TextScaledWordEmbedding(30, 12, 0, embed_scale=3.5))
     x = torch.randint(0, 30, (3, 7))
     before = base(x)
-    ours = copy.deepcopy(base)
-    mmdora.inject_adapters(ours, {"": {"method": "dora", "targets": ["layer"]}})
-    torch.testing.assert_close(ours(x), before, atol=1e-6, rtol=1e-5)
-    with mmdora.disable_adapters(ours):
-        assert torch.equal(ours(x), before)
-    randomize(ours)
-    out = ours(x)
-    merged = mmdora.merge_adapters(ours)
+    net = copy.deepcopy(base)
+    mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["layer"]}})
+    torch.testing.assert_close(net(x), before, atol=1e-6, rtol=1e-5)
+    with mmdora.disable_adapters(net):
+        assert torch.equal(net(x), before)
+    randomize(net)
+    out = net(x)
+    merged = mmdora.merge_adapters(net)
     assert type(merged.layer) is Gemma3TextScaledWordEmbedding
     torch.testing.assert_close(merged(x), out, atol=1e-5, rtol=1e-5)
 
 
 def half_precision_errors(dtype: torch.dtype, bias: bool, forward: str) -> tuple[list[float], list[float]]:
-    """Ours and PEFT's of the output and every gradient, against float64 on the same half-precision weights and inputs;
-    PEFT with adapters in the model's dtype."""
+    """Return the relative errors of mmdora and of PEFT for the output and every gradient.
+
+    The reference is float64 on the same half-precision weights and inputs. PEFT's adapters have the model's dtype.
+    """
     torch.manual_seed(0)
     base = Net(nn.Linear(256, 384, bias=bias)).to(dtype)
     x = torch.randn(64, 256, dtype=dtype, requires_grad=True)
-    ours = adapted(base, rank=8, alpha=16, forward=forward)
+    net = adapted(base, rank=8, alpha=16, forward=forward)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["layer"], use_dora=True)
-    theirs = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
-    for name, parameter in theirs.named_parameters():
-        for suffix, tensor in ours.layer.adapter_tensors("default").items():
+    peft_model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    for name, parameter in peft_model.named_parameters():
+        for suffix, tensor in net.layer.adapter_tensors("default").items():
             if suffix.split(".")[0] in name:
                 parameter.data.copy_(tensor)
-    expected, leaves = reference(base.layer, ours.layer, x.detach())
+    expected, leaves = reference(base.layer, net.layer, x.detach())
     expected.square().sum().backward()
 
     def errors(model: nn.Module, named) -> list[float]:
@@ -216,11 +218,11 @@ def half_precision_errors(dtype: torch.dtype, bias: bool, forward: str) -> tuple
         pairs = [(out, expected), *((p.grad, leaf.grad) for p, leaf in zip(named, leaves, strict=True))]
         return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
-    mine = errors(ours, ours.layer.adapter_tensors("default").values())
-    peft_layer = theirs.base_model.model.layer
+    own_errors = errors(net, net.layer.adapter_tensors("default").values())
+    peft_layer = peft_model.base_model.model.layer
     kinds = (peft_layer.lora_A, peft_layer.lora_B, peft_layer.lora_magnitude_vector)
-    yours = errors(theirs, [k["default"].weight for k in kinds])
-    return mine, yours
+    peft_errors = errors(peft_model, [k["default"].weight for k in kinds])
+    return own_errors, peft_errors
 
 
 def test_autocast_and_checkpointing_compute_the_same():
@@ -295,25 +297,25 @@ def test_experts_by_other_implementations(implementation):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "magnitude"])
 @pytest.mark.parametrize("make", [mixtral, gpt_oss, llama4])
-def test_experts(make, method, tmp_path):
+def test_experts_equal_float64_and_are_saved_and_merged(make, method, tmp_path):
     torch.manual_seed(0)
     block, inputs = make()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     base = Model(block)
-    before, ours = base(*inputs), copy.deepcopy(base)
+    before, net = base(*inputs), copy.deepcopy(base)
     settings = {} if method == "magnitude" else {"rank": 2, "alpha": 3}
     parts = {"": {"method": method, "targets": ["experts.gate_up_proj", "down_proj"]} | settings}
-    report = mmdora.inject_adapters(ours, parts)
+    report = mmdora.inject_adapters(net, parts)
     assert report.parts[0].modules == ["experts.gate_up_proj", "experts.down_proj"]
-    torch.testing.assert_close(ours(*inputs), before, atol=1e-6, rtol=1e-5)
-    randomize(ours)
-    out = ours(*inputs)
+    torch.testing.assert_close(net(*inputs), before, atol=1e-6, rtol=1e-5)
+    randomize(net)
+    out = net(*inputs)
     assert (out - before).abs().max() > 0.01
     out.square().sum().backward()
 
     weights, leaves = {}, []
-    for path, layer in adapter_layers(ours):
+    for path, layer in adapter_layers(net):
         tensors = [t.detach().double().requires_grad_() for t in layer.adapter_tensors("default").values()]
         direction = layer.matrix().detach().double()
         if layer.specs["default"].rank:
@@ -326,11 +328,11 @@ def test_experts(make, method, tmp_path):
     expected = functional_call(copy.deepcopy(base).double(), weights, double)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     expected.square().sum().backward()
-    mine = [p for _, layer in adapter_layers(ours) for p in layer.adapter_tensors("default").values()]
-    for parameter, leaf in zip(mine, leaves, strict=True):
+    parameters = [p for _, layer in adapter_layers(net) for p in layer.adapter_tensors("default").values()]
+    for parameter, leaf in zip(parameters, leaves, strict=True):
         torch.testing.assert_close(parameter.grad.double(), leaf.grad, atol=1e-5, rtol=1e-4)
 
-    mmdora.save_adapter(ours, tmp_path)
+    mmdora.save_adapter(net, tmp_path)
     again = copy.deepcopy(base)
     mmdora.load_adapter(again, tmp_path)
     assert torch.equal(again(*inputs), out)
@@ -343,7 +345,7 @@ def test_experts(make, method, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_bases(bits):
+def test_a_quantized_base_equals_float64_on_the_dequantized_weight(bits):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = nn.Linear(64, 32).to(torch.bfloat16)
@@ -362,7 +364,7 @@ def test_quantized_bases(bits):
     out = net(x)
     out.float().square().sum().backward()
     assert (net.layer.matrix().float() - plain.weight.float()).abs().max() < 0.05
-    expected, leaves = reference(plain, net.layer, x)  # on the weight as it was quantized
+    expected, leaves = reference(plain, net.layer, x)  # on the dequantized weight
     expected.square().sum().backward()
     torch.testing.assert_close(out.double(), expected, atol=0.05, rtol=0.02)
     for parameter, leaf in zip(net.layer.adapter_tensors("default").values(), leaves, strict=True):
@@ -374,8 +376,8 @@ def test_quantized_bases(bits):
     torch.testing.assert_close(merged(x), out, atol=0.1, rtol=0.05)
 
 
-def test_a_4_bit_layer_that_was_used_before_is_read_rightly():
-    """Its first forward pass in inference mode packs the weight anew, on some CPUs."""
+def test_a_4_bit_layer_that_was_used_before_injection():
+    """On some CPUs, its first forward pass in inference mode repacks the weight."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     weight = torch.randn(32, 64)
@@ -391,8 +393,8 @@ def test_a_4_bit_layer_that_was_used_before_is_read_rightly():
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_unusual_inputs_are_as_good_as_to_a_plain_layer(method):
-    """Empty batches, a single vector, strides, a picture without a batch, and an output that is changed in place."""
+def test_unusual_inputs_work_as_with_a_plain_layer(method):
+    """Empty batches, a single vector, strides, an image without a batch, and an output that is changed in place."""
     base, _ = build("linear")
     net = adapted(base, method)
     for x in (torch.zeros(0, 12), torch.zeros(2, 0, 12), torch.randn(12), torch.randn(12, 5).T):
@@ -410,15 +412,15 @@ def test_unusual_inputs_are_as_good_as_to_a_plain_layer(method):
         torch.testing.assert_close(net(x[0]), net(x)[0])
 
 
-def test_a_bias_free_output_that_is_changed_in_place_is_noticed():
-    """DoRA's magnitude takes its gradient from the output itself there."""
+def test_an_in_place_change_of_an_output_without_bias_is_an_error():
+    """The gradient of DoRA's magnitude is computed from the output itself there."""
     base, x = build("linear without bias")
     out = adapted(base)(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.relu_(out).sum().backward()
 
 
-def test_pickled_layers_keep_norms_of_their_own():
+def test_pickled_layers_have_their_own_norms():
     base, x = build("linear")
     net = adapted(base)
     other = pickle.loads(pickle.dumps(net))
@@ -436,20 +438,20 @@ def test_pickled_layers_keep_norms_of_their_own():
 
 
 @pytest.mark.parametrize(("net", "target"), [(build("embedding")[0], "layer"), (Model(mixtral()[0]), "gate_up_proj")])
-def test_dropout_where_there_is_nothing_to_drop_is_an_error(net, target):
+def test_dropout_on_a_layer_without_float_input_is_an_error(net, target):
     with pytest.raises(UserError, match=r"dropout: .* has no input to drop"):
         mmdora.inject_adapters(net, {"": {"method": "dora", "targets": [target], "dropout": 0.1}})
 
 
-def test_what_cannot_be_adapted_is_named():
+def test_a_layer_that_cannot_be_adapted_is_named():
     net = nn.Module()
     net.norm = nn.LayerNorm(4)
-    with pytest.raises(UserError, match="norm is a LayerNorm, which can have no low-rank adapter"):
+    with pytest.raises(UserError, match="norm is a LayerNorm, which cannot have a low-rank adapter"):
         mmdora.inject_adapters(net, {"": {"method": "dora", "targets": ["norm"]}})
 
 
-def test_a_layer_that_accelerate_hooks_is_adapted_under_the_hook():
-    """`device_map` puts hooks on layers, which call the forward that they found."""
+def test_a_layer_with_a_hook_of_accelerate_is_adapted():
+    """The hooks that `device_map` adds call the forward method that they found."""
     base, x = build("linear")
     before = base(x)
     add_hook_to_module(base.layer, ModelHook())

@@ -1,4 +1,4 @@
-"""Which layers a config's parts choose, what each method learns there, and what it refuses."""
+"""Which layers a config's parts select, which parameters each method trains, and which settings it refuses."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def specs(net: nn.Module) -> dict[str, tuple[int, bool]]:
     return {path: (layer.specs["default"].rank, layer.specs["default"].use_dora) for path, layer in adapter_layers(net)}
 
 
-def learn(net: nn.Module, steps: int = 3) -> set[str]:
-    """The parameters that move in a few steps."""
+def train(net: nn.Module, steps: int = 3) -> set[str]:
+    """Train a few steps, and return the names of the parameters that changed."""
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(steps):
@@ -53,7 +53,7 @@ def learn(net: nn.Module, steps: int = 3) -> set[str]:
 
 
 def test_magnitude_and_direction_can_have_different_targets():
-    """Table 6 of the paper: m on every layer, V on q, k and v only; and V without m is LoRA."""
+    """As in Table 6 of the paper, with m on more layers than V. A layer with V but without m has LoRA."""
     net = Net()
     parts = {"method": "dora", "rank": 4, "targets": ["q_proj", "v_proj"], "magnitude_targets": ["q_proj", "up_proj"]}
     report = mmdora.inject_adapters(net, {"": parts})
@@ -64,11 +64,11 @@ def test_magnitude_and_direction_can_have_different_targets():
         "up_proj": (0, True),
     }
     assert report.trainable == 2 * (4 * 24 + 12 + 4 * 24 + 20)
-    assert learn(net) == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert train(net) == {n for n, p in net.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dvora", "magnitude", "full"])
-def test_a_method_learns_its_own_parameters_and_no_others(method, tmp_path):
+def test_a_method_trains_its_own_parameters_only(method, tmp_path):
     net, x = Net(), torch.randn(4, 5, 12)
     before = net(x)
     mmdora.inject_adapters(net, {"": {"method": method}})
@@ -85,7 +85,7 @@ def test_a_method_learns_its_own_parameters_and_no_others(method, tmp_path):
             "full": set(),
         }[method]
     )
-    assert learn(net) == trained
+    assert train(net) == trained
     mmdora.save_adapter(net, tmp_path)
     again = Net()
     mmdora.load_adapter(again, tmp_path)
@@ -95,10 +95,10 @@ def test_a_method_learns_its_own_parameters_and_no_others(method, tmp_path):
 
 
 def test_dvora_shares_its_frozen_matrices(tmp_path):
-    """y = m/‖V‖ ⊙ Vx with V = W + Λb B Λd A, A and B the same tensors in every layer, also after loading."""
+    """y = m/‖V‖ ⊙ Vx with V = W + Λb B Λd A. All layers have the same tensors A and B, also after loading."""
     net = Net()
     mmdora.inject_adapters(net, {"": {"method": "dvora", "rank": 6}})
-    learn(net)
+    train(net)
     mmdora.save_adapter(net, tmp_path)
     again = Net()
     mmdora.load_adapter(again, tmp_path)
@@ -156,7 +156,7 @@ def test_targets_by_regex_are_inside_the_part():
         ({"method": "dora", "rank_pattern": {"q_proj": 0}}, r"parts.blocks.rank_pattern.q_proj"),
     ],
 )
-def test_wrong_settings_are_named_and_change_nothing(parts, message):
+def test_an_invalid_setting_is_named_and_changes_nothing(parts, message):
     net = Net()
     with pytest.raises(UserError, match=message):
         mmdora.inject_adapters(net, {"blocks": parts})
@@ -177,7 +177,7 @@ def test_full_and_low_rank_do_not_overlap(parts, message):
 
 
 @pytest.mark.parametrize("name", ["train", "keys", "_parameters", "a.b", "a b", ""])
-def test_names_that_an_adapter_cannot_have(name):
+def test_an_invalid_adapter_name_is_refused(name):
     net = Net()
     with pytest.raises(UserError, match="an adapter cannot be named"):
         mmdora.inject_adapters(net, {"": {"method": "dora"}}, name=name)
@@ -186,8 +186,10 @@ def test_names_that_an_adapter_cannot_have(name):
 
 @pytest.mark.parametrize(("method", "share"), [("lora", 4.61), ("dora", 4.63)])
 def test_the_papers_shares_of_llava_1_5_7b(method, share):
-    """r = 128 on every linear layer of the language model, the projector in full (Table 4 of the paper); on the meta
-    device: seven billion parameters, no memory."""
+    """r = 128 on every linear layer of the language model, the projector in full (Table 4 of the paper).
+
+    On the meta device, where seven billion parameters take no memory.
+    """
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -1,4 +1,4 @@
-"""Adapter directories from elsewhere: what is understood, and what is refused before anything changes."""
+"""Adapter directories of other tools: which are loaded, and which are refused before anything changes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def without(part: str):
     return lambda tensors: {k: v for k, v in tensors.items() if part not in k}
 
 
-def test_patterns_dropout_and_training_state_are_pefts(folder):
+def test_patterns_and_dropout_are_read_as_in_peft(folder):
     net = Net()
     mmdora.load_adapter(net, folder)
     up, down = net.up.specs["default"], net.down.specs["default"]
@@ -97,16 +97,20 @@ def test_a_bin_file_runs_no_code(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({}, renamed("lora_magnitude_vector", "dora_scale"), "is LyCORIS's, whose DoRA normalizes the other axis"),
-        ({}, renamed(PREFIX, "lora_unet_"), "is LyCORIS's"),
-        ({}, renamed(PREFIX, "model."), r"not of PEFT's layout"),
-        ({}, renamed("lora_A.weight", "hada_w1_a"), "of a kind that is not supported"),
+        (
+            {},
+            renamed("lora_magnitude_vector", "dora_scale"),
+            "LyCORIS's format, whose DoRA normalizes the other axis",
+        ),
+        ({}, renamed(PREFIX, "lora_unet_"), "is in LyCORIS's format"),
+        ({}, renamed(PREFIX, "model."), r"not in PEFT's layout"),
+        ({}, renamed("lora_A.weight", "hada_w1_a"), "belongs to an adapter type that is not supported"),
         ({}, without("up.lora_magnitude"), r"up.lora_magnitude_vector is missing"),
         ({}, without("down.lora_B"), r"down.lora_B.weight is missing"),
-        ({"use_dora": False}, None, r"lora_magnitude_vector is there, but 'use_dora' is false"),
+        ({"use_dora": False}, None, r"lora_magnitude_vector exists, but 'use_dora' is false"),
         ({}, renamed("up", "side"), "made for another model: side is not in this model"),
         ({"bias": "all"}, None, "'bias' is 'all'"),
-        ({"init_lora_weights": "pissa"}, None, "'init_lora_weights' is 'pissa', which changed the base's weights"),
+        ({"init_lora_weights": "pissa"}, None, "'init_lora_weights' is 'pissa', which changed the base weights"),
         ({"lora_bias": True}, None, "'lora_bias' is set"),
         ({"use_qalora": True}, None, "'use_qalora' is set"),
         ({"something_new": {"a": 1}}, None, "'something_new' is set"),
@@ -121,13 +125,13 @@ def test_a_bin_file_runs_no_code(folder, tmp_path, monkeypatch):
         ({"alpha_pattern": {"(": 4}}, None, r"'\(' is not a regular expression"),
         ({"modules_to_save": 5}, None, "'modules_to_save': Input should be a valid list"),
         ({"modules_to_save": ["head"]}, None, "'modules_to_save' names 'head', which is not in this model"),
-        ({}, lambda t: t | {"base_model.model.up.lora_A.weight": torch.full((4, 12), float("nan"))}, "holds NaN"),
+        ({}, lambda t: t | {"base_model.model.up.lora_A.weight": torch.full((4, 12), float("nan"))}, "contains NaN"),
         ({}, lambda t: t | {"base_model.model.up.lora_A.weight": torch.ones(4, 12).bool()}, "has dtype torch.bool"),
-        ({}, lambda t: t | {"base_model.model.up.base_layer.weight": torch.ones(20, 12)}, "is of another base"),
-        ({"peft_type": "MMDORA"}, None, "metadata says nothing of"),
+        ({}, lambda t: t | {"base_model.model.up.base_layer.weight": torch.ones(20, 12)}, "belongs to another base"),
+        ({"peft_type": "MMDORA"}, None, "metadata has no settings for"),
     ],
 )
-def test_foreign_directories_are_refused_whole(folder, config, tensors, message):
+def test_a_directory_that_does_not_fit_is_refused(folder, config, tensors, message):
     change(folder, config, tensors)
     net = Net()
     with pytest.raises(UserError, match=message):
@@ -167,7 +171,7 @@ def test_a_garbled_bin_file_is_refused(folder, content):
 
 
 @pytest.mark.parametrize("value", [torch.ones(4, 12).to_sparse(), torch.ones(4, 12, device="meta"), 3])
-def test_a_bin_file_of_something_else_is_refused(folder, value):
+def test_a_bin_file_without_dense_tensors_is_refused(folder, value):
     tensors = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors | {f"{PREFIX}up.lora_A.weight": value}, folder / "adapter_model.bin")
@@ -177,13 +181,13 @@ def test_a_bin_file_of_something_else_is_refused(folder, value):
     assert not list(adapter_layers(net))
 
 
-def test_a_config_of_a_thousand_brackets_is_refused(folder):
+def test_a_deeply_nested_config_is_refused(folder):
     (folder / "adapter_config.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="not valid JSON"):
         mmdora.load_adapter(Net(), folder)
 
 
-def test_a_refused_attention_stays_as_it_was(tmp_path):
+def test_a_refused_directory_leaves_multihead_attention_unchanged(tmp_path):
     net = nn.Sequential(nn.MultiheadAttention(8, 2))
     mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 2}})
     mmdora.save_adapter(net, tmp_path)
@@ -194,7 +198,7 @@ def test_a_refused_attention_stays_as_it_was(tmp_path):
     assert type(other[0]) is nn.MultiheadAttention
 
 
-def test_an_embedding_that_peft_saves_with_its_base_is_loaded(tmp_path):
+def test_an_embedding_that_peft_saves_with_its_base_weight_is_loaded(tmp_path):
     config = LlamaConfig(
         vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
     )  # fmt: skip
@@ -204,15 +208,15 @@ def test_an_embedding_that_peft_saves_with_its_base_is_loaded(tmp_path):
     lora = LoraConfig(
         r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
     )
-    theirs = get_peft_model(base, lora)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    peft_model = get_peft_model(base, lora)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
     assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     mmdora.load_adapter(again, tmp_path)
-    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    mmdora.save_adapter(again, tmp_path / "ours")
+    torch.testing.assert_close(again(ids).logits, peft_model(ids).logits, atol=1e-5, rtol=1e-5)
+    mmdora.save_adapter(again, tmp_path / "mmdora")
 
 
-def test_a_part_in_full_takes_its_buffers_and_its_tied_weights_along(tmp_path):
+def test_a_part_trained_in_full_is_saved_with_buffers_and_tied_weights(tmp_path):
     net = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
     again = copy.deepcopy(net)
     mmdora.inject_adapters(net, {"0": {"method": "dora"}, "1": {"method": "full"}})
@@ -233,7 +237,7 @@ def test_a_part_in_full_takes_its_buffers_and_its_tied_weights_along(tmp_path):
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_swap_or_resume_refuses_what_does_not_fit(folder):
+def test_a_swap_that_does_not_fit_changes_nothing(folder):
     net = Net()
     mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 4}})
     before = {n: p.detach().clone() for n, p in net.named_parameters()}

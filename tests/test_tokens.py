@@ -1,4 +1,4 @@
-"""New tokens: their rows alone are trained, and travel with the adapter, the merge and PEFT."""
+"""New tokens: only their rows are trained; adapter directories, merged models and PEFT keep them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.tiny_models import write_tokenizer
 
 TOKENS = ["<left>", "<right>"]
 SHAPE = {
-    "vocab_size": 281,  # the tokenizer's: new tokens find no room
+    "vocab_size": 281,  # the tokenizer's size, so the tables have no free rows
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -60,7 +60,7 @@ def tokenizer(tokenizer_folder):
 
 def make(kind: str = "untied"):
     torch.manual_seed(0)
-    if kind == "room":  # the table is larger than the vocabulary, as many are
+    if kind == "room":  # the table is larger than the vocabulary, as in many models
         return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 300})).eval()
     if kind == "phi":  # its head has a bias
         return PhiForCausalLM(PhiConfig(**SHAPE)).eval()
@@ -73,7 +73,7 @@ KINDS = ["untied", "tied", "phi", "gemma"]
 
 
 def trained(model, ids: list[int], steps: int = 3):
-    """A few large steps on sequences that hold the new tokens as input and as answer."""
+    """Train a few large steps on sequences with the new tokens as input and as label."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     batch = torch.tensor([[5, ids[0], 6, ids[1], 7], [ids[1], 8, 9, ids[0], ids[0]]])
@@ -107,15 +107,15 @@ def test_a_token_starts_as_the_mean_of_its_pieces(kind, tokenizer):
     head = before.get_output_embeddings()
     expected = logits(before, batch)[..., pieces].mean(-1)
     assert torch.allclose(now[..., ids[0]], expected, atol=1e-5), head
-    assert now.shape[-1] == known if kind == "room" else now.shape[-1] == 320  # filled up to a multiple of 64
+    assert now.shape[-1] == known if kind == "room" else now.shape[-1] == 320  # padded to a multiple of 64
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_new_rows_are_trained_as_full_training_would(kind, tokenizer):
-    """The gradient of each row is that of a whole trained table."""
+def test_the_gradient_of_a_row_is_that_of_full_training(kind, tokenizer):
+    """Other rows get no gradient."""
     model = make(kind)
     ids = mmdora.add_tokens(model, tokenizer, TOKENS)
-    whole = copy.deepcopy(model)
+    full = copy.deepcopy(model)
     report = mmdora.inject_adapters(model, QV)
     rows = dict(token_rows(model))
     tied = kind in ("tied", "gemma")
@@ -126,22 +126,22 @@ def test_only_the_new_rows_are_trained_as_full_training_would(kind, tokenizer):
     model(input_ids=batch, labels=batch).loss.backward()
     assert model.get_input_embeddings().weight.grad is None
     mmdora.inject_adapters(
-        whole,
+        full,
         {"embeddings": {"method": "full"}, "lm_head": {"method": "full"}}
         if not tied
         else {"embeddings": {"method": "full"}},
     )
-    assert list(token_rows(whole)) == []  # their tables train all rows
-    whole(input_ids=batch, labels=batch).loss.backward()
+    assert list(token_rows(full)) == []  # full training trains all rows of the tables
+    full(input_ids=batch, labels=batch).loss.backward()
     for table in ("input", "output"):
-        mine = getattr(model, f"get_{table}_embeddings")().token_adapter.trainable_tokens_delta.grad
-        theirs = getattr(whole, f"get_{table}_embeddings")().weight.grad[ids]
-        assert torch.allclose(mine, theirs, atol=1e-6)
-        assert mine.abs().sum() > 0
+        gradient = getattr(model, f"get_{table}_embeddings")().token_adapter.trainable_tokens_delta.grad
+        expected = getattr(full, f"get_{table}_embeddings")().weight.grad[ids]
+        assert torch.allclose(gradient, expected, atol=1e-6)
+        assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_travel_with_the_adapter_the_merge_and_peft(kind, tokenizer, tmp_path):
+def test_adapters_merged_models_and_peft_keep_the_rows(kind, tokenizer, tmp_path):
     model = make(kind)
     ids = mmdora.add_tokens(model, tokenizer, TOKENS)
     mmdora.inject_adapters(model, QV)
@@ -153,13 +153,13 @@ def test_rows_travel_with_the_adapter_the_merge_and_peft(kind, tokenizer, tmp_pa
     with pytest.raises(UserError, match=r"<left>, <right>.*model.new_tokens"):
         mmdora.load_adapter(again, tmp_path)
     fresh = copy.deepcopy(again)
-    mmdora.add_tokens(again, AutoTokenizer.from_pretrained(write_again(tmp_path)), TOKENS)
+    mmdora.add_tokens(again, AutoTokenizer.from_pretrained(new_tokenizer_folder(tmp_path)), TOKENS)
     mmdora.load_adapter(again, tmp_path)
     assert torch.allclose(logits(again, batch), expected, atol=1e-6)
 
     fresh.resize_token_embeddings(len(model.get_input_embeddings().weight))  # as PEFT's users do
-    theirs = PeftModel.from_pretrained(fresh, tmp_path).eval()
-    assert torch.allclose(logits(theirs, batch)[..., : max(ids) + 1], expected[..., : max(ids) + 1], atol=1e-5)
+    peft_model = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.allclose(logits(peft_model, batch)[..., : max(ids) + 1], expected[..., : max(ids) + 1], atol=1e-5)
 
     merged = mmdora.merge_adapters(again, reversible=True)
     assert list(token_rows(merged)) == []
@@ -173,7 +173,7 @@ def test_rows_travel_with_the_adapter_the_merge_and_peft(kind, tokenizer, tmp_pa
     assert torch.allclose(logits(plain, batch), expected, atol=1e-5)
 
 
-def write_again(tmp_path):
+def new_tokenizer_folder(tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     write_tokenizer(folder)
@@ -181,18 +181,18 @@ def write_again(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_pefts_own_directory_of_trained_tokens_loads(tied, tmp_path):
-    """Of tokens that the vocabulary has, in PEFT's order, by a list."""
+def test_a_directory_of_pefts_with_trained_tokens_loads(tied, tmp_path):
+    """The tokens are in the vocabulary already, and `trainable_token_indices` is an unsorted list."""
     from peft import LoraConfig, get_peft_model
 
     kind = "tied" if tied else "untied"
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[40, 7])
-    theirs = get_peft_model(make(kind), config)
-    batch = trained(theirs, [7, 40])
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    peft_model = get_peft_model(make(kind), config)
+    batch = trained(peft_model, [7, 40])
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
     model = make(kind)
     mmdora.load_adapter(model, tmp_path)
-    assert torch.allclose(logits(model, batch), logits(theirs, batch), atol=1e-5)
+    assert torch.allclose(logits(model, batch), logits(peft_model, batch), atol=1e-5)
     other = make(kind)
     mmdora.load_adapter(other, tmp_path)
     trained(model, [7, 40])
@@ -201,15 +201,17 @@ def test_pefts_own_directory_of_trained_tokens_loads(tied, tmp_path):
     assert torch.equal(logits(other, batch), logits(model, batch))
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes(tokenizer, tmp_path):
+def test_rows_that_do_not_fit_are_refused_and_change_nothing(tokenizer, tmp_path):
     model = make()
     ids = mmdora.add_tokens(model, tokenizer, TOKENS)
     mmdora.inject_adapters(model, QV)
     mmdora.save_adapter(model, tmp_path)
     tensors, config = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_config.json"
     other = make()
-    mmdora.add_tokens(other, AutoTokenizer.from_pretrained(write_again(tmp_path)), ["<up>", "<down>", "<left>"])
-    with pytest.raises(UserError, match="not those of this model"):
+    mmdora.add_tokens(
+        other, AutoTokenizer.from_pretrained(new_tokenizer_folder(tmp_path)), ["<up>", "<down>", "<left>"]
+    )
+    with pytest.raises(UserError, match="which this model does not have"):
         mmdora.load_adapter(other, tmp_path)
     about = json.loads(config.read_text())
     assert about["trainable_token_indices"] == {"model.embed_tokens": ids, "lm_head": ids}
@@ -234,22 +236,22 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tokenizer, tmp_pat
     ("tokens", "message"),
     [(["<a>", "<a>"], "<a>' is in the vocabulary already"), (["</s>"], "vocabulary already"), ([" "], "blank")],
 )
-def test_tokens_that_cannot_be_new(tokens, message, tokenizer):
+def test_a_blank_or_known_token_is_refused(tokens, message, tokenizer):
     with pytest.raises(UserError, match=message):
         mmdora.add_tokens(make(), tokenizer, tokens)
 
 
-def test_a_second_owner_of_the_rows_is_refused(tokenizer):
+def test_a_second_adapter_that_would_change_the_rows_is_refused(tokenizer):
     model = make()
     mmdora.add_tokens(model, tokenizer, TOKENS)
     with pytest.raises(UserError, match=r"lm_head holds rows of new tokens"):
         mmdora.inject_adapters(model, {"lm_head": {**DORA, "targets": "all-linear"}})
     mmdora.inject_adapters(model, QV)
-    with pytest.raises(UserError, match="holds weights of the model itself"):
+    with pytest.raises(UserError, match="trains weights of the base model"):
         mmdora.inject_adapters(model, QV, name="second")
 
 
-def test_embeddings_are_a_part_of_their_own_where_they_are_named(tiny):
+def test_embeddings_belong_to_language_unless_they_are_a_part(tiny):
     model, _ = tiny
     table = model.get_input_embeddings()
     alone = find_parts(model, ["language"])["language"]
@@ -261,7 +263,7 @@ def test_embeddings_are_a_part_of_their_own_where_they_are_named(tiny):
     assert all(p.requires_grad for n, p in model.named_parameters() if ".language_model.layers." in n)
 
 
-def test_embeddings_learn_at_their_own_rate(tiny):
+def test_embeddings_have_their_own_learning_rate(tiny):
     model, _ = tiny
     config = load_config("quickstart", ["parts.embeddings={method: full, learning_rate: 1e-4}"])
     mmdora.inject_adapters(model, config.parts)
@@ -270,8 +272,8 @@ def test_embeddings_learn_at_their_own_rate(tiny):
     assert group["params"][0] is model.get_input_embeddings().weight
 
 
-def test_a_vision_language_model_from_a_config(tmp_path):
-    """Through the config: loading, one optimizer group, saving, an adapter directory as a target, and the merge."""
+def test_new_tokens_of_a_vision_language_model_from_a_config(tmp_path):
+    """Load, group for the optimizer, train, save, load the adapter directory as a target, and merge."""
     config = load_config("quickstart", ["model.new_tokens=[<left>,<right>]", "model.dtype=float32"])
     model, processor = load_model(config.model)
     mmdora.inject_adapters(model, config.parts)

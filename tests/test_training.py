@@ -1,4 +1,4 @@
-"""Batches over processes, and which learning rate each part trains with."""
+"""Batch sizes over processes, and the optimizer groups of each part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmdora.training.optimizer import optimizer_groups
     ("world", "batch", "micro", "expected"),
     [(1, 32, 32, (32, 1)), (2, 32, 32, (16, 1)), (2, 32, 4, (4, 4)), (1, 32, 8, (8, 4))],
 )
-def test_the_global_batch_is_kept_over_processes(world, batch, micro, expected):
+def test_the_global_batch_does_not_depend_on_the_number_of_processes(world, batch, micro, expected):
     config = load_config("quickstart", [f"training.batch_size={batch}", f"training.micro_batch_size={micro}"])
     assert micro_batches(config.training, world) == expected
 
@@ -41,7 +41,7 @@ def test_one_process_uses_one_gpu(caplog):
     assert "using 1 of 4 GPUs" in caplog.text
 
 
-def test_each_part_trains_with_its_own_rate_and_decay(tiny):
+def test_each_part_has_its_own_learning_rate_and_weight_decay(tiny):
     model, _ = tiny
     config = load_config(
         "quickstart",
@@ -65,7 +65,7 @@ def test_each_part_trains_with_its_own_rate_and_decay(tiny):
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-def test_layer_decay_slows_each_block_before_the_last(tiny, method):
+def test_layer_decay_lowers_the_rate_of_earlier_blocks(tiny, method):
     model, _ = tiny
     low_rank = {"method": method} | ({"rank": 2} if method == "dora" else {})
     parts = {"vision": PartConfig.model_validate(low_rank | {"learning_rate": 1e-3, "layer_decay": 0.5})}
@@ -90,7 +90,7 @@ def test_layer_decay_slows_each_block_before_the_last(tiny, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dvora", "magnitude", "full"])
-def test_the_last_blocks_alone_are_tuned(tiny, method, tmp_path):
+def test_last_blocks_trains_only_the_last_blocks(tiny, method, tmp_path):
     model, _ = tiny
     mmdora.inject_adapters(model, {"language": {"method": method, "last_blocks": 2}})
     moved = {n for n, p in model.named_parameters() if p.requires_grad}

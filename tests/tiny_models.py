@@ -1,4 +1,4 @@
-"""Tiny random language models and vision towers as Hugging Face directories, made without a network."""
+"""Write tiny random language models and vision towers as Hugging Face directories, without network access."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **special: Any) -> None:
-    """A byte-level tokenizer with `<s>` and `</s>`, and no padding token: many language models have none."""
+    """Write a byte-level tokenizer with `<s>` and `</s>`. Like many, it has no padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,6 +67,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **s
 
 
 def write_language_model(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a model of `LANGUAGE_MODELS` with its tokenizer; `changes` go into its config."""
     name, own = LANGUAGE_MODELS[family]
     config_class = transformers.Gemma3TextConfig if family == "gemma3" else getattr(transformers, f"{name}Config")
     torch.manual_seed(1)
@@ -87,7 +88,7 @@ VIT = {
 
 
 def write_tower(folder: Path, family: str, **changes: Any) -> Path:
-    """`clip_whole` is a CLIP model with its text side; the others are towers alone. dinov2 says 16 px to its user."""
+    """Write a vision tower. `clip_whole` includes CLIP's text tower; dinov2's image processor crops to 16 px."""
     torch.manual_seed(2)
     vit = {**VIT, **changes}
     if family == "clip_whole":
@@ -109,7 +110,7 @@ def write_tower(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def _timm_entry(name: str, make: Any, vit: bool = True) -> str:
-    """Register a tiny trunk with timm, as its own files do."""
+    """Register a tiny trunk with timm, as timm's own files do."""
     from timm.models import register_model
 
     def entry(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
@@ -125,7 +126,7 @@ def _timm_entry(name: str, make: Any, vit: bool = True) -> str:
 
 
 def _timm_descriptions() -> dict[str, dict[str, Any]]:
-    """OpenCLIP descriptions of tiny SigLIP and EVA towers."""
+    """Return OpenCLIP's model configs of tiny SigLIP, EVA and ConvNeXt towers."""
     from functools import partial
 
     from timm.models.convnext import ConvNeXt
@@ -134,7 +135,7 @@ def _timm_descriptions() -> dict[str, dict[str, Any]]:
 
     siglip = _timm_entry("mmdora_tiny_siglip", partial(VisionTransformer, class_token=False))
     eva = _timm_entry("mmdora_tiny_eva", partial(Eva, qkv_bias=True, use_rot_pos_emb=True))
-    # One stage is much the longest, as in every published ConvNeXt.
+    # One stage is much longer than the others, as in every published ConvNeXt.
     stages = partial(ConvNeXt, depths=(2, 2, 5, 2), dims=(8, 8, 16, 32))
     convnext = _timm_entry("convnext_mmdora_tiny", stages, vit=False)
     size = {"image_size": 32, "timm_pool": "map", "timm_proj": "none"}

@@ -1,18 +1,18 @@
-"""`inject_adapters`: give every part of a model its method, and report what was adapted and what was not."""
+"""Put adapters on the parts of a model, and choose which adapter the model uses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
 from mmdora.adapters import ADAPTERS, AdapterLayer, adapter_layers
-from mmdora.adapters.layers.siblings import share_reads
+from mmdora.adapters.layers.shared_input import share_inputs
 from mmdora.adapters.methods.base import PartPlan, part_problems
 from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.core.config import PartConfig
@@ -20,106 +20,107 @@ from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, architecture_of, find_parts, is_inside
 from mmdora.models.attention import explicit_attention
-from mmdora.models.new_tokens import NEW_TOKENS, VALUES, fold_rows, token_rows, train_rows
+from mmdora.models.model_state import AdapterRecord, state_of
+from mmdora.models.new_tokens import NEW_TOKENS, VALUES, fold_token_rows, token_rows, train_token_rows
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """What one entry of `parts` did. Parameters are counted, not bytes."""
+    """The effect of one entry of `parts`. `trainable` and `total` count parameters."""
 
     name: str
     path: str
     method: str
-    modules: list[str]  # full paths of the modules adapted
-    skipped: list[str]  # linear layers of the part that were not
+    modules: list[str]  # full paths of the adapted modules
+    skipped: list[str]  # full paths of the part's linear layers that are not adapted
     trainable: int
     total: int
 
 
 @dataclass(frozen=True)
 class InjectionReport:
+    """The effect of `inject_adapters` on the whole model; `trainable` and `total` count parameters."""
+
     parts: list[PartReport]
     trainable: int
-    total: int  # adapters included
+    total: int  # including the adapters
 
     @property
     def percent(self) -> float:
+        """Trainable parameters as a percentage of all."""
         return 100 * self.trainable / self.total
-
-
-@dataclass(frozen=True)
-class AdapterRecord:
-    """What the model remembers of one named adapter, beside the tensors in its layers."""
-
-    parts: dict[str, PartConfig]
-    whole: list[str] = field(default_factory=list)  # paths of the modules that are trained in full
-    rows: list[str] = field(default_factory=list)  # paths of the tables whose rows for new tokens are trained
-
-    @property
-    def owned(self) -> list[str]:
-        """Weights of the model itself, of which it has one set."""
-        return [*self.whole, *self.rows]
-
-
-def records(model: nn.Module) -> dict[str, AdapterRecord]:
-    """The model's adapters by name; kept on the model, since adapters belong to it alone."""
-    if "_mmdora_adapters" not in model.__dict__:
-        model.__dict__["_mmdora_adapters"] = {}
-    return model.__dict__["_mmdora_adapters"]
 
 
 def inject_adapters(
     model: nn.Module, parts: Mapping[str, PartConfig | Mapping[str, Any]], name: str = "default"
 ) -> InjectionReport:
-    """Adapt the parts of `model` in place; everything that is not named is frozen, but for the rows of new tokens.
+    """Put an adapter on the parts of `model`, in place, and make it the active one.
 
-    `parts` maps a part (`vision`, `projector`, `language`, `lm_head`, `embeddings`, a dotted module path, or `""` for
-    the root) to its settings, as in a run's YAML. The model computes what it computed before, until it is trained.
-    Raises UserError for a part, method or target that does not exist; nothing is then adapted or frozen.
+    All other parameters are frozen, except the rows of new tokens (`add_tokens`). The model's output does not change
+    until it is trained.
+
+    Args:
+        parts: Settings by part, as in a run's YAML. A part is `vision`, `projector`, `language`, `lm_head`,
+            `embeddings`, a dotted module path, or `""` for the root.
+        name: Name of the adapter.
+
+    Raises:
+        UserError: If a part, method or target does not exist. The model is then unchanged.
     """
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
     regions, plans = resolve_parts(model, configs)
     full = [part for part, plan in plans.items() if plan.whole]
-    if full and records(model):
+    adapters = state_of(model).adapters
+    if full and adapters:
         raise UserError(
-            f"parts.{full[0]}: the weights are those of the adapter {next(iter(records(model)))!r} too, so "
-            "they cannot be trained in full for another one"
+            f"parts.{full[0]}: cannot be trained in full, since the adapter {next(iter(adapters))!r} uses the same "
+            "base weights; put this adapter on a base model of its own"
         )
-    whole: list[str] = []
-    fold_rows(model, [path for plan in plans.values() for path in plan.whole])  # full training trains them too
+    modules_in_full: list[str] = []
+    # Full training of a table trains the rows of new tokens too.
+    fold_token_rows(model, [path for plan in plans.values() for path in plan.whole])
     model.requires_grad_(False)
     for part, config in configs.items():
         for module in plans[part].whole:
             model.get_submodule(module).requires_grad_(True)
-        whole += plans[part].whole
+        modules_in_full += plans[part].whole
         ADAPTERS[config.method]().apply(model, regions[part], plans[part].layers, name)
-    records(model)[name] = AdapterRecord(configs, whole, train_rows(model))
+    adapters[name] = AdapterRecord(configs, modules_in_full, train_token_rows(model))
     set_adapter(model, name)
     return _report(model, configs, regions, plans)
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
-    """Raise UserError where the model cannot have another adapter of this name."""
-    if name in records(model):
+    """Raise UserError if the model cannot have another adapter of this name."""
+    adapters = state_of(model).adapters
+    if name in adapters:
         raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict(), name):
         raise UserError(
-            f"an adapter cannot be named {name!r}: letters, digits, - and _ only, and no name of torch's own"
+            f"an adapter cannot be named {name!r}; use letters, digits, - and _, and no name of a method of torch"
         )
-    trained = [other for other, record in records(model).items() if record.owned]
-    if trained:
-        raise UserError(
-            f"the adapter {trained[0]!r} holds weights of the model itself ({records(model)[trained[0]].owned[0]}), "
-            "of which a model has one set: put the second adapter on a base of its own, or swap (swap_adapter)"
-        )
+    for other, record in adapters.items():
+        if record.owned:
+            raise UserError(
+                f"the adapter {other!r} trains weights of the base model ({record.owned[0]}), which exist only once: "
+                "put the second adapter on a base model of its own, or use swap_adapter"
+            )
+
+
+def check_has_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise UserError if the model lacks one of these adapters."""
+    adapters = state_of(model).adapters
+    for name in names:
+        if name not in adapters:
+            raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(adapters) or 'none'}")
 
 
 def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, Region], dict[str, PartPlan]]:
-    """Where every part lives, and what becomes of it.
+    """Return the region of every part and the plan for it. Raises UserError.
 
-    Nothing is adapted yet, so that a mistake can be told before a long evaluation of the base model; but attention
-    that hides its layers is made explicit, which does not change what it computes. Raises UserError.
+    Nothing is adapted yet, so mistakes are reported before, for example, a long evaluation of the base model. But
+    `nn.MultiheadAttention` is made explicit, which does not change its output.
     """
     regions = find_parts(model, configs)
     plans = {}
@@ -129,72 +130,70 @@ def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[
             _explicit(model, regions[part])
         plans[part] = method.plan(model, part, regions[part], config)
     _check_disjoint(plans)
-    rows = [path for path, _ in token_rows(model)]
+    tables = [path for path, _ in token_rows(model)]
     for part, plan in plans.items():
-        if both := sorted(set(rows) & set(plan.layers)):
+        if both := sorted(set(tables) & set(plan.layers)):
             raise UserError(
                 f"parts.{part}: {both[0]} holds rows of new tokens, which a low-rank adapter on the whole table would "
-                "change again; leave it out, or train it in full"
+                "change too; exclude it, or train it in full"
             )
     return regions, plans
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
-    """Make `name` the adapter that the model computes with, and the one that is trained. Raises UserError for a name
-    that it does not have."""
-    _check_names(model, [name])
+    """Make `name` the active adapter and the only trainable one. Raises UserError if the model does not have it."""
+    check_has_adapters(model, [name])
     for _, layer in adapter_layers(model):
         layer.active = name if name in layer.specs else None
         for other in layer.specs:
             for parameter in layer.adapter_tensors(other).values():
                 parameter.requires_grad_(other == name)
-    share_reads(model)
+    share_inputs(model)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes without its low-rank adapters (weights trained in full stay as trained)."""
-    before = [(layer, layer.active, layer.rows) for _, layer in adapter_layers(model)]
+    """Compute without low-rank adapters inside the block. Weights trained in full keep their trained values."""
+    before = [(layer, layer.active, layer.row_adapters) for _, layer in adapter_layers(model)]
     try:
         for layer, _, _ in before:
-            layer.active = layer.rows = None
+            layer.active = layer.row_adapters = None
         yield
     finally:
-        for layer, active, rows in before:
-            layer.active, layer.rows = active, rows
+        for layer, active, row_adapters in before:
+            layer.active, layer.row_adapters = active, row_adapters
 
 
 @contextmanager
 def adapters_by_row(
     model: nn.Module, rows: Sequence[str | None], media: Sequence[str | None] | None = None
 ) -> Iterator[None]:
-    """Inside the block every row of a batch has its own adapter: `rows[i]` names that of row i, None is the base.
+    """Use a different adapter for each row of a batch inside the block.
 
-    `media` does so for the pictures or frames that reach the vision encoder and the projector, in their order, which
-    is that of the placeholders in the rows; needed where these parts are adapted. Raises UserError for a name that the
-    model does not have; the forward pass raises ValueError where the number of rows is another.
+    Args:
+        rows: The adapter name of each row of the batch; None for the base model.
+        media: The adapter name of each image or frame that the vision encoder and the projector receive, in the order
+            of their placeholders in the rows. Needed if one of these parts is adapted.
+
+    Raises:
+        UserError: If the model does not have one of the adapters, or if `media` is needed and missing.
+        ValueError: In the forward pass, if the batch has another number of rows.
     """
-    _check_names(model, [name for name in (*rows, *(media or ())) if name is not None])
+    check_has_adapters(model, [name for name in (*rows, *(media or ())) if name is not None])
     parts = architecture_of(model).resolve(model)
-    seeing = [parts[part] for part in ("vision", "projector") if part in parts]
+    media_regions = [parts[part] for part in ("vision", "projector") if part in parts]
     before: list[tuple[AdapterLayer, Sequence[str | None] | None]] = []
     try:
         for path, layer in adapter_layers(model):
-            sees = any(region.holds(path) for region in seeing)
-            if sees and media is None:
-                raise UserError(f"{path} is adapted: name the adapter of every picture too (media=[…])")
-            before.append((layer, layer.rows))
-            layer.rows = media if sees else rows
+            reads_media = any(region.holds(path) for region in media_regions)
+            if reads_media and media is None:
+                raise UserError(f"{path} is adapted: name the adapter of every image too (media=[...])")
+            before.append((layer, layer.row_adapters))
+            layer.row_adapters = media if reads_media else rows
         yield
     finally:
         for layer, outer in before:
-            layer.rows = outer
-
-
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in records(model):
-            raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+            layer.row_adapters = outer
 
 
 def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig:
@@ -211,11 +210,12 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
 
 
 def _explicit(model: nn.Module, region: Region) -> None:
-    """`nn.MultiheadAttention` inside the part becomes explicit, so that its q, k, v and out are layers."""
+    """Make `nn.MultiheadAttention` inside the part explicit, so that q, k, v and out are linear layers. Raises
+    UserError."""
     for path in region.roots:
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
-            raise UserError(f"{path!r} is itself an nn.MultiheadAttention; name the module around it")
+            raise UserError(f"{path!r} is an nn.MultiheadAttention; name the module that contains it")
         explicit_attention(module)
 
 
@@ -224,15 +224,17 @@ def _check_disjoint(plans: dict[str, PartPlan]) -> None:
     for part, plan in plans.items():
         for path in plan.layers:
             if path in owner:
-                raise UserError(f"parts.{owner[path]} and parts.{part} both adapt {path}; narrow one's targets")
+                raise UserError(
+                    f"parts.{owner[path]} and parts.{part} both adapt {path}; narrow the targets of one of them"
+                )
             owner[path] = part
     for part, plan in plans.items():
-        for outside in plan.whole:
+        for outer in plan.whole:
             for other, others in plans.items():
                 for path in [*others.whole, *others.layers] if other != part else []:
-                    if is_inside(path, outside):
+                    if is_inside(path, outer):
                         raise UserError(
-                            f"parts.{part} trains {path} in full, and parts.{other} adapts it; leave out one of them"
+                            f"parts.{part} trains {path} in full, and parts.{other} adapts it; remove one of the two"
                         )
 
 
@@ -242,13 +244,13 @@ def _report(
     reports = []
     for part, config in configs.items():
         region, plan = regions[part], plans[part]
-        tuned = [*plan.whole, *plan.layers]
-        could = [join(region.path, p) for p, m in layers_inside(model, region).items() if is_weight(m)]
-        skipped = [p for p in could if not any(is_inside(p, path) for path in tuned)]
+        adapted = [*plan.whole, *plan.layers]
+        candidates = [join(region.path, p) for p, m in layers_inside(model, region).items() if is_weight(m)]
+        skipped = [p for p in candidates if not any(is_inside(p, path) for path in adapted)]
         parameters = [p for n, p in region.named_parameters(model) if not n.endswith(VALUES)]
         trainable = sum(numel(p) for p in parameters if p.requires_grad)
         total = sum(numel(p) for p in parameters)
-        reports.append(PartReport(part, region.path, config.method, tuned, skipped, trainable, total))
+        reports.append(PartReport(part, region.path, config.method, adapted, skipped, trainable, total))
     paths = [path for path, _ in token_rows(model)]
     if paths:
         values = {id(p): p for n, p in model.named_parameters() if n.endswith(VALUES)}.values()

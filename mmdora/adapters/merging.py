@@ -1,4 +1,4 @@
-"""What becomes of trained adapters: merged into the weights and out again, several as one, or a plain LoRA."""
+"""Merge adapters into the weights, undo a merge, combine several adapters into one, and export a plain LoRA."""
 
 from __future__ import annotations
 
@@ -12,96 +12,109 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
-from mmdora.adapters.injection import AdapterRecord, check_new_name, records, set_adapter
+from mmdora.adapters.injection import check_has_adapters, check_new_name, set_adapter
 from mmdora.adapters.layers.experts import AdaptedExperts
-from mmdora.adapters.layers.siblings import share_reads
+from mmdora.adapters.layers.shared_input import share_inputs
 from mmdora.adapters.ops.functional import dora_gain
 from mmdora.adapters.peft_format import PREFIX, VALUES, metadata, peft_config
 from mmdora.adapters.save_load import write_adapter
-from mmdora.adapters.token_rows import rows_contents
+from mmdora.adapters.token_rows import token_row_contents
 from mmdora.core.errors import UserError
-from mmdora.models.new_tokens import fold_rows, new_tokens, tied_embeddings, token_rows
+from mmdora.models.model_state import AdapterRecord, MergeUndo, Snapshot, state_of
+from mmdora.models.new_tokens import fold_token_rows, new_tokens, tied_embeddings, token_rows
 
-# A row whose weights the sum scales by less than this has no direction left to write the sum with.
-LEAST_SCALE = 1e-3
+# `combine_adapters` refuses a sum that scales a row of W by less than this: the row has no direction left.
+MIN_ROW_SCALE = 1e-3
+# Largest matrix side for which `best_low_rank` computes the exact SVD, which takes minutes at 4096.
+MAX_EXACT_SVD = 1024
 
 
 def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool = False) -> nn.Module:
-    """Fold the active adapter (or `name`) into the weights, in place, and return the model without adapter code.
+    """Merge the active adapter (or `name`) into the weights, in place, and return the model without adapters.
 
-    With `reversible` the adapters and the original weights are kept aside on the model (as much memory again as the
-    adapted layers have), and `unmerge_adapters` brings them back bit by bit. Where one of two tied embeddings was
-    adapted, they are no longer tied, and the model's config says so.
+    Args:
+        reversible: Keep the adapters and the original weights on the model, so that `unmerge_adapters` can restore
+            them exactly. Needs as much memory again as the adapted layers.
+
+    If only one of two tied embeddings was adapted, the two are no longer tied, and the model's config says so.
+
+    Raises:
+        UserError: If the model is merged reversibly already, or has no adapter `name`.
     """
-    if reversible and "_mmdora_merged" in model.__dict__:
-        raise UserError("the model is merged already, and could not be unmerged twice: unmerge_adapters(model) first")
+    state = state_of(model)
+    if reversible and state.merge_undo is not None:
+        raise UserError("the model is merged already; call unmerge_adapters(model) first")
     if name is not None:
         set_adapter(model, name)
     tied = tied_embeddings(model)
-    aside = []
+    snapshots: list[Snapshot] = []
     for _, layer in list(adapter_layers(model)):
         changed = [layer, layer.block] if isinstance(layer, AdaptedExperts) else [layer]
-        aside += [_snapshot(module) for module in changed] if reversible else []
+        snapshots += [_snapshot(module) for module in changed] if reversible else []
         if layer.active is not None:
             layer.merge(layer.active)
         else:
             layer.unwrap()
-    aside += [_snapshot(model.get_submodule(path)) for path, _ in token_rows(model)] if reversible else []
-    fold_rows(model)
+    snapshots += [_snapshot(model.get_submodule(path)) for path, _ in token_rows(model)] if reversible else []
+    fold_token_rows(model)
     if reversible:
-        model.__dict__["_mmdora_merged"] = (aside, dict(records(model)), tied)
+        state.merge_undo = MergeUndo(snapshots, state.adapters, tied)
     if tied and not tied_embeddings(model):
         _set_tied(model, False)
-    records(model).clear()
+    state.adapters = {}
     return model
 
 
 def unmerge_adapters(model: nn.Module) -> nn.Module:
-    """Undo `merge_adapters(model, reversible=True)`: the same tensors as before. Raises UserError where none was."""
-    if "_mmdora_merged" not in model.__dict__:
+    """Undo `merge_adapters(model, reversible=True)` exactly. Raises UserError if the model is not merged so."""
+    state = state_of(model)
+    undo, state.merge_undo = state.merge_undo, None
+    if undo is None:
         raise UserError("nothing to unmerge: merge with merge_adapters(model, reversible=True)")
-    aside, before, tied = model.__dict__.pop("_mmdora_merged")
-    for module, kind, state in reversed(aside):
-        training = module.training
-        module.__class__, module.__dict__ = kind, state
+    for snapshot in reversed(undo.snapshots):
+        module, training = snapshot.module, snapshot.module.training
+        module.__class__, module.__dict__ = snapshot.module_class, snapshot.attributes
         module.train(training)
-    records(model).update(before)
-    share_reads(model)
-    if tied:
+    state.adapters = state.adapters | undo.adapters
+    share_inputs(model)
+    if undo.tied_embeddings:
         _set_tied(model, True)
     return model
 
 
-def _snapshot(module: nn.Module) -> tuple[nn.Module, type[nn.Module], dict[str, Any]]:
-    held = ("_parameters", "_modules", "_buffers", "_forward_hooks")
-    state = {k: v.copy() if k in held else v for k, v in module.__dict__.items()}
-    return module, type(module), state
+def _snapshot(module: nn.Module) -> Snapshot:
+    copied = ("_parameters", "_modules", "_buffers", "_forward_hooks")
+    attributes = {key: value.copy() if key in copied else value for key, value in module.__dict__.items()}
+    return Snapshot(module, type(module), attributes)
 
 
 def _set_tied(model: nn.Module, tied: bool) -> None:
     config: Any = model.config
-    for each in {id(c): c for c in (config, config.get_text_config())}.values():
-        each.tie_word_embeddings = tied
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = tied
 
 
 @torch.no_grad()
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
-    """A new adapter `name` that is the weighted sum of others: W' = W + Σ wᵢ(Wᵢ' − W), to rounding.
+    """Add an adapter `name` that is the weighted sum of others: W' = W + Σ wᵢ(Wᵢ' − W), exact up to rounding.
 
-    No product is approximated: the new rank of a layer is the sum of the others'. With gᵢ = mᵢ / ‖W + sᵢBᵢAᵢ‖ and
-    d = 1 + Σ wᵢ(gᵢ − 1), the sum is d ⊙ (W + Σ (wᵢsᵢgᵢ / d) ⊙ BᵢAᵢ), which is DoRA's form again. Raises UserError for
-    an unknown name, and for weights under which a row all but vanishes.
+    The rank of a layer is the sum of the other adapters' ranks. With gᵢ = mᵢ / ‖W + sᵢBᵢAᵢ‖ and d = 1 + Σ wᵢ(gᵢ − 1),
+    the sum is d ⊙ (W + Σ (wᵢsᵢgᵢ / d) ⊙ BᵢAᵢ), which has DoRA's form again.
+
+    Raises:
+        UserError: If `weights` is empty or names an unknown adapter, or if a row of the sum nearly vanishes.
     """
-    unknown = [n for n in weights if n not in records(model)]
-    if unknown or not weights:
-        known = ", ".join(records(model)) or "none"
-        raise UserError(f"the model has no adapter {unknown[0]!r}; it has: {known}" if unknown else "no adapter named")
+    if not weights:
+        raise UserError("combine_adapters: `weights` names no adapter")
+    check_has_adapters(model, list(weights))
     check_new_name(model, name)
-    built = {path: sums for path, layer in adapter_layers(model) if (sums := _sum(path, layer, weights)) is not None}
+    combined = {
+        path: total for path, layer in adapter_layers(model) if (total := _sum(path, layer, weights)) is not None
+    }
     for path, layer in list(adapter_layers(model)):
-        if path not in built:
+        if path not in combined:
             continue
-        spec, a, b, scale = built[path]
+        spec, a, b, scale = combined[path]
         layer.add_adapter(name, spec)
         tensors, shapes = layer.adapter_tensors(name), layer.shapes(layer, spec.rank)
         if spec.rank:
@@ -110,14 +123,14 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
             tensors[suffixes[1]].copy_(b.view(shapes.b))
         if spec.use_dora:
             tensors["lora_magnitude_vector"].copy_((scale * layer.fresh_norm(name)).view(shapes.magnitude))
-    records(model)[name] = AdapterRecord({})
+    state_of(model).adapters[name] = AdapterRecord({})
     set_adapter(model, name)
 
 
 def _sum(
     path: str, layer: AdapterLayer, weights: Mapping[str, float]
 ) -> tuple[LowRankSpec, Tensor, Tensor, Tensor] | None:
-    """The combined adapter of one layer: its settings, A, B, and the scale of its rows."""
+    """Return the combined adapter of one layer: settings, A [r, in], B [out, r] and the scale d [out] of the rows."""
     names = [name for name in weights if name in layer.specs]
     if not names:
         return None
@@ -130,8 +143,8 @@ def _sum(
     scale = torch.ones_like(layer.fresh_norm(names[0]))
     for name, gain in gains.items():
         scale += weights[name] * (gain - 1)
-    if scale.abs().min() < LEAST_SCALE:
-        raise UserError(f"{path}: under the weights {dict(weights)} a row of W all but vanishes from the sum")
+    if scale.abs().min() < MIN_ROW_SCALE:
+        raise UserError(f"{path}: with the weights {dict(weights)}, a row of W nearly vanishes from the sum")
     left, right = [], []
     for name in names:
         a, b = layer.factors(name)
@@ -147,60 +160,66 @@ def _sum(
 
 @dataclass(frozen=True)
 class LoRAExport:
-    """How far a plain LoRA falls short: ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius), by layer and over all."""
+    """The relative error ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius norm) of an exported plain LoRA."""
 
     rank: int
-    errors: dict[str, float]
-    error: float
+    errors: dict[str, float]  # by layer path
+    error: float  # over all layers
 
 
 @torch.no_grad()
 def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "default") -> LoRAExport:
-    """Write the adapter as a plain LoRA in PEFT's layout, for servers that know no DoRA: the truncated SVD of what it
-    adds to every weight.
+    """Write the adapter as a plain LoRA in PEFT's layout, for inference servers without DoRA.
 
-    DoRA's change has full rank in general, so this is an approximation; the report says how good. Raises UserError
-    where a layer has no plain LoRA in PEFT.
+    B and A are the truncated SVD of each layer's change ΔW = W' − W. DoRA's ΔW has full rank in general, so the result
+    is an approximation; the returned report has its error.
+
+    Raises:
+        UserError: If there is no adapter `name`, `rank` is below 1, or PEFT has no plain LoRA for a layer.
     """
-    if name not in records(model):
-        raise UserError(f"the model has no adapter {name!r}; it has: {', '.join(records(model)) or 'none'}")
+    check_has_adapters(model, [name])
     if rank < 1:
-        raise UserError(f"the rank of a LoRA is at least 1, not {rank}")
+        raise UserError(f"export_lora: the rank must be at least 1, not {rank}")
     tensors: dict[str, Tensor] = {}
     specs: dict[str, LowRankSpec] = {}
-    missed: dict[str, tuple[float, float]] = {}
+    norms: dict[str, tuple[float, float]] = {}  # ‖ΔW − BA‖ and ‖ΔW‖
     for path, layer in adapter_layers(model, name):
         if not layer.in_peft:
             raise UserError(f"{path}: PEFT has no plain LoRA for this {type(layer).__name__}")
         change = layer.merged(name) - layer.matrix().float()
-        a, b = _truncated(change, rank)
+        a, b = best_low_rank(change, rank)
         shapes = layer.shapes(layer, a.shape[0])
         for attribute, tensor, shape in zip(layer.low_rank, (a, b), shapes[:2], strict=True):
             tensors[f"{PREFIX}{path}.{attribute}{layer.file_suffix}"] = tensor.reshape(shape).cpu().contiguous()
         specs[path] = LowRankSpec(a.shape[0], alpha=a.shape[0])
-        missed[path] = (float((change - b @ a).norm()), float(change.norm()))
+        norms[path] = (float((change - b @ a).norm()), float(change.norm()))
     if not specs:
-        raise UserError(f"the adapter {name!r} has no low-rank layers, only weights trained in full: nothing to export")
-    whole = records(model)[name].whole
-    for path in whole:
+        raise UserError(
+            f"the adapter {name!r} has no low-rank layers, only weights trained in full; there is nothing to export"
+        )
+    modules_in_full = state_of(model).adapters[name].modules_in_full
+    for path in modules_in_full:
         for key, tensor in model.get_submodule(path).state_dict(prefix=f"{path}." if path else "").items():
             tensors[f"{PREFIX}{key}"] = tensor.detach().cpu().clone()
-    rows = rows_contents(model)
+    rows = token_row_contents(model)
     tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     ids = {path: ids for path, (ids, _) in rows.items()}
-    config = peft_config(getattr(model, "name_or_path", None) or None, specs, whole, ids)
+    config = peft_config(getattr(model, "name_or_path", None) or None, specs, modules_in_full, ids)
     write_adapter(Path(folder), tensors, config, metadata(specs, {}, {}, new_tokens(model)))
-    errors = {path: miss / size if size else 0.0 for path, (miss, size) in missed.items()}
-    size = math.sqrt(sum(size**2 for _, size in missed.values()))
-    return LoRAExport(rank, errors, math.sqrt(sum(m**2 for m, _ in missed.values())) / size if size else 0.0)
+    errors = {path: error / size if size else 0.0 for path, (error, size) in norms.items()}
+    size = math.sqrt(sum(size**2 for _, size in norms.values()))
+    return LoRAExport(rank, errors, math.sqrt(sum(e**2 for e, _ in norms.values())) / size if size else 0.0)
 
 
-def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] with BA the best approximation of rank r = min(rank, out, in) to a matrix [out, in]."""
+def best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, in] and B [out, r] whose BA is the best approximation of a matrix [out, in], r = min(rank, out, in).
+
+    Uses the exact SVD up to `MAX_EXACT_SVD`, and a randomized one above.
+    """
     rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= 1024:
+    if min(matrix.shape) <= MAX_EXACT_SVD:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:  # randomized: the exact one takes minutes at 4096
+    else:
         u, s, v = torch.svd_lowrank(matrix, q=min(2 * rank + 16, *matrix.shape), niter=4)
         vh = v.T
     root = s[:rank].sqrt()

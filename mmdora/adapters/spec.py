@@ -9,17 +9,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """One named adapter on one layer: W' = W + sBA, with a magnitude of its own for every row where `use_dora`."""
+    """The settings of one named adapter on one layer.
 
-    rank: int  # 0: the magnitude alone is learnt
+    LoRA computes with W' = W + sBA. With `use_dora`, W' = m ⊙ (W + sBA) / ‖W + sBA‖.
+    """
+
+    rank: int  # r; 0 trains only the magnitude
     alpha: float
-    dropout: float = 0.0
+    dropout: float = 0.0  # probability, on the input of the low-rank branch
     use_rslora: bool = False
     use_dora: bool = False
-    use_vera: bool = False  # A and B are random, shared and frozen; a factor for each of their rows is learnt
-    peft_dropout: bool = False  # DoRA: the dropped input also reaches the base product that the gain scales
-    forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: x meets A and B, or W + sBA
+    use_vera: bool = False  # A and B are random, shared and frozen; a factor for each of their rows is trained
+    peft_dropout: bool = False  # DoRA: apply dropout also to the x of the base product that the gain scales, as PEFT
+    forward: Literal["auto", "exact", "merged"] = "auto"  # linear layers: multiply x by A and B, or by W + sBA
 
     @property
     def scale(self) -> float:
+        """s = alpha / r, with rsLoRA alpha / √r; 1 for rank 0."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank) if self.rank else 1.0

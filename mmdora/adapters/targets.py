@@ -1,4 +1,4 @@
-"""Which layers of a part `targets`, `exclude` and the patterns of a config mean."""
+"""Resolve a config's `targets`, `exclude` and patterns to the layers of a part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdora.adapters.layers.base import AdapterLayer
 from mmdora.adapters.layers.experts import expert_parameters
-from mmdora.adapters.layers.wrapping import layer_kind
+from mmdora.adapters.layers.wrapping import layer_class
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, unused_blocks
@@ -20,68 +20,73 @@ Choice = str | list[str]
 
 
 def resolve_targets(model: nn.Module, part: str, region: Region, config: PartConfig, key: str = "targets") -> list[str]:
-    """Full paths of the layers that the config's `key` names inside the part, without what it excludes.
+    """Return the full paths of the layers that the config's `key` selects in the part, without the excluded ones.
 
-    `all-linear`; a regular expression over the path inside the part; or names that match as dotted suffixes inside
-    it. Blocks of a vision encoder whose output nothing reads are left out. Raises UserError for a choice that names
-    nothing, or a layer that can have no adapter.
+    The value is `all-linear`, a regular expression for the path inside the part, or a list of names that are matched
+    as dotted suffixes inside the part. Blocks of a vision encoder whose output is not used are skipped.
+
+    Raises:
+        UserError: If nothing is selected, a name matches nothing, or a selected layer cannot have a low-rank adapter.
     """
     choice: Choice = getattr(config, key)
     path, inside = region.path, layers_inside(model, region)
     if choice == "all-linear":
-        # Left out of the root's, as in PEFT: the output embedding, which is often tied to the input's.
+        # As in PEFT, without the output embeddings, which are often tied to the input embeddings.
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [p for p, m in inside.items() if is_linear(m) and m is not head]
-        if not found and is_linear(model.get_submodule(path)):
+        selected = [p for p, m in inside.items() if is_linear(m) and m is not head]
+        if not selected and is_linear(model.get_submodule(path)):
             return [path]
     else:
-        found = _chosen(choice, inside, f"parts.{part}.{key}")
+        selected = _select(choice, inside, f"parts.{part}.{key}")
     if config.exclude:
-        excluded = set(_chosen(config.exclude, inside, f"parts.{part}.exclude"))
-        found = [p for p in found if p not in excluded]
+        excluded = set(_select(config.exclude, inside, f"parts.{part}.exclude"))
+        selected = [p for p in selected if p not in excluded]
     if config.last_blocks is not None:
-        chosen = tuple(f"{block}." for block in last_blocks(model, part, region, config.last_blocks))
-        found = [p for p in found if join(path, p).startswith(chosen)]
-    if not found:
+        blocks = tuple(f"{block}." for block in last_blocks(model, part, region, config.last_blocks))
+        selected = [p for p in selected if join(path, p).startswith(blocks)]
+    if not selected:
         raise UserError(f"parts.{part}.{key}: {choice!r} matches no layer of the part. {_examples(inside)}")
-    for p in found:
+    for p in selected:
         layer = inside[p]
-        if isinstance(layer, nn.Module) and layer_kind(layer) is None:
-            kind = type(layer).__name__
-            raise UserError(f"parts.{part}.{key}: {join(path, p)} is a {kind}, which can have no low-rank adapter")
-    return [join(path, p) for p in found]
+        if isinstance(layer, nn.Module) and layer_class(layer) is None:
+            raise UserError(
+                f"parts.{part}.{key}: {join(path, p)} is a {type(layer).__name__}, which cannot have a low-rank adapter"
+            )
+    return [join(path, p) for p in selected]
 
 
 def layers_inside(model: nn.Module, region: Region) -> dict[str, nn.Module | nn.Parameter]:
-    """Every module of the part, and every parameter that holds the weights of many experts, by path inside the part."""
+    """Return every module of the part, and every parameter that holds all experts' weights, by path inside the part."""
     unused = unused_blocks(model, region)
     path = region.path
     inside: dict[str, nn.Module | nn.Parameter] = {}
-    below: list[str] = []  # what adapters brought
+    adapted: list[str] = []  # paths of adapter layers, whose children belong to the adapters
     for p, m in model.get_submodule(path).named_modules():
         if not region.holds(join(path, p)):
             continue
-        if p and not any(p.startswith(f"{b}.") for b in below):
+        if p and not any(p.startswith(f"{b}.") for b in adapted):
             inside[p] = m
             inside |= {f"{p}.{name}": weight for name, weight in expert_parameters(m).items()}
         if isinstance(m, AdapterLayer):
-            below.append(p)
+            adapted.append(p)
     return {p: m for p, m in inside.items() if not any(join(path, p).startswith(f"{block}.") for block in unused)}
 
 
 def is_linear(module: nn.Module | nn.Parameter) -> bool:
-    """What `all-linear` means: `nn.Linear`, quantized or not, and transformers' Conv1D."""
+    """Return whether `all-linear` selects the module: `nn.Linear`, quantized or not, and transformers' Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "AdaptedConv1D")
 
 
 def is_weight(module: nn.Module | nn.Parameter) -> bool:
-    """What a report counts as a layer that could be tuned: linear layers, and the weights of experts."""
+    """Return whether a report lists the module as skipped if it is not adapted: linear layers and expert weights."""
     return isinstance(module, nn.Parameter) or is_linear(module)
 
 
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first that matches the end of the path. Raises
-    UserError."""
+    """Return the value of the first pattern that matches the end of the path, as PEFT does for `rank_pattern`.
+
+    Raises UserError for a pattern that is not a regular expression.
+    """
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -92,7 +97,7 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
 
 
-def _chosen(choice: Choice, inside: Mapping[str, object], key: str) -> list[str]:
+def _select(choice: Choice, inside: Mapping[str, object], key: str) -> list[str]:
     if isinstance(choice, str):
         try:
             return [p for p in inside if re.fullmatch(choice, p)]
@@ -102,9 +107,9 @@ def _chosen(choice: Choice, inside: Mapping[str, object], key: str) -> list[str]
     def named(name: str) -> Callable[[str], bool]:
         return lambda p: p == name or p.endswith(f".{name}")
 
-    idle = [name for name in choice if not any(map(named(name), inside))]
-    if idle:
-        raise UserError(f"{key}: nothing in the part is named {idle[0]!r}. {_examples(inside)}")
+    unmatched = [name for name in choice if not any(map(named(name), inside))]
+    if unmatched:
+        raise UserError(f"{key}: nothing in the part is named {unmatched[0]!r}. {_examples(inside)}")
     return [p for p in inside if any(named(name)(p) for name in choice)]
 
 
@@ -114,4 +119,5 @@ def _examples(inside: Mapping[str, Any]) -> str:
 
 
 def join(prefix: str, path: str) -> str:
+    """Join two dotted paths, either of which may be empty."""
     return ".".join(filter(None, (prefix, path)))

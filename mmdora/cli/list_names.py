@@ -46,7 +46,7 @@ def _config_rows() -> list[tuple[str, ...]]:
     """Return the shipped configs, each with the first sentence of its comment."""
     from mmdora.core.config_files import shipped_configs
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path in shipped_configs():
         _, *lines = path.read_text(encoding="utf-8").splitlines()  # the first line is the launch command
         comment = takewhile(lambda line: line.startswith("#"), lines)

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmdora.core.errors import UserError
 from mmdora.core.registry import Registry, nearest
+from mmdora.models.model_state import state_of
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +134,13 @@ def architecture_of(model: nn.Module) -> Architecture:
         return Architecture()
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    if "_mmdora_guess" not in model.__dict__:  # kept on the model, so that it is made and told once
-        guess = model.__dict__["_mmdora_guess"] = guess_architecture(model, config)
-        if guess.parts:
-            found = ", ".join(f"{part}: {' + '.join(paths)}" for part, paths in guess.parts.items())
+    state = state_of(model)
+    if state.guessed_parts is None:  # kept on the model, so that the guess is made and logged once
+        state.guessed_parts = guess_architecture(model, config).parts
+        if state.guessed_parts:
+            found = ", ".join(f"{part}: {' + '.join(paths)}" for part, paths in state.guessed_parts.items())
             log.warning("the family %r has no entry in ARCHITECTURES; its parts were guessed: %s", model_type, found)
-    return model.__dict__["_mmdora_guess"]
+    return Architecture(state.guessed_parts)
 
 
 # What families call the layers between the towers, where these are inside the vision encoder.

@@ -7,8 +7,6 @@ around `scaled_dot_product_attention`: the same function, with layers that can b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,19 +138,3 @@ def explicit_attention(model: nn.Module) -> int:
     for parent, name, child in found:
         setattr(parent, name, ExplicitAttention.from_multihead(child))
     return len(found)
-
-
-def explicit_where_named(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Make those attentions explicit whose `q_proj`, `k_proj`, `v_proj` or `out_proj` is among the layer `paths`.
-
-    Returns what was replaced, as (parent, name, attention).
-    """
-    parents = {path.rpartition(".")[0] for path in paths if path.endswith(("q_proj", "k_proj", "v_proj", "out_proj"))}
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    for path, module in list(model.named_modules()):
-        if path in parents and path and isinstance(module, nn.MultiheadAttention):
-            above, _, leaf = path.rpartition(".")
-            parent = model.get_submodule(above)
-            setattr(parent, leaf, ExplicitAttention.from_multihead(module))
-            replaced.append((parent, leaf, module))
-    return replaced

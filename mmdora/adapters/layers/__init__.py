@@ -1,1 +1,1 @@
-"""Layers with adapters, one file per kind of layer."""
+"""Layers with adapters: one file for each kind of layer."""

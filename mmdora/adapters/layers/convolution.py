@@ -1,4 +1,4 @@
-"""Adapters on convolutions of one, two and three dimensions, grouped or not."""
+"""Adapters on 1D, 2D and 3D convolutions, with any number of groups."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from mmdora.adapters.layers.base import AdapterLayer, Shapes
 
 
 class AdaptedConv(AdapterLayer, _ConvNd):
-    """Convolutions of one to three dimensions. The matrix is [out, in / groups · kernel]: A looks at a kernel's window,
-    and is the same for every group; B mixes what it found. So every rank fits every number of groups."""
+    """A convolution with adapters; the matrix of its weight is [out, in / groups · kernel].
 
-    convolve: ClassVar[Any]
+    A is a convolution with the layer's kernel, shared by all groups. B is a grouped 1x1 convolution from r channels for
+    each group to the output channels. So any rank fits any number of groups.
+    """
+
+    convolve: ClassVar[Any]  # torch.nn.functional's function
 
     @property
     def in_peft(self) -> bool:  # type: ignore[override]
-        # PEFT leaves dilation and padding modes out of A, and its A sees all groups at once.
+        # PEFT's A ignores dilation and the padding mode, and reads the channels of all groups.
         return self.groups == 1 and set(self.dilation) == {1} and self.padding_mode == "zeros"
 
     @staticmethod
@@ -36,7 +39,7 @@ class AdaptedConv(AdapterLayer, _ConvNd):
         return matrix.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
-        if x.dim() == len(self.kernel_size) + 1:  # a picture without a batch
+        if x.dim() == len(self.kernel_size) + 1:  # an input without a batch dimension
             return self.adapted(x[None], name)[0]
         spec = self.specs[name]
         dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else x
@@ -48,17 +51,17 @@ class AdaptedConv(AdapterLayer, _ConvNd):
         ones = [1] * len(self.kernel_size)
         if spec.rank:
             a, b = (getattr(self, attribute)[name].to(x.dtype) for attribute in self.low_rank)
-            # Groups go into the batch for A, which is the same for all of them, and come back for B.
-            groups = dropped.unflatten(1, (self.groups, -1)).flatten(0, 1)
-            h = self._low_rank(groups, a).unflatten(0, (-1, self.groups)).flatten(1, 2)
+            # A is shared by all groups, so they are moved into the batch dimension for A and back for B.
+            grouped = dropped.unflatten(1, (self.groups, -1)).flatten(0, 1)
+            h = self._apply_a(grouped, a).unflatten(0, (-1, self.groups)).flatten(1, 2)
             y = y + spec.scale * type(self).convolve(h, b, groups=self.groups)
         if spec.use_dora:
             y = y * self.gain(name).to(y.dtype).view(-1, *ones)
         y = y if rest is None else y + rest
         return y if bias is None else y + bias.to(y.dtype).view(-1, *ones)
 
-    def _low_rank(self, x: Tensor, a: Tensor) -> Tensor:
-        """Convolve with A as the layer does with its weight."""
+    def _apply_a(self, x: Tensor, a: Tensor) -> Tensor:
+        """Convolve x with A, with the layer's own stride, padding and dilation."""
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

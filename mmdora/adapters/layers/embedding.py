@@ -11,8 +11,11 @@ from mmdora.models.new_tokens import scaled
 
 
 class AdaptedEmbedding(AdapterLayer, nn.Embedding):
-    """`nn.Embedding`, as in PEFT: the matrix is [width, vocabulary], so that a magnitude scales one dimension of every
-    token. There is no input to drop; PEFT, whose directories may say otherwise, drops nothing here either."""
+    """`nn.Embedding` with adapters, as in PEFT.
+
+    The matrix is [width, vocabulary], so a magnitude scales one dimension of all tokens. Dropout does not apply, since
+    the input is token ids; PEFT ignores `lora_dropout` here too.
+    """
 
     low_rank = ("lora_embedding_A", "lora_embedding_B")
     file_suffix = ""
@@ -26,7 +29,7 @@ class AdaptedEmbedding(AdapterLayer, nn.Embedding):
         return Shapes((rank, module.num_embeddings), (width, rank), (width,))
 
     def initialize(self, a: Tensor, b: Tensor, generator: torch.Generator) -> None:
-        """A zero, B normal: tokens that are never seen keep their direction."""
+        """Initialize A as zero and B normal, so that tokens which never occur keep their direction."""
         nn.init.zeros_(a)
         b.copy_(torch.empty(b.shape, device=a.device).normal_(generator=None if a.is_meta else generator))
 

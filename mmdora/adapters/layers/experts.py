@@ -1,8 +1,8 @@
-"""Adapters on expert weights that a mixture-of-experts block holds as one parameter [experts, out, in] (Mixtral, Qwen).
+"""Adapters on a mixture-of-experts block, whose experts share one parameter [experts, out, in] (Mixtral, Qwen).
 
-Such a block multiplies by slices of its parameter, in ways of its own. So the adapted weight is built whole at every
-forward pass and stands in the parameter's place while the block runs; the backward pass reads what the block itself
-has saved of it. PEFT has no DoRA for these weights.
+Such a block multiplies by slices of its parameter in code of its own. So the adapted weight W' of all experts is built
+in every forward pass and replaces the parameter while the block runs. The backward pass uses what the block's own
+operations saved of W'. PEFT has no DoRA for these weights.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
-from mmdora.adapters.ops.functional import MergedWeightFunction
+from mmdora.adapters.ops.autograd import MergedWeightFunction
 from mmdora.core.deepspeed import true_shape
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters [experts, …, …] of a module that says how many experts it has."""
+    """Return the parameters [experts, ., .] of a module that has the attribute `num_experts`, by name."""
     experts = getattr(module, "num_experts", None)
     return {
         name: parameter
@@ -28,7 +28,7 @@ def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class AdaptedExperts(AdapterLayer):
-    """The adapters of one such parameter, as a child `<parameter>_adapter` of the block that holds it."""
+    """The adapters of one such parameter: a child `<parameter>_adapter` of the block that owns the parameter."""
 
     takes_dropout = False
     in_peft = False
@@ -66,16 +66,16 @@ class AdaptedExperts(AdapterLayer):
         return self.lora_magnitude_vector[name] if self.specs[name].use_dora else None
 
     def forward(self) -> Tensor:  # type: ignore[override]
-        """The weight with the active adapter, in the parameter's own shape and dtype."""
-        if self.rows is not None:
-            raise ValueError("the weights of experts cannot take adapters row by row: tokens of all rows share them")
-        return self._with(self.active, self.weight)
+        """Return W' of the active adapter, in the parameter's own shape and dtype."""
+        if self.row_adapters is not None:
+            raise ValueError("adapters_by_row does not work for expert weights: tokens of all rows share them")
+        return self._output(self.weight, self.active)
 
     def plain(self, x: Tensor) -> Tensor:
         return x
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
-        """The block multiplies, not its weights: what comes in and goes out here is the weight itself."""
+        """Return W' for the weight x; the block itself does the multiplication."""
         spec = self.specs[name]
         magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
         merged = MergedWeightFunction.apply(self.matrix(), *self.factors(name), magnitude, norm, spec.scale)
@@ -93,11 +93,11 @@ class AdaptedExperts(AdapterLayer):
 
 
 class AdaptedBlock(nn.Module):
-    """Mixed into the class of a block of experts."""
+    """Mixin for the class of a block of experts: sets the adapted weights for its forward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = [child for child in self.children() if isinstance(child, AdaptedExperts)]
-        # An instance's own attribute comes before its registered parameter of the same name.
+        # An attribute in the instance's __dict__ takes precedence over the registered parameter of that name.
         self.__dict__.update({adapter.parameter: adapter() for adapter in adapters})
         try:
             return super().forward(*args, **kwargs)
@@ -110,8 +110,8 @@ class AdaptedBlock(nn.Module):
 
 
 def _empty_block(base: type[nn.Module]) -> nn.Module:
-    kind = _adapted_class(base)  # type: ignore[arg-type]
-    return kind.__new__(kind)
+    adapted = _adapted_class(base)  # type: ignore[arg-type]
+    return adapted.__new__(adapted)
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def adopt_experts(block: nn.Module, parameter: str) -> AdaptedExperts:
-    """The adapter layer for one parameter of the block, put there if it has none yet."""
+    """Return the adapter layer of one parameter of the block, and create it if there is none."""
     child = f"{parameter}_adapter"
     if child not in block._modules:
         if not isinstance(block, AdaptedBlock):
@@ -132,12 +132,16 @@ def adopt_experts(block: nn.Module, parameter: str) -> AdaptedExperts:
 
 
 def is_transposed(block: nn.Module) -> bool:
-    """Whether the weights are [experts, in, out], as transformers says of the families that are so (of most)."""
-    unsaid = any(kind.__name__ == "Llama4TextExperts" for kind in type(block).__mro__)
-    return unsaid or bool(getattr(block, "is_transposed", False))
+    """Return whether the weights are [experts, in, out].
+
+    transformers marks such blocks with `is_transposed`, but for Llama 4.
+    """
+    unmarked = any(base.__name__ == "Llama4TextExperts" for base in type(block).__mro__)
+    return unmarked or bool(getattr(block, "is_transposed", False))
 
 
 def expert_shapes(block: nn.Module, parameter: str, rank: int) -> Shapes:
+    """Return A [experts, r, in], B [experts, out, r] and magnitude [experts, out]."""
     experts, out, width = true_shape(block._parameters[parameter])  # type: ignore[arg-type]
     if is_transposed(block):
         out, width = width, out

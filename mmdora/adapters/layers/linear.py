@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,62 +12,75 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
-from mmdora.adapters.ops.linear_function import AdaptedLinearFunction, LinearForm, LinearTerms, as_is, transposed
+from mmdora.adapters.ops.autograd import AdaptedLinearFunction, LinearSettings, LinearTerms, as_is, transposed
+
+
+class InputGroup(Protocol):
+    """Layers that read the same tensor and are computed in one call; see `SharedInput`."""
+
+    def output(self, layer: LinearLayer, x: Tensor) -> Tensor | None: ...
+
+    def dissolve(self) -> None: ...
 
 
 class LinearLayer(AdapterLayer):
-    """What is linear in x."""
+    """A layer with adapters that computes y = xWᵀ + b."""
 
-    read: Any = staticmethod(as_is)  # how the autograd function sees the weight as a matrix [out, in]
-    siblings: Any = None  # `Siblings`: layers that are handed the same x, and do part of the work together
+    read: Any = staticmethod(as_is)  # returns the stored weight as the matrix [out, in]
+    shared_input: InputGroup | None = None  # the layers that usually read the same x as this one
 
     def matrix(self) -> Tensor:
         return self.read(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = None if self.siblings is None else self.siblings.output(self, x)
-        return super().forward(x) if shared is None else shared
+        output = None if self.shared_input is None else self.shared_input.output(self, x)
+        return super().forward(x) if output is None else output
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
         spec = self.specs[name]
         if spec.dropout and self.training and spec.peft_dropout and spec.use_dora:
-            # y = W(x − x') + b + g ⊙ (Wx' + sBAx'), x' the dropped input: what PEFT computes.
+            # As PEFT: y = W(x − x') + b + g ⊙ (Wx' + sBAx'), where x' is x after dropout.
             x = _autocast(x)
             dropped = F.dropout(x, spec.dropout)
             with _no_autocast(x.device.type):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 rest = F.linear(x - dropped, self.matrix().to(x.dtype), bias)
                 terms = self.terms(dropped, name)._replace(bias=None, dropped=None)
-                return rest + AdaptedLinearFunction.apply(dropped, (self.form(name),), False, *terms)[0]
+                return rest + AdaptedLinearFunction.apply(dropped, (self.settings(name),), False, *terms)[0]
         return linear_outputs([self], x, name)[0]
 
     def unwrap(self) -> None:
-        if self.siblings is not None:
-            self.siblings.part()
+        if self.shared_input is not None:
+            self.shared_input.dissolve()
         super().unwrap()
 
-    def form(self, name: str) -> LinearForm:
-        return LinearForm(self.specs[name].scale, self.keys[name], self.read)
+    def settings(self, name: str) -> LinearSettings:
+        """Return the adapter's scale, norm key and weight reader for the autograd function."""
+        return LinearSettings(self.specs[name].scale, self.norm_keys[name], self.read)
 
     def terms(self, x: Tensor, name: str) -> LinearTerms:
+        """Return the adapter's tensors for the autograd function, with dropout applied to x if it is on."""
         spec = self.specs[name]
         dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else None
         return LinearTerms(self.weight, self.bias, *self.factors(name), self.magnitude(name), dropped)
 
 
 def linear_outputs(layers: Sequence[LinearLayer], x: Tensor, name: str) -> Sequence[Tensor]:
-    """The outputs of several layers, each with its adapter `name`, for one x [..., in]."""
+    """Return the outputs [..., out] of several layers, each with its adapter `name`, for one x [..., in]."""
     x = _autocast(x)
     with _no_autocast(x.device.type):
         terms = [layer.terms(x, name) for layer in layers]
         merged = _merges([layer.specs[name].forward for layer in layers], terms, x)
-        forms = tuple(layer.form(name) for layer in layers)
-        return AdaptedLinearFunction.apply(x, forms, merged, *(tensor for each in terms for tensor in each))
+        settings = tuple(layer.settings(name) for layer in layers)
+        return AdaptedLinearFunction.apply(x, settings, merged, *(tensor for own in terms for tensor in own))
 
 
 def _merges(forwards: Sequence[str], terms: Sequence[LinearTerms], x: Tensor) -> bool:
-    """Whether to add BA to W. It takes as long as there are weights, twice (forward and backward), where the two
-    skinny products that it saves take as long as there are inputs and outputs."""
+    """Return whether to multiply x by W + sBA instead of by W, A and B.
+
+    Building W + sBA costs in · out · r operations, in the forward and again in the backward pass. The two products with
+    A and B that it replaces cost tokens · (in + out) · r. So it pays off for many tokens.
+    """
     if "exact" in forwards or any(t.dropped is not None or t.lora_b is None for t in terms):
         return False
     if "auto" not in forwards:
@@ -83,11 +96,13 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    # The meta device, on which `mmdora plan` runs a model, has none.
+    # The meta device, on which `mmdora plan` runs a model, has no autocast.
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class AdaptedLinear(LinearLayer, nn.Linear):
+    """`nn.Linear` with adapters."""
+
     @staticmethod
     def shapes(module: nn.Module, rank: int) -> Shapes:
         assert isinstance(module, nn.Linear)
@@ -98,7 +113,7 @@ class AdaptedLinear(LinearLayer, nn.Linear):
 
 
 class AdaptedConv1D(LinearLayer, Conv1D):
-    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored [in, out]."""
+    """transformers' `Conv1D` (GPT-2) with adapters: a linear layer whose weight is stored as [in, out]."""
 
     read = staticmethod(transposed)
 

@@ -1,7 +1,7 @@
-"""Adapters on a frozen base in 4 or 8 bits (QDoRA), with bitsandbytes; the extra `quant`.
+"""Adapters on a frozen base quantized to 4 or 8 bits by bitsandbytes (QDoRA). Needs the extra `quant`.
 
-The weight is read as a full matrix wherever it is needed and freed at once, in the forward pass and again in the
-backward pass; 8-bit layers multiply by that matrix too, more exactly than bitsandbytes' own product.
+The weight is dequantized to a full matrix in the forward pass and again in the backward pass, and freed right after.
+8-bit layers multiply by that matrix too, which is more exact than bitsandbytes' own product.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mmdora.adapters.layers.linear import AdaptedLinear
 
 class QuantizedLinear(AdaptedLinear):
     def merge(self, name: str) -> None:
-        """Become an `nn.Linear` in the dtype that the weight had before it was quantized, where that is known."""
-        if self.siblings is not None:
-            self.siblings.part()
+        """Become an `nn.Linear` with the dequantized weight, in the dtype of the bias if there is one."""
+        if self.shared_input is not None:
+            self.shared_input.dissolve()
         dtype = self.matrix().dtype if self.bias is None else self.bias.dtype
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.merged(name).to(dtype), requires_grad=False)
@@ -33,8 +33,8 @@ class QuantizedLinear(AdaptedLinear):
 class AdaptedLinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
     def adopt(self) -> None:
         super().adopt()
-        # On some CPUs bitsandbytes packs the weight anew at the first forward pass without gradients, and what reads it
-        # as a matrix then gets other numbers; after inference mode, autograd would refuse the new tensor too.
+        # On some CPUs bitsandbytes repacks the weight at the first forward pass without gradients, and dequantizing it
+        # then gives wrong values. After inference mode, autograd would also reject the new tensor.
         self.support_avx512bf16_for_cpu = False
         weight = self.weight
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -52,7 +52,7 @@ class AdaptedLinear8bit(QuantizedLinear, bnb.nn.Linear8bitLt):
 
     @property
     def read(self) -> Callable[[Tensor], Tensor]:
-        scale = getattr(self.weight, "SCB", None)  # until the first forward pass; then the layer's state has it
+        scale = getattr(self.weight, "SCB", None)  # moves to the layer's state at the first forward pass
         scale = self.state.SCB if scale is None else scale
         return partial(_from_8bit, scale=scale)
 
@@ -62,11 +62,12 @@ def _from_4bit(weight: Tensor, state: Any) -> Tensor:
 
 
 def _from_8bit(weight: Tensor, scale: Tensor) -> Tensor:
-    """Rows of int8 whose largest value stands for `scale` [out]."""
+    """Return the fp32 weight of int8 rows in which 127 stands for `scale` [out]."""
     return weight.data.float() * (scale / 127)[:, None]
 
 
-def quantized_kind(module: nn.Module) -> type[AdapterLayer] | None:
+def quantized_layer_class(module: nn.Module) -> type[AdapterLayer] | None:
+    """Return the adapter layer class for a layer of bitsandbytes; None if it has none."""
     if isinstance(module, bnb.nn.Linear4bit):
         return AdaptedLinear4bit
     return AdaptedLinear8bit if isinstance(module, bnb.nn.Linear8bitLt) else None

@@ -1,4 +1,4 @@
-"""Which modules can become adapter layers, and those of a model by path."""
+"""Turn modules of a model into adapter layers, and find them by path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mmdora.adapters.layers.base import AdapterLayer, Shape, become
+from mmdora.adapters.layers.base import AdapterLayer, Shape, change_class
 from mmdora.adapters.layers.convolution import AdaptedConv1d, AdaptedConv2d, AdaptedConv3d
 from mmdora.adapters.layers.embedding import AdaptedEmbedding
 from mmdora.adapters.layers.experts import AdaptedExperts, adopt_experts, expert_parameters, expert_shapes
@@ -24,36 +24,40 @@ LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
 }
 
 
-def layer_kind(module: nn.Module) -> type[AdapterLayer] | None:
-    """The kind of adapter layer that a module can become, or is; None where it can be none.
+def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
+    """Return the adapter layer class that a module has or can take; None if it cannot have adapters.
 
-    A subclass may compute anything, so only the classes themselves count; and embeddings that transformers scales.
+    Only the classes in `LAYERS` themselves count, since a subclass may compute anything. The exceptions are layers of
+    bitsandbytes and transformers' scaled embeddings.
     """
     if isinstance(module, AdapterLayer):
         return type(module)
     if type(module).__module__.startswith("bitsandbytes."):
-        from mmdora.adapters.layers.quantized import quantized_kind
+        from mmdora.adapters.layers.quantized import quantized_layer_class
 
-        return quantized_kind(module)
+        return quantized_layer_class(module)
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return AdaptedEmbedding
     return LAYERS.get(type(module))
 
 
 def adopt(module: nn.Module) -> AdapterLayer:
-    """The module as an adapter layer: its class changes, in place. The module must be of a kind that can."""
+    """Turn a module into an adapter layer in place, and return it. `layer_class(module)` must not be None."""
     if not isinstance(module, AdapterLayer):
-        kind = layer_kind(module)
-        assert kind is not None
+        new = layer_class(module)
+        assert new is not None
         module.__dict__["base_class"] = type(module)
-        become(module, kind)
+        change_class(module, new)
         assert isinstance(module, AdapterLayer)
         module.adopt()
     return module
 
 
 def wrap(model: nn.Module, path: str) -> AdapterLayer:
-    """The adapter layer at `path`: a module's, or that of a parameter which holds the weights of experts."""
+    """Return the adapter layer at `path`, which is created if needed.
+
+    `path` names a module, or a parameter that holds the weights of experts.
+    """
     parent, _, leaf = path.rpartition(".")
     if leaf in expert_parameters(model.get_submodule(parent)):
         return adopt_experts(model.get_submodule(parent), leaf)
@@ -61,16 +65,16 @@ def wrap(model: nn.Module, path: str) -> AdapterLayer:
 
 
 def takes_dropout(model: nn.Module, path: str) -> bool:
-    """Whether dropout means anything to the layer at `path`."""
+    """Return whether the layer at `path` has an input to which dropout can apply."""
     parent, _, leaf = path.rpartition(".")
     if leaf in expert_parameters(model.get_submodule(parent)):
         return AdaptedExperts.takes_dropout
-    kind = layer_kind(model.get_submodule(path))
-    return kind is not None and kind.takes_dropout
+    layer = layer_class(model.get_submodule(path))
+    return layer is not None and layer.takes_dropout
 
 
 def tensor_shapes(model: nn.Module, path: str, spec: LowRankSpec) -> dict[str, Shape] | None:
-    """The shapes of the tensors that such an adapter would have there; None where there can be none."""
+    """Return the shapes of an adapter's tensors at `path`; None if no layer there can have adapters."""
     parent, _, leaf = path.rpartition(".")
     try:
         holder = model.get_submodule(parent)
@@ -79,12 +83,12 @@ def tensor_shapes(model: nn.Module, path: str, spec: LowRankSpec) -> dict[str, S
         module = model.get_submodule(path)
     except AttributeError:
         return None
-    kind = layer_kind(module)
-    return None if kind is None else kind.named_shapes(kind.shapes(module, spec.rank), spec)
+    layer = layer_class(module)
+    return None if layer is None else layer.named_shapes(layer.shapes(module, spec.rank), spec)
 
 
 def adapter_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every adapter layer with its path; only those that have an adapter called `name`, where one is given."""
+    """Yield every adapter layer with its path; with `name`, only those that have an adapter of that name."""
     for path, module in model.named_modules():
         if isinstance(module, AdapterLayer) and (name is None or name in module.specs):
             yield path.removesuffix("_adapter") if isinstance(module, AdaptedExperts) else path, module

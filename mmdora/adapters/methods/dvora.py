@@ -29,7 +29,7 @@ class DVoRA(LoRA):
 
     def plan(self, model: nn.Module, part: str, region: Region, config: PartConfig) -> PartPlan:
         from mmdora.adapters.layers.linear import LinearLayer
-        from mmdora.adapters.layers.wrapping import layer_kind
+        from mmdora.adapters.layers.wrapping import layer_class
         from mmdora.adapters.targets import resolve_targets
 
         spec = LowRankSpec(
@@ -44,7 +44,7 @@ class DVoRA(LoRA):
         plan = dict.fromkeys(resolve_targets(model, part, region, config), spec)
         modules = dict(model.named_modules())
         for layer in plan:
-            kind = layer_kind(modules[layer]) if layer in modules else None
+            kind = layer_class(modules[layer]) if layer in modules else None
             if kind is None or not issubclass(kind, LinearLayer):
                 raise UserError(f"parts.{part}.targets: dvora adapts linear layers only, and {layer} is not linear")
         return PartPlan(plan)
@@ -53,7 +53,7 @@ class DVoRA(LoRA):
         import torch
         from torch import nn
 
-        from mmdora.adapters.layers.base import Projection
+        from mmdora.adapters.layers.base import SharedVeRA
         from mmdora.adapters.layers.wrapping import wrap
 
         wrapped = {layer: wrap(model, layer) for layer in layers}
@@ -66,6 +66,6 @@ class DVoRA(LoRA):
         generator = torch.Generator().manual_seed(layer_seed(region.path))
         for matrix in (a, b):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
-        shared = Projection(a.to(device), b.to(device))
+        shared = SharedVeRA(a.to(device), b.to(device))
         for layer, adapter in wrapped.items():
             adapter.add_adapter(name, layers[layer], shared=shared)

@@ -1,1 +1,1 @@
-"""The arithmetic of LoRA and DoRA: pure functions, autograd functions, Triton kernels, and the cache of norms."""
+"""The arithmetic of LoRA and DoRA: pure functions, autograd functions, Triton kernels and the norm cache."""

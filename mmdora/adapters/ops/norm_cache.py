@@ -1,8 +1,9 @@
-"""When DoRA's norms are computed: at every forward pass, or once inside `weights_fixed`.
+"""A cache of DoRA's norms: inside `weights_fixed` each norm is computed once, outside at every forward pass.
 
-‖W + sBA‖ changes only when A or B do. Nothing on a tensor says reliably that it has changed (DeepSpeed's bf16
-optimizers do not move `Parameter._version`), so a norm is kept only where somebody who knows says that nothing will:
-the trainer, from the start of an optimizer step to its update. Without a scope nothing is kept, and nothing is stale.
+‖W + sBA‖ changes only when A or B change, but a tensor does not say reliably that it has changed: DeepSpeed's bf16
+optimizers do not increase `Parameter._version`. So norms are cached only inside a scope whose caller guarantees that no
+weight changes. The trainer opens it at the start of an optimizer step and closes it before the update. Outside such a
+scope nothing is cached, so no norm can be stale.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from torch import Tensor
 
 from mmdora.adapters.ops.functional import dora_norm
 
-_kept: dict[int, Tensor] | None = None
+_cached: dict[int, Tensor] | None = None
 _keys = itertools.count(1)
 
 
 def new_key() -> int:
-    """A number for one adapter on one layer, unique in this process."""
+    """Return a new cache key for one adapter on one layer, unique in this process."""
     return next(_keys)
 
 
 def fix_weights(fixed: bool) -> None:
-    """Begin (a new scope, empty) or end keeping norms; for callbacks, which cannot hold a `with` open."""
-    global _kept
-    _kept = {} if fixed else None
+    """Open a new, empty scope (True) or close it (False). For callbacks, which cannot use a `with` block."""
+    global _cached
+    _cached = {} if fixed else None
 
 
 @contextmanager
 def weights_fixed() -> Iterator[None]:
-    """Inside the block no weight and no adapter may change; every norm is computed once, at its first use."""
+    """Cache every norm at its first use inside the block, in which no weight and no adapter may change."""
     fix_weights(True)
     try:
         yield
@@ -43,12 +44,16 @@ def weights_fixed() -> Iterator[None]:
 
 @torch.library.custom_op("mmdora::norm", mutates_args=())
 def norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
-    """‖W + sBA‖ [out] in fp32, of the adapter that `key` stands for. Opaque to torch.compile, which sees no branch."""
-    if _kept is None:
+    """Return ‖W + sBA‖ [out] in fp32, from the cache if a scope is open.
+
+    `key` identifies the adapter on its layer (`new_key`). A custom operator, since torch.compile could not trace the
+    branch on the cache.
+    """
+    if _cached is None:
         return dora_norm(weight, lora_a, lora_b, scale)
-    if key not in _kept:
-        _kept[key] = dora_norm(weight, lora_a, lora_b, scale)
-    return _kept[key].clone()  # an operator's output may not alias another's
+    if key not in _cached:
+        _cached[key] = dora_norm(weight, lora_a, lora_b, scale)
+    return _cached[key].clone()  # outputs of an operator must not alias each other
 
 
 @norm.register_fake

@@ -1,8 +1,8 @@
-"""Triton kernels for what `AdaptedLinearFunction` does beside matrix products, in one pass over the activations or the
-weights each.
+"""Triton kernels for the steps of `AdaptedLinearFunction` between the large matrix products.
 
-Products with A and B are skinny: they cost memory traffic, not arithmetic. So the one with B rides on the pass that
-scales the output, and the one with B again on the pass that scales the output's gradient. Sums are in fp32.
+Each kernel reads the activations or the weight once. Products with A and B are limited by memory traffic, not by
+arithmetic, so the product with B is fused into the pass that scales the output and, in the backward pass, into the one
+that scales the output's gradient. Sums are in fp32.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # of an activation, a program
+ROWS = 64  # rows of an activation per program
 COLUMNS = 64
-RANKS = 128  # at most so many columns of B at once
-WEIGHT_ROWS = 32  # of a weight, a program: few, since one program goes over whole rows
+RANKS = 128  # at most this many columns of B at once
+WEIGHT_ROWS = 32  # rows of a weight per program; few, since a program reads whole rows
 
 
 @triton.jit
@@ -53,20 +53,21 @@ def _epilogue(
 def epilogue(
     u: Tensor, h: Tensor | None, b: Tensor | None, gain: Tensor | None, bias: Tensor | None, keep: bool
 ) -> Tensor:
-    """y = g ⊙ (u + hBᵀ) + b for u [rows, out], h [rows, r], B [out, r], g [out] in fp32 and b [out].
+    """Return y = g ⊙ (u + hBᵀ) + b for u [rows, out], h [rows, r], B [out, r], g [out] in fp32 and b [out].
 
-    Writes over u: y itself, or with `keep` the sum u + hBᵀ, beside a new y. h may be a slice of wider rows.
+    u is overwritten: with y itself, or with `keep` by the sum u + hBᵀ, and y is then a new tensor. h may be a slice of
+    wider rows.
     """
     rows, columns = u.shape
     y = torch.empty_like(u) if keep else u
     rank = 0 if h is None else h.shape[1]
-    some = max(16, min(RANKS, triton.next_power_of_2(rank)))
+    block = max(16, min(RANKS, triton.next_power_of_2(rank)))
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
     _epilogue[grid](
         u, u if h is None else h, u if b is None else b, u if gain is None else gain, u if bias is None else bias, y,
         rows, columns, rank, 0 if h is None else h.stride(0),
         HAS_LOW_RANK=h is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, KEEP=keep,
-        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=some,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=block,
     )  # fmt: skip
     return y
 
@@ -89,7 +90,7 @@ def _gradients(
             out = tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
             partial = tl.sum(gradient * out, axis=0)
             gradient *= tl.load(gain + column, mask=column < columns, other=0.0)[None, :]
-            if tl.program_id(1) == 0:  # programs that share these rows all compute this; one writes it
+            if tl.program_id(1) == 0:  # all programs of these rows compute this; one stores it
                 tl.store(dm + tl.program_id(0).to(tl.int64) * columns + column, partial, mask=column < columns)
                 if SCALED:
                     tl.store(du + place, gradient.to(du.dtype.element_ty), mask=inside)
@@ -108,23 +109,23 @@ def _gradients(
 def gradients(
     dy: Tensor, u: Tensor | None, gain: Tensor | None, b: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """du = dy ⊙ g, dh = du B and Σ dy ⊙ u over the rows, for dy and u [rows, out], g [out] in fp32, B [out, r].
+    """Return du = dy ⊙ g, dh = du B and Σ dy ⊙ u over the rows, for dy and u [rows, out], g [out] in fp32, B [out, r].
 
-    Without a gain, or unless `scaled`, du is dy itself. Without a gain there is no sum, without B no dh.
+    Without a gain, or if `scaled` is false, du is dy itself. The sum is None without a gain, and dh is None without B.
     """
-    dy = dy.contiguous()  # autograd may hand on an expanded gradient
+    dy = dy.contiguous()  # autograd may pass an expanded gradient
     rows, columns = dy.shape
     rank = 0 if b is None else b.shape[1]
-    some = max(16, min(RANKS, triton.next_power_of_2(rank)))
+    block = max(16, min(RANKS, triton.next_power_of_2(rank)))
     blocks = triton.cdiv(rows, ROWS)
     du = dy if gain is None or not scaled else torch.empty_like(dy)
     dh = None if b is None else dy.new_empty(rows, rank)
     dm = None if gain is None else dy.new_empty(blocks, columns, dtype=torch.float32)
-    _gradients[(blocks, max(1, triton.cdiv(rank, some)))](
+    _gradients[(blocks, max(1, triton.cdiv(rank, block)))](
         dy, dy if u is None else u, dy if gain is None else gain, dy if b is None else b,
         du, dy if dh is None else dh, dy if dm is None else dm, rows, columns, rank,
         HAS_LOW_RANK=b is not None, HAS_GAIN=gain is not None, SCALED=scaled,
-        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=some,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANKS=block,
     )  # fmt: skip
     return du, dh, None if dm is None else dm.sum(0)
 
@@ -165,14 +166,14 @@ def _merge(
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, gain: Tensor | None) -> Tensor:
-    """g ⊙ (W + BA) [out, in], for W, A [r, in] and B [out, r] in one dtype and g [out] in fp32."""
+    """Return g ⊙ (W + BA) [out, in], for W, A [r, in] and B [out, r] of one dtype and g [out] in fp32."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     _over_weights(weight, a, b, 1.0, gain, out, None)
     return out
 
 
 def norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """‖W + sBA‖ [out] over the rows of W [out, in], for A [r, in] and B [out, r]; sums in fp32, and no BA is kept."""
+    """Return ‖W + sBA‖ [out] of the rows of W [out, in], for A [r, in] and B [out, r]; sums in fp32, stores no BA."""
     norms = weight.new_empty(weight.shape[0], dtype=torch.float32)
     _over_weights(weight, a, b, scale, None, None, norms)
     return norms
