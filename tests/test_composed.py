@@ -360,5 +360,5 @@ def test_the_readme_names_the_base_models_on_the_hub(folder, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == [encoder["name"], "lmsys/vicuna-7b-v1.5"]
     assert f"- vision encoder: `{encoder['name']}` (type `clip`, pretrained `refs/pr/8`)" in card
-    assert "transformers loads it without mmdora" in card
+    assert "transformers loads the model without mmdora" in card
     assert "import mmdora" not in card

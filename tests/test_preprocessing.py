@@ -117,8 +117,8 @@ def test_pad_to_square_is_an_error_for_other_crops_and_composed_models(tmp_path)
         compose(tmp_path, pad_to_square=True)
 
 
-def test_a_run_and_its_merged_model_pad(base, padded, tmp_path):
-    """Training, evaluation and chat use the padding processor, and plain transformers loads it with the merged model."""
+def test_a_run_and_its_merged_model_pad(base, padded, tmp_path, capsys):
+    """Training, evaluation and chat use the padding processor, and plain transformers loads it after the merge."""
     write_image(tmp_path / "wide.png", size=SHAPES["wide"])
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "one of two"}]
     rows = [{"id": "0", "image": "wide.png", "conversations": turns}]
@@ -132,6 +132,13 @@ def test_a_run_and_its_merged_model_pad(base, padded, tmp_path):
     ]
     assert command("train", "quickstart", *settings) == 0
     assert command("merge", str(run), str(merged)) == 0
+    assert (
+        f"{merged} loads with AutoModelForImageTextToText and AutoProcessor, without mmdora" in capsys.readouterr().out
+    )
+    card = (merged / "README.md").read_text()
+    assert f"Base model: `{base.name}`" in card
+    assert 'AutoProcessor.from_pretrained("merged")' in card
+    assert str(tmp_path.parent) not in card
     image = Image.open(tmp_path / "wide.png")
     for processor in (load_target(str(run)).processor, AutoProcessor.from_pretrained(merged)):
         assert torch.equal(pixels(processor, image), pixels(padded, image))

@@ -29,7 +29,7 @@ from mmdora.core.errors import UserError
 from mmdora.models.composed_processor import image_token, make_processor, video_token
 from mmdora.models.llava_resampler import LlavaResamplerConfig, LlavaResamplerForConditionalGeneration
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
-from mmdora.models.model_card import describe_parts
+from mmdora.models.model_card import describe_parts, public_name
 from mmdora.models.projectors import IDENTITY, make_linear
 from mmdora.models.resampler import Resampler
 from mmdora.models.vision_encoders import VISION_ENCODERS
@@ -72,6 +72,8 @@ def compose(config: ModelConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
         model = assemble(llava, tower, language_model, config.language_model.path)
         probe.check(model, config.language_model.path)
         model.config.composed_of = describe_parts(config)
+        for part in (tower, language_model):  # transformers would save local paths in config.json
+            part.config.name_or_path = public_name(part.config.name_or_path)
         if config.projector == "linear":
             make_linear(model.model.multi_modal_projector)
     if config.attention is not None:

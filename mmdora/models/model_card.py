@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from mmdora.core.config import ModelConfig
+from mmdora.core.config_files import find_path
 
 NEEDS_MMDORA = """\
 Some of its classes are part of mmdora, not of transformers. **Import `mmdora.models` before you load the model**: that
 registers the classes with the Auto classes. Without mmdora the model does not load."""
-WITHOUT_MMDORA = "transformers loads it without mmdora."
+WITHOUT_MMDORA = "transformers loads the model without mmdora."
 
 
 def describe_parts(config: ModelConfig) -> dict[str, str]:
@@ -22,10 +23,10 @@ def describe_parts(config: ModelConfig) -> dict[str, str]:
     assert config.vision_encoder is not None
     assert config.language_model is not None
     encoder = config.vision_encoder
-    parts = {"vision_encoder_type": encoder.type, "vision_encoder": _public_name(encoder.name)}
+    parts = {"vision_encoder_type": encoder.type, "vision_encoder": public_name(encoder.name)}
     if encoder.pretrained is not None:
-        parts["vision_encoder_pretrained"] = _public_name(encoder.pretrained)
-    return parts | {"projector": config.projector, "language_model": _public_name(config.language_model.path)}
+        parts["vision_encoder_pretrained"] = public_name(encoder.pretrained)
+    return parts | {"projector": config.projector, "language_model": public_name(config.language_model.path)}
 
 
 def write_model_card(model: PreTrainedModel, folder: Path, needs_mmdora: bool) -> None:
@@ -37,7 +38,7 @@ def write_model_card(model: PreTrainedModel, folder: Path, needs_mmdora: bool) -
 
 def _model_card(model: PreTrainedModel, name: str, needs_mmdora: bool) -> str:
     parts: dict[str, str] = getattr(model.config, "composed_of", None) or {}
-    base = _public_name(getattr(model.config, "_name_or_path", "") or "")
+    base = public_name(getattr(model.config, "_name_or_path", "") or "")
     names = [parts["vision_encoder"], parts["language_model"]] if parts else [base]
     on_hub = [model_id for model_id in names if model_id.count("/") == 1]
     metadata = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
@@ -54,7 +55,8 @@ def _model_card(model: PreTrainedModel, name: str, needs_mmdora: bool) -> str:
         ]
     lines = [
         *("---", *metadata, "---", f"# {name}\n"),
-        f"A `{type(model).__name__}`, saved by mmdora. {NEEDS_MMDORA if needs_mmdora else WITHOUT_MMDORA}\n",
+        f"A `{type(model).__name__}`, saved by mmdora.\n",
+        f"{NEEDS_MMDORA if needs_mmdora else WITHOUT_MMDORA}\n",
         "```python",
         *(["import mmdora.models"] if needs_mmdora else []),
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -66,7 +68,7 @@ def _model_card(model: PreTrainedModel, name: str, needs_mmdora: bool) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _public_name(name: str) -> str:
-    """Return a hub id, tag or architecture as it is, and the last component of anything that can be a local path."""
-    is_local = Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+def public_name(name: str) -> str:
+    """Return a hub id, tag or architecture as it is, and only the last component of a local path."""
+    is_local = find_path(name).exists() or name.startswith(("/", "./", "../", "~"))
     return Path(name).name if is_local else name
