@@ -30,7 +30,7 @@ report = mmdora.inject_adapters(
         "language": {"method": "dora", "rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
     },
 )
-print(f"{report.trainable:,} of {report.total:,} trainable parameters ({report.percent:.1f}%)")
+print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
 image = Image.new("RGB", (96, 96), "grey")
 text = "<s>USER: <image>\nWhat is the number? ASSISTANT: 7</s>"

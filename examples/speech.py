@@ -34,7 +34,7 @@ report = mmdora.inject_adapters(
         "proj_out": {"method": "full"},  # the head of the random model is untrained; remove this line for a real one
     },
 )
-print(f"{report.trainable:,} of {report.total:,} trainable parameters ({report.percent:.1f}%)")
+print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
 features = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
 seconds = torch.arange(16000) / 16000

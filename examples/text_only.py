@@ -30,7 +30,7 @@ report = mmdora.inject_adapters(
         "lm_head": {"method": "full"},  # the head of the random model is untrained; remove this line for a real one
     },
 )
-print(f"{report.trainable:,} of {report.total:,} trainable parameters ({report.percent:.1f}%)")
+print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
 text = torch.arange(3, 35).view(2, 16)  # two sequences to memorise
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
