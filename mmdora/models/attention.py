@@ -132,21 +132,21 @@ def multihead_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def explicit_attention(model: nn.Module) -> int:
     """Replace every `nn.MultiheadAttention` inside `model`, in place. Returns how many were replaced."""
-    attentions = [
+    found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.MultiheadAttention)
     ]
-    for parent, name, child in attentions:
+    for parent, name, child in found:
         setattr(parent, name, ExplicitAttention.from_multihead(child))
-    return len(attentions)
+    return len(found)
 
 
 def explicit_where_named(model: nn.Module, paths: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Replace the attentions whose `q_proj`, `k_proj`, `v_proj` or `out_proj` is among the layer `paths`, in place.
+    """Make those attentions explicit whose `q_proj`, `k_proj`, `v_proj` or `out_proj` is among the layer `paths`.
 
-    Returns what was replaced as (parent, name, attention), so that a caller can undo it.
+    Returns what was replaced, as (parent, name, attention).
     """
     parents = {path.rpartition(".")[0] for path in paths if path.endswith(("q_proj", "k_proj", "v_proj", "out_proj"))}
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
