@@ -22,6 +22,7 @@ else:
         vocab_size=60, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
+        max_source_positions=100,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
 
@@ -36,7 +37,8 @@ report = mmdora.inject_adapters(
 )
 print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
-features = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+seconds_read = model.config.max_source_positions // 50  # 30 for the published models, 2 for the tiny one
+features = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins, chunk_length=seconds_read)
 seconds = torch.arange(16000) / 16000
 tones = [(hertz * 2 * math.pi * seconds).sin().numpy() for hertz in (220, 880)]
 audio = features(tones, sampling_rate=16000, return_tensors="pt").input_features  # [batch, mel bins, frames]
