@@ -1,7 +1,7 @@
-"""DoRA in a training loop of your own: `python examples/own_loop.py [out]`.
+"""DoRA in your own training loop: `python examples/own_loop.py [out]`.
 
-No YAML, no Trainer: any `nn.Module` and any optimizer. Here the shipped tiny model learns to answer "7" to one question
-about a grey picture; your model, data and loss take its place.
+No YAML and no Trainer: any `nn.Module` and any optimizer will do. The shipped tiny model is trained to answer "7" to
+one question about a grey image. Replace the model, the data and the loss by your own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmdora
-import mmdora.models.vision_encoders  # registers the tiny model's OpenCLIP tower with transformers
+import mmdora.models  # registers mmdora's model classes; the tiny model has an OpenCLIP tower
 from mmdora.core.config_files import find_path
 
 OUT = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
@@ -30,13 +30,13 @@ report = mmdora.inject_adapters(
         "language": {"method": "dora", "rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
     },
 )
-print(f"{report.trainable:,} of {report.total:,} parameters are trained ({report.percent:.1f}%)")
+print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
-picture = Image.new("RGB", (96, 96), "grey")
+image = Image.new("RGB", (96, 96), "grey")
 text = "<s>USER: <image>\nWhat is the number? ASSISTANT: 7</s>"
-batch = processor(text=text, images=picture, return_tensors="pt", add_special_tokens=False)
+batch = processor(text=text, images=image, return_tensors="pt", add_special_tokens=False)
 labels = batch["input_ids"].clone()
-labels[:, :-2] = -100  # only the answer and its end of sequence are learnt
+labels[:, :-2] = -100  # train on the answer and its end-of-sequence token only
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 model.train()
@@ -49,9 +49,9 @@ for step in range(20):
         print(f"step {step:2d}  loss {loss.item():.3f}")
 
 mmdora.save_adapter(model, OUT)  # PeftModel.from_pretrained(base_model, OUT) computes the same
-again = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-mmdora.load_adapter(again, OUT)
-merged = mmdora.merge_adapters(again)  # no adapter code left in it
+reloaded = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+mmdora.load_adapter(reloaded, OUT)
+merged = mmdora.merge_adapters(reloaded)  # a plain model without adapters
 with torch.no_grad():
     difference = (merged.eval()(**batch).logits - model.eval()(**batch).logits).abs().max().item()
-print(f"saved to {OUT}, loaded, merged: largest logit difference {difference:.1e}")
+print(f"saved to {OUT}, reloaded and merged: largest logit difference {difference:.1e}")

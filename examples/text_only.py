@@ -1,7 +1,7 @@
-"""DoRA on a language model alone: any causal LM, by the same registry. `python examples/text_only.py [MODEL]`
+"""DoRA on a causal language model: `python examples/text_only.py [MODEL]`.
 
-MODEL is a hub id or a directory; without one a tiny random Llama takes its place, so that the example runs anywhere.
-Without a config of its own family the root `""` is the part, and `all-linear` leaves the output head alone.
+MODEL is a hub id or directory. The default is a tiny random Llama, so that the example runs without a network. A model
+without named parts is adapted through its root, the part `""`. There `all-linear` does not include the output head.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ else:
     )
     model = AutoModelForCausalLM.from_config(config)
 
-# Table 6 of the DoRA paper: directions in q, k and v, magnitudes everywhere.
+# As in Table 6 of the DoRA paper: directions in q, k and v only, magnitudes in every linear layer.
 report = mmdora.inject_adapters(
     model,
     {
         "": {"method": "dora", "rank": 8, "targets": ["q_proj", "k_proj", "v_proj"], "magnitude_targets": "all-linear"},
-        "lm_head": {"method": "full"},  # the random model's head knows nothing; leave it out for a real one
+        "lm_head": {"method": "full"},  # the head of the random model is untrained; remove this line for a real one
     },
 )
-print(f"{report.trainable:,} of {report.total:,} parameters are trained ({report.percent:.1f}%)")
+print(f"trainable params: {report.trainable:,} of {report.total:,} ({report.percent:.1f}%)")
 
-text = torch.arange(3, 35).view(2, 16)  # two sentences to learn by heart
+text = torch.arange(3, 35).view(2, 16)  # two sequences to memorise
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 model.train()
 for step in range(60):
@@ -48,6 +48,6 @@ with torch.no_grad():
     before = model(input_ids=text).logits
     with mmdora.disable_adapters(model):
         base = model(input_ids=text, labels=text).loss.item()
-    print(f"the base model's loss: {base:.3f}")
+    print(f"loss of the base model: {base:.3f}")
     difference = (mmdora.merge_adapters(model)(input_ids=text).logits - before).abs().max().item()
 print(f"merged: largest logit difference {difference:.1e}")

@@ -1,4 +1,4 @@
-"""A tiny random model and a real processor for each family that ARCHITECTURES has an entry for, made offline."""
+"""A tiny random model and a real processor for each family in ARCHITECTURES, built offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Built = tuple[Any, Any]
 @dataclass(frozen=True)
 class Family:
     build: Callable[[], Built]
-    media: tuple[str, ...] = ("image", "two images", "video", "text")  # the samples that its processor takes
+    media: tuple[str, ...] = ("image", "two images", "video", "text")  # kinds of samples that its processor supports
 
 
 def _llava_words() -> hf.PreTrainedTokenizerFast:
@@ -142,13 +142,13 @@ def _qwen_settings(words: hf.PreTrainedTokenizerFast, text_config: dict, vision_
 
 
 def _qwen_processor(processor: type, videos: type, words: hf.PreTrainedTokenizerFast) -> Any:
-    around = "<|vision_start|>{}<|vision_end|>"
-    written = (around.format(t) for t in ("<|image_pad|>", "<|video_pad|>"))
+    span = "<|vision_start|>{}<|vision_end|>"
+    placeholders = (span.format(token) for token in ("<|image_pad|>", "<|video_pad|>"))
     return processor(
         image_processor=hf.Qwen2VLImageProcessor(**QWEN_PIXELS),
         tokenizer=words,
         video_processor=videos(**QWEN_PIXELS),
-        chat_template=template(*written),
+        chat_template=template(*placeholders),
     )
 
 
@@ -198,7 +198,7 @@ def _idefics(config: type, model: type, **settings: Any) -> tuple[Any, hf.PreTra
         end_of_utterance_token="<end_of_utterance>",
     )
     tower = vision(settings["vision"])
-    made = model(
+    built = model(
         config(
             text_config=text(words),
             vision_config=tower,
@@ -206,7 +206,7 @@ def _idefics(config: type, model: type, **settings: Any) -> tuple[Any, hf.PreTra
             scale_factor=2,
         )
     )
-    return made, words
+    return built, words
 
 
 SPLIT = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
@@ -274,17 +274,17 @@ def gemma3() -> Built:
         **ids,
     )
     model = hf.Gemma3ForConditionalGeneration(config)
-    # It starts at zero, where the vision encoder has no gradient.
+    # It is initialised with zeros, which gives the vision encoder no gradient.
     nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     return model, hf.Gemma3Processor(
         hf.Gemma3ImageProcessor(size=SQUARE), words, image_seq_length=4, chat_template=template("<start_of_image>")
     )
 
 
-PICTURES = ("image", "two images", "text")
+NO_VIDEO = ("image", "two images", "text")
 FAMILIES = {
-    "llava": Family(llava, PICTURES),
-    "llava_next": Family(llava_next, PICTURES),
+    "llava": Family(llava, NO_VIDEO),
+    "llava_next": Family(llava_next, NO_VIDEO),
     "llava_next_video": Family(llava_next_video),
     "llava_onevision": Family(llava_onevision),
     "llava_resampler": Family(llava_resampler),
@@ -293,9 +293,9 @@ FAMILIES = {
     "qwen2_5_vl": Family(qwen2_5_vl),
     "qwen3_vl": Family(qwen3_vl),
     "qwen3_vl_moe": Family(qwen3_vl_moe),
-    "idefics3": Family(idefics3, PICTURES),
+    "idefics3": Family(idefics3, NO_VIDEO),
     "smolvlm": Family(smolvlm),
     "internvl": Family(internvl),
-    "paligemma": Family(paligemma, ("image", "two images")),  # its processor wants a picture
-    "gemma3": Family(gemma3, PICTURES),
+    "paligemma": Family(paligemma, ("image", "two images")),  # its processor needs an image
+    "gemma3": Family(gemma3, NO_VIDEO),
 }

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the layout of LLaVA's own code, and the sum that a converted model must repeat."""
+"""Tiny checkpoints in the layout of LLaVA's own code, and the logits that a converted model must give."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mmdora.cli import main
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?'1234567890"
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS]
 ROWS = len(VOCABULARY)
-SIDE, PATCH, WIDTH = 8, 4, 16  # four patches a picture
+SIDE, PATCH, WIDTH = 8, 4, 16  # four patches per image
 
 
 class Parts:
-    """The modules that a checkpoint is made of, and the sum done by hand."""
+    """The modules of a checkpoint, and their logits computed by hand."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -51,11 +51,11 @@ class Parts:
         self.language = LlamaForCausalLM(self.text).eval()
         self.projector = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, 24))
         for p in [*self.tower.parameters(), *self.language.parameters(), *self.projector.parameters()]:
-            nn.init.normal_(p, std=0.3)  # what a layer gets wrong would show
+            nn.init.normal_(p, std=0.3)  # large enough that any error changes the logits
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, image: int, pixels: torch.Tensor, language: nn.Module | None = None):
-        """Layer −2 without the class token, projected, in the place of the placeholders. `ids` is one row."""
+        """Put the projected layer −2, without the class token, in place of the placeholders. `ids` is one row."""
         language = language or self.language
         features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
         embedded = F.embedding(ids.where(ids != image, 0), language.get_input_embeddings().weight)
@@ -90,7 +90,7 @@ class Parts:
 
 
 def write_checkpoint(folder: Path, parts: Parts, tensors: dict[str, torch.Tensor], **config) -> Path:
-    """A whole checkpoint in two .bin shards, with its tokenizer."""
+    """Write a whole checkpoint in two .bin shards, with its tokenizer."""
     folder.mkdir(exist_ok=True)
     names = sorted(tensors)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
@@ -106,14 +106,14 @@ def write_checkpoint(folder: Path, parts: Parts, tensors: dict[str, torch.Tensor
 
 
 def write_base(folder: Path, parts: Parts) -> Path:
-    """The language model alone, as Vicuna comes."""
+    """Write the language model alone, as Vicuna is published."""
     parts.language.save_pretrained(folder)
     LlamaTokenizer(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[]).save_pretrained(folder)
     return folder
 
 
 def write_tower(folder: Path, parts: Parts) -> Path:
-    """The vision encoder alone, with its image processor."""
+    """Write the vision encoder alone, with its image processor."""
     parts.tower.save_pretrained(folder)
     square = {"height": SIDE, "width": SIDE}
     CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(folder)
@@ -121,7 +121,7 @@ def write_tower(folder: Path, parts: Parts) -> Path:
 
 
 def run(*arguments: object, code: int = 0) -> None:
-    """A command of `mmdora`, which must end with this code."""
+    """Run a command of `mmdora` and check its exit code."""
     with pytest.raises(SystemExit) as ended:
         main([*map(str, arguments)])
     assert ended.value.code == code

@@ -1,10 +1,8 @@
-"""Composed models: every vision encoder, projector and language model in the stock LLaVA-OneVision class."""
+"""Composed models: every vision encoder, projector and language model, trained, saved and reloaded."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +13,21 @@ import mmdora
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
 from mmdora.core.config import ModelConfig, VideoConfig
-from mmdora.models.loading import load_model, needs_mmdora, save_model, to_plain_transformers
+from mmdora.models.loading import load_model, save_model
 from mmdora.models.projectors import IdentityLinear
 from mmdora.models.vision_encoders import VISION_ENCODERS
-from tests.conftest import ROOT
 from tests.media import write_image, write_video
 from tests.tiny_models import LANGUAGE_MODELS, TIMM, VIT, write_language_model, write_tower
 
 OPEN_CLIP = {"embed_dim": 16, "vision_cfg": {"width": 32, "layers": 2, "head_width": 8, "patch_size": 8}}
 OPEN_CLIP["vision_cfg"]["image_size"] = 32
-# What the config names: a tower that `write_tower` makes, or an OpenCLIP description. Then: patches, class token.
+# type, source (a kind of `write_tower` or an OpenCLIP description), number of patches, whether it has a class token
 TOWERS = {
     "clip": ("clip", "clip", 16, True),
     "clip_whole": ("clip", "clip_whole", 16, True),
     "siglip": ("siglip", "siglip", 16, False),
     "siglip2": ("siglip2", "siglip", 16, False),
-    "dinov2": ("dinov2", "dinov2", 4, True),  # its preprocessor says 16 px
+    "dinov2": ("dinov2", "dinov2", 4, True),  # its preprocessor resizes to 16 px
     "open_clip_vit": ("open_clip", OPEN_CLIP, 16, True),
     "open_clip_siglip": ("open_clip", TIMM["siglip"], 16, False),
     "open_clip_eva": ("open_clip", TIMM["eva"], 16, True),
@@ -49,6 +46,7 @@ def folder(tmp_path_factory):
 
 
 def compose(folder: Path, tower: str = "clip", language: str = "llama", **settings):
+    """Return (model, processor) of a key of TOWERS and a language model of `folder`, in fp32."""
     kind, source, _, _ = TOWERS[tower]
     encoder = {"type": kind, "name": "tiny", "model_config": source}
     if isinstance(source, str):
@@ -61,13 +59,13 @@ def compose(folder: Path, tower: str = "clip", language: str = "llama", **settin
 
 
 def batches(folder: Path, processor) -> list[dict]:
-    """A picture, two pictures, and a clip, each with a question and its answer."""
-    picture, clip = Image(folder / "picture.png"), Video(folder / "clip.mp4")
+    """Encode samples with one image, two images and a video, each with a question and its answer."""
+    image, video = Image(folder / "picture.png"), Video(folder / "clip.mp4")
     answer = Message("assistant", (Text("a dog"),))
     encoder = Encoder(processor, VideoConfig(num_frames=2))
     return [
         encoder.encode(Sample("s", (Message("user", (*media, Text("what is it?"))), answer), "t"))
-        for media in ((picture,), (picture, picture), (clip,))
+        for media in ((image,), (image, image), (video,))
     ]
 
 
@@ -77,7 +75,7 @@ def logits(model, samples: list[dict]) -> list[torch.Tensor]:
 
 
 def assert_trains(model, samples: list[dict]) -> None:
-    """Adapters in all three parts, and a gradient for each B and magnitude from pictures and from clips."""
+    """Put adapters into all three parts; every B and magnitude gets a gradient from images and from videos."""
     parts = ("vision", "projector", "language")
     mmdora.inject_adapters(model, {part: {"method": "dora", "rank": 2} for part in parts})
     model.train()
@@ -85,14 +83,14 @@ def assert_trains(model, samples: list[dict]) -> None:
         model.zero_grad()
         loss = model(**sample).loss
         loss.backward()
-        learned = {n: p for n, p in model.named_parameters() if p.requires_grad and ".lora_A" not in n}
-        assert all(any(key in name for name in learned) for key in ("vision_tower", "projector", "language_model"))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and ".lora_A" not in n}
+        assert all(any(key in name for name in trained) for key in ("vision_tower", "projector", "language_model"))
         assert torch.isfinite(loss)
-        assert [n for n, p in learned.items() if p.grad is None or not p.grad.any()] == []
+        assert [n for n, p in trained.items() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
-def test_language_models(family, folder, tmp_path):
+def test_a_language_model_generates_reloads_and_trains(family, folder, tmp_path):
     write_language_model(folder / family, family)
     model, processor = compose(folder, language=family)
     samples = batches(folder, processor)
@@ -101,22 +99,22 @@ def test_language_models(family, folder, tmp_path):
     answer = model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert answer.shape[1] == prompt["input_ids"].shape[1] + 3
     save_model(model, processor, tmp_path)
-    again = logits(AutoModelForImageTextToText.from_pretrained(tmp_path), samples)
-    assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))
-    reread = batches(folder, AutoProcessor.from_pretrained(tmp_path))
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(reread, samples, strict=True) for k in a)
+    reloaded = logits(AutoModelForImageTextToText.from_pretrained(tmp_path), samples)
+    assert all(torch.equal(a, b) for a, b in zip(reloaded, before, strict=True))
+    encoded_again = batches(folder, AutoProcessor.from_pretrained(tmp_path))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(encoded_again, samples, strict=True) for k in a)
     assert_trains(model, samples)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_vision_encoders(tower, folder):
+def test_a_vision_encoder_is_read_by_patches_and_trains(tower, folder):
     _, _, patches, has_class_token = TOWERS[tower]
     model, processor = compose(folder, tower)
     assert model.config.vision_feature_select_strategy == ("default" if has_class_token else "full")
     assert processor.num_image_tokens == patches + has_class_token
     samples = batches(folder, processor)
     image = model.config.image_token_id
-    assert (samples[1]["input_ids"] == image).sum() == 2 * (patches + 1)  # each with the class's newline
+    assert (samples[1]["input_ids"] == image).sum() == 2 * (patches + 1)  # each with one newline embedding
     size = model.config.vision_config.image_size
     assert samples[1]["pixel_values"].shape[-2:] == (size, size)
     assert_trains(model, samples)
@@ -160,18 +158,18 @@ def test_open_clip_weights_load_into_the_timm_tower(kind, tmp_path):
         expected = source.visual.trunk.forward_features(x)
         if kind == "convnext":
             expected = expected.flatten(2).transpose(1, 2)
-        ours = states[-1] if kind == "convnext" else tower.trunk.norm(states[-1])
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-        again = AutoModel.from_pretrained(tmp_path / "tower").eval()
-        assert torch.equal(again(x).last_hidden_state, states[-1])
+        last = states[-1] if kind == "convnext" else tower.trunk.norm(states[-1])
+        torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-5)
+        reloaded = AutoModel.from_pretrained(tmp_path / "tower").eval()
+        assert torch.equal(reloaded(x).last_hidden_state, states[-1])
         if kind == "siglip":
             siglip = tower.to_siglip().eval()(x, output_hidden_states=True).hidden_states
-            for ours, theirs in zip(states, siglip, strict=True):
-                torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+            for state, converted in zip(states, siglip, strict=True):
+                torch.testing.assert_close(converted, state, atol=1e-5, rtol=1e-5)
     assert len(states) == 3
 
 
-def test_the_pooler_of_a_coca_tower_is_left_out(tmp_path):
+def test_the_pooler_of_a_coca_tower_is_removed(tmp_path):
     import open_clip
 
     vision = {**OPEN_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}
@@ -180,20 +178,18 @@ def test_the_pooler_of_a_coca_tower_is_left_out(tmp_path):
     open_clip.add_model_config(tmp_path / "tiny-pooled.json")
     source = open_clip.create_model("tiny-pooled", device="cpu").eval()
     torch.save(source.state_dict(), tmp_path / "weights.pt")
-    tower, x = (
-        VISION_ENCODERS["open_clip"]("tiny-pooled", str(tmp_path / "weights.pt")).eval(),
-        torch.randn(2, 3, 32, 32),
-    )
+    tower = VISION_ENCODERS["open_clip"]("tiny-pooled", str(tmp_path / "weights.pt")).eval()
+    x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = source.visual.transformer(source.visual._embeds(x))
         torch.testing.assert_close(tower(x).hidden_states[-1], expected, atol=1e-5, rtol=1e-5)
     assert not [name for name, _ in tower.named_parameters() if "attn_pool" in name]
 
 
-def test_an_adapter_fits_the_same_config_again(folder, tmp_path):
+def test_the_same_config_gives_the_same_weights_and_an_adapter_fits(folder, tmp_path):
     first, processor = compose(folder, "open_clip_vit", projector="linear")
     base = {k: v.clone() for k, v in first.state_dict().items()}
-    torch.manual_seed(123)  # another run
+    torch.manual_seed(123)  # as in another run
     second, _ = compose(folder, "open_clip_vit", projector="linear")
     assert all(torch.equal(second.state_dict()[k], v) for k, v in base.items())
     samples = batches(folder, processor)
@@ -222,7 +218,7 @@ def test_gradient_checkpointing_of_a_timm_tower(folder):
     torch.testing.assert_close(gradient(), plain)
 
 
-def test_a_linear_projector_is_one_layer_that_comes_back_as_one(folder, tmp_path):
+def test_a_linear_projector_is_one_layer_also_after_reloading(folder, tmp_path):
     model, processor = compose(folder, projector="linear")
     samples = batches(folder, processor)
     projector = model.model.multi_modal_projector
@@ -230,75 +226,7 @@ def test_a_linear_projector_is_one_layer_that_comes_back_as_one(folder, tmp_path
     assert torch.equal(projector(x), projector.linear_1(x))
     assert [n for n, _ in projector.named_parameters()] == ["linear_1.weight", "linear_1.bias"]
     save_model(model, processor, tmp_path)
-    again, _ = load_model(ModelConfig(path=str(tmp_path), dtype="float32"))
-    assert isinstance(again.model.multi_modal_projector.linear_2, IdentityLinear)
-    assert all(torch.equal(a, b) for a, b in zip(logits(again, samples), logits(model, samples), strict=True))
-    assert_trains(again, samples)
-
-
-RELOAD = """
-import sys
-{imports}
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-for folder in sys.argv[1:]:
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    AutoProcessor.from_pretrained(folder)
-    for sample, expected in torch.load(folder + "/expected.pt"):
-        with torch.no_grad():
-            torch.testing.assert_close(model(**sample).logits, expected, atol=1e-5, rtol=1e-5)
-assert ("mmdora" in sys.modules) == {known}
-"""
-
-
-def reload_elsewhere(folders: list[Path], imports: str) -> None:
-    code = RELOAD.format(imports=imports, known=bool(imports))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, folders)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def saved(model, processor, folder: Path, samples: list[dict], expected: list[torch.Tensor]) -> Path:
-    save_model(model, processor, folder)
-    torch.save(list(zip(samples, expected, strict=True)), folder / "expected.pt")
-    return folder
-
-
-def test_import_mmdora_is_enough_to_reload(folder, tmp_path):
-    made = []
-    trunk = {"embed_dim": 16, "vision_cfg": {"timm_model_name": "test_vit"}}  # one that timm itself has
-    encoder = {"type": "open_clip", "name": "tiny", "model_config": trunk}
-    for name, settings in (("open_clip", {}), ("timm", {"vision_encoder": encoder})):
-        model, processor = compose(folder, "open_clip_vit", **settings)
-        assert needs_mmdora(model)
-        samples = batches(folder, processor)[:1]
-        made.append(saved(model, processor, tmp_path / name, samples, logits(model, samples)))
-    # A vision model's file imports the Auto classes half-way through: mmdora's towers must wait for it to end.
-    imports = "import mmdora; assert 'torch' not in sys.modules; from transformers import CLIPVisionModel"
-    reload_elsewhere(made, imports)
-
-
-def test_plain_transformers_reload_what_they_have_an_equal_of(folder, tmp_path):
-    made = []
-    for tower, settings in (
-        ("clip", {"projector": "linear"}),
-        ("siglip", {}),
-        ("dinov2", {}),
-        ("open_clip_vit", {}),
-        ("open_clip_siglip", {"projector": "linear"}),
-    ):
-        model, processor = compose(folder, tower, **settings)
-        samples = batches(folder, processor)
-        expected = logits(model, samples)
-        plain = to_plain_transformers(model)
-        assert not needs_mmdora(plain)
-        made.append(saved(plain, processor, tmp_path / tower, samples, expected))
-    reload_elsewhere(made, "")
-
-
-def test_a_tower_without_an_equal_stays(folder, caplog):
-    model, _ = compose(folder, "open_clip_eva")
-    with caplog.at_level("WARNING"):
-        assert needs_mmdora(to_plain_transformers(model))
-    assert "loads after `import mmdora`" in caplog.text
+    reloaded, _ = load_model(ModelConfig(path=str(tmp_path), dtype="float32"))
+    assert isinstance(reloaded.model.multi_modal_projector.linear_2, IdentityLinear)
+    assert all(torch.equal(a, b) for a, b in zip(logits(reloaded, samples), logits(model, samples), strict=True))
+    assert_trains(reloaded, samples)

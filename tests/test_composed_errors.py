@@ -1,7 +1,9 @@
-"""What cannot be composed is one error that names it and says what to do."""
+"""Parts that cannot be composed are errors that name the part and say what to do."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ def clip(tmp_path_factory):
     return write_tower(tmp_path_factory.mktemp("towers") / "clip", "clip")
 
 
+@pytest.fixture(scope="module")
+def saved_llama(tmp_path_factory):
+    return write_language_model(tmp_path_factory.mktemp("language_models") / "llama", "llama")
+
+
+@pytest.fixture
+def llama(saved_llama, tmp_path):
+    """A language model whose files a test may change."""
+    return Path(shutil.copytree(saved_llama, tmp_path / "llama"))
+
+
 def compose(clip, language_model, **settings):
     encoder = {"type": "clip", "name": str(clip)}
     config = {"vision_encoder": encoder, "language_model": {"path": str(language_model)}, **settings}
@@ -42,20 +55,20 @@ def write_encoder_decoder(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
-def test_encoder_decoders(kind, clip, tmp_path):
+def test_an_encoder_decoder_is_refused(kind, clip, tmp_path):
     write_encoder_decoder(tmp_path, kind)
-    with pytest.raises(UserError, match=r"is an encoder-decoder.*take a decoder-only model"):
+    with pytest.raises(UserError, match=r"is an encoder-decoder.*use a decoder-only model"):
         compose(clip, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping; set that to null"),
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping; set it to null"),
         ("opt", {"word_embed_proj_dim": 16}, "embeddings have width 16 and its layers 32"),
     ],
 )
-def test_language_models_that_the_class_would_change(family, changes, message, clip, tmp_path):
+def test_a_language_model_that_the_class_would_change_is_refused(family, changes, message, clip, tmp_path):
     write_language_model(tmp_path, family, **changes)
     with pytest.raises(UserError, match=message):
         compose(clip, tmp_path)
@@ -64,12 +77,12 @@ def test_language_models_that_the_class_would_change(family, changes, message, c
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("Granite", {"logits_scaling": 4.0}, "leaves out what this family does to its logits"),
+        ("Granite", {"logits_scaling": 4.0}, "does not apply this family's scaling or capping of logits"),
         ("Phi", {}, "needs a head that is one linear layer without bias"),
         ("Mamba", {}, "cannot run it"),
     ],
 )
-def test_other_families(family, changes, message, clip, tmp_path):
+def test_a_family_without_a_plain_decoder_and_head_is_refused(family, changes, message, clip, tmp_path):
     config = getattr(transformers, f"{family}Config")(**LAYERS, **changes)
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -80,43 +93,39 @@ def test_other_families(family, changes, message, clip, tmp_path):
 @pytest.mark.parametrize(
     ("template", "special", "message"),
     [
-        (None, {}, "comes without a chat template"),
+        (None, {}, "has no chat template"),
         (TEXT_ONLY, {}, "does not write <image>.*model.chat_template"),
         (CHAT_TEMPLATE.replace("<video>", ""), {}, "does not write <video>"),
         (CHAT_TEMPLATE, {"eos_token": None}, "has no eos_token"),
     ],
 )
-def test_tokenizers(template, special, message, clip, tmp_path):
-    write_language_model(tmp_path, "llama")
-    write_tokenizer(tmp_path, template, **special)
+def test_a_tokenizer_without_what_a_composed_model_needs_is_refused(template, special, message, clip, llama):
+    write_tokenizer(llama, template, **special)
     with pytest.raises(UserError, match=message):
-        compose(clip, tmp_path)
+        compose(clip, llama)
 
 
-def test_a_template_of_ones_own_takes_the_place_of_a_text_only_one(clip, tmp_path):
-    write_language_model(tmp_path, "llama")
-    write_tokenizer(tmp_path, TEXT_ONLY)
-    (tmp_path / "own.jinja").write_text(CHAT_TEMPLATE)
-    _, processor = compose(clip, tmp_path, chat_template=str(tmp_path / "own.jinja"))
+def test_a_chat_template_in_the_config_replaces_a_text_only_one(clip, llama):
+    write_tokenizer(llama, TEXT_ONLY)
+    (llama / "own.jinja").write_text(CHAT_TEMPLATE)
+    _, processor = compose(clip, llama, chat_template=str(llama / "own.jinja"))
     assert processor.chat_template == CHAT_TEMPLATE
     assert processor.tokenizer.pad_token == processor.tokenizer.eos_token  # it had no padding token
 
 
-def test_a_language_model_that_is_not_there(clip):
+def test_a_missing_language_model(clip):
     with pytest.raises(UserError, match=r"model.language_model.path \(./nowhere\): cannot load it"):
         compose(clip, "./nowhere")
 
 
-def test_layers_that_the_tower_does_not_have(clip, tmp_path):
-    write_language_model(tmp_path, "llama")
+def test_a_feature_layer_that_the_tower_does_not_have(clip, saved_llama):
     with pytest.raises(UserError, match=r"model.vision_feature_layer: .* has hidden states -3 to 2, not -7"):
-        compose(clip, tmp_path, vision_feature_layer=-7)
+        compose(clip, saved_llama, vision_feature_layer=-7)
 
 
-@pytest.mark.parametrize("name", ["RN50"])
-def test_open_clip_towers_without_one_sequence_of_patches(name):
-    with pytest.raises(UserError, match=f"{name}.*take a ViT, SigLIP, EVA or ConvNeXt tower"):
-        VISION_ENCODERS["open_clip"](name)
+def test_a_resnet_of_open_clip_is_refused():
+    with pytest.raises(UserError, match=r"RN50.*use a ViT, SigLIP, EVA or ConvNeXt tower"):
+        VISION_ENCODERS["open_clip"]("RN50")
 
 
 @pytest.mark.parametrize(
@@ -124,22 +133,22 @@ def test_open_clip_towers_without_one_sequence_of_patches(name):
     [
         ("dinov2", "dinov2_registers", {}, "is a 'dinov2_with_registers' model"),
         ("siglip", "clip", {}, "is a 'clip_vision_model' model"),
-        ("clip", "clip", {"pretrained": "v1"}, "is a directory; 'pretrained' names a revision"),
+        ("clip", "clip", {"pretrained": "v1"}, "is a directory, but 'pretrained' is a revision"),
         ("clip", "clip", {"pretrained": "v1", "model_config": {}}, "'pretrained' must be null"),
     ],
 )
-def test_towers(kind, family, arguments, message, tmp_path):
+def test_a_tower_of_another_family_or_with_clashing_settings_is_refused(kind, family, arguments, message, tmp_path):
     write_tower(tmp_path, family)
     with pytest.raises(UserError, match=message):
         VISION_ENCODERS[kind](str(tmp_path), **arguments)
 
 
-def test_naflex_is_not_a_tower_of_pictures(tmp_path):
+def test_a_naflex_tower_is_refused(tmp_path):
     config = transformers.Siglip2VisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a 'siglip2_vision_model' model, and siglip2 towers come from siglip"):
+    with pytest.raises(UserError, match="is a 'siglip2_vision_model' model, but siglip2 towers come from siglip"):
         VISION_ENCODERS["siglip2"](str(tmp_path))
 
 
@@ -150,9 +159,9 @@ def edit(weights: Path, change) -> None:
 
 
 DAMAGES = {
-    "its weights are damaged or cut short": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "its weights are damaged or truncated": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
     r"layers\.1\.\S+ is missing": lambda file: edit(file, lambda tensors, name: tensors.pop(name)),
-    r"layers\.1\.\S+ is \[3\] where the model has \[32\]": lambda file: edit(
+    r"layers\.1\.\S+ has shape \[3\], the model needs \[32\]": lambda file: edit(
         file, lambda tensors, name: tensors.update({name: tensors[name][:3].clone()})
     ),
     "no file named model.safetensors": lambda file: file.unlink(),
@@ -160,11 +169,10 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_damaged_weights_are_not_made_up(reason, clip, tmp_path):
-    write_language_model(tmp_path / "llama", "llama")
-    write_tower(tmp_path / "tower", "clip")
+def test_damaged_weights_are_an_error(reason, clip, llama, tmp_path):
+    shutil.copytree(clip, tmp_path / "tower")
     for part, load in (
-        ("language_model.path", lambda: compose(clip, tmp_path / "llama")),
+        ("language_model.path", lambda: compose(clip, llama)),
         ("vision_encoder", lambda: VISION_ENCODERS["clip"](str(tmp_path / "tower"))),
     ):
         DAMAGES[reason](tmp_path / ("llama" if part.startswith("language") else "tower") / "model.safetensors")
@@ -173,53 +181,66 @@ def test_damaged_weights_are_not_made_up(reason, clip, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def tiny_open_clip(tmp_path_factory) -> str:
+    """The name of a tiny architecture that open_clip can build."""
+    import open_clip
+
+    vision = {"width": 32, "layers": 1, "head_width": 8, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    file = tmp_path_factory.mktemp("open_clip") / "tiny-damaged.json"
+    file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(file)
+    return file.stem
+
+
 @pytest.mark.parametrize("kept", [0, 10, -1000])
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_damaged_weights_of_an_open_clip_tower(kind, kept, tmp_path):
+def test_damaged_weights_of_an_open_clip_tower_are_an_error(kind, kept, tiny_open_clip, tmp_path):
     file = tmp_path / f"weights.{kind}"
     tensors = {"visual.proj": torch.zeros(99_999)}
     torch.save(tensors, file) if kind == "pt" else save_file(tensors, file)
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"ViT-B-32 with pretrained .*weights are damaged or cut short") as error:
-        VISION_ENCODERS["open_clip"]("ViT-B-32", str(file))
+    message = f"cannot load {tiny_open_clip} with pretrained .*weights are damaged or truncated"
+    with pytest.raises(UserError, match=message) as error:
+        VISION_ENCODERS["open_clip"](tiny_open_clip, str(file))
     assert "\n" not in str(error.value)
-    assert "weights_only" not in str(error.value)  # torch's advice to trust the file
+    assert "weights_only" not in str(error.value)  # torch's advice to disable safe loading
 
 
-def test_an_open_clip_tag_that_is_not_there():
-    with pytest.raises(UserError, match=r"pretrained 'opnai': it is neither a file nor one of .* tags \(openai, "):
+def test_an_unknown_open_clip_tag_is_an_error_that_lists_the_tags():
+    with pytest.raises(UserError, match=r"pretrained 'opnai': it is neither a file nor a tag of .* \(openai, "):
         VISION_ENCODERS["open_clip"]("ViT-B-32", "opnai")
 
 
-def test_a_vision_language_model_is_no_language_model(clip):
+def test_a_vision_language_model_is_refused_as_language_model(clip):
     with pytest.raises(UserError, match=r"language_model\.path \(assets/tiny-llava\): .* name it in model\.path"):
         compose(clip, "assets/tiny-llava")
 
 
-def test_attention_is_chosen_or_refused(clip, tmp_path):
-    write_language_model(tmp_path, "gemma2")  # which has no sdpa, and is composed all the same
+def test_the_attention_implementation_is_chosen_or_refused(clip, saved_llama, tmp_path):
+    write_language_model(tmp_path, "gemma2")  # it has no sdpa and can be composed all the same
     model, processor = compose(clip, tmp_path)
     save_model(model, processor, tmp_path / "whole")
     for gemma in (model, load_model(ModelConfig(path=str(tmp_path / "whole")))[0]):
         assert gemma.config.text_config._attn_implementation == "eager"
-    write_language_model(tmp_path, "llama")
     for attention in ("sdpa", "eager"):
-        model, _ = compose(clip, tmp_path, attention=attention)
+        model, _ = compose(clip, saved_llama, attention=attention)
         parts = (model.model.language_model, model.model.vision_tower)
         assert [part.config._attn_implementation for part in parts] == [attention, attention]
     if not transformers.utils.is_flash_attn_2_available():
         with pytest.raises(UserError, match=r"model\.attention: "):
-            compose(clip, tmp_path, attention="flash_attention_2")
+            compose(clip, saved_llama, attention="flash_attention_2")
 
 
 @pytest.mark.parametrize("text", ["{", '{"image_processor_type": "Nope"}'])
-def test_a_damaged_image_processor_is_not_passed_over(text, tmp_path):
-    tower = write_tower(tmp_path / "clip", "clip")
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(text)
+def test_a_damaged_image_processor_is_an_error(text, clip, tmp_path):
+    tower = Path(shutil.copytree(clip, tmp_path / "clip"))
+    (tower / "preprocessor_config.json").write_text(text)
     with pytest.raises(UserError, match=r"model.vision_encoder \(clip\): cannot load the image processor of"):
         VISION_ENCODERS["clip"](str(tower))
 
 
-def test_no_such_tower():
+def test_a_missing_tower():
     with pytest.raises(UserError, match=r"model.vision_encoder \(siglip\): cannot load './nowhere'"):
         VISION_ENCODERS["siglip"]("./nowhere")

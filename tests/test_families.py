@@ -27,11 +27,11 @@ NESTED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]  # the projector is inside the v
 def samples(tmp_path_factory) -> dict[str, Sample]:
     folder = tmp_path_factory.mktemp("media")
     first, second = (Image(write_image(folder / f"{seed}.png", seed)) for seed in range(2))
-    clip = Video(write_video(folder / "clip.mp4", frames=4))
+    video = Video(write_video(folder / "clip.mp4", frames=4))
     return {
         "image": sample(first, "What is it?"),
         "two images": sample(first, "and", second, "What is one of two?"),
-        "video": sample(clip, "What is it after 0.5 seconds?"),
+        "video": sample(video, "What is it after 0.5 seconds?"),
         "text": sample("What is it?"),
     }
 
@@ -48,16 +48,16 @@ def build(name: str) -> Built:
         pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
     torch.manual_seed(0)
     model, processor = FAMILIES[name].build()
-    nn.init.normal_(model.get_output_embeddings().weight)  # else gradients are too small to tell from none
+    nn.init.normal_(model.get_output_embeddings().weight)  # otherwise some gradients vanish
     return model.eval(), processor
 
 
 def test_every_entry_is_tested():
-    assert set(ARCHITECTURES) - set(FAMILIES) == {"vipllava"}  # the model of llava, with another projector
+    assert set(ARCHITECTURES) - set(FAMILIES) == {"vipllava"}  # llava with another projector
 
 
 def train_two_steps(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The gradients' largest entries after the second: B starts at zero, so A has none at the first."""
+    """Return the largest absolute gradient per parameter in the second step: in the first, B is zero and A has none."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     for _ in range(2):
@@ -68,16 +68,16 @@ def train_two_steps(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_from_media_to_merged_weights(name, samples, tmp_path):
+def test_a_family_is_encoded_trained_saved_loaded_and_merged(name, samples, tmp_path):
     model, processor = build(name)
     encoder = Encoder(processor, VideoConfig(num_frames=4))
     rows = {kind: encoder.encode(samples[kind]) for kind in FAMILIES[name].media}
     for row in rows.values():
         labels = row["labels"][0]
-        said = processor.tokenizer.decode(labels[labels != IGNORED])
-        # SmolVLM's processor has a template of its own for clips, with another end and a space before the answer.
-        said = said.replace("<end_of_utterance>", "<|im_end|>").replace(" one", "one")
-        assert said == "one of two<|im_end|>" * 2
+        supervised = processor.tokenizer.decode(labels[labels != IGNORED])
+        # SmolVLM's processor has its own template for videos, with another end token and a space before the answer.
+        supervised = supervised.replace("<end_of_utterance>", "<|im_end|>").replace(" one", "one")
+        assert supervised == "one of two<|im_end|>" * 2
     batch = Collator(processor.tokenizer.pad_token_id)(list(rows.values()))
     with torch.no_grad():
         together = model(**batch).logits
@@ -85,7 +85,7 @@ def test_a_family_from_media_to_merged_weights(name, samples, tmp_path):
             alone = model(**row).logits[0]
             torch.testing.assert_close(together[index, : len(alone)], alone, atol=1e-4, rtol=1e-4)
 
-    # Gemma 3's projector is one bare matrix, which no adapter takes.
+    # Gemma 3's projector is a bare parameter, which no adapter supports.
     projector = {"method": "full"} if name == "gemma3" else DORA
     report = inject_adapters(model, {"vision": DORA, "projector": projector, "language": DORA})
     assert all(part.trainable for part in report.parts)
@@ -97,7 +97,7 @@ def test_a_family_from_media_to_merged_weights(name, samples, tmp_path):
 
 
 def check_copies(name: str, model: nn.Module, batch: dict[str, torch.Tensor], folder) -> None:
-    """The trained model, its saved adapter on a fresh base, and the merged model compute the same."""
+    """Check that the trained model, its saved adapter on a new base, and the merged model compute the same."""
     with torch.no_grad():
         trained = model(**batch).logits
         save_adapter(model, folder)
@@ -111,9 +111,9 @@ def check_copies(name: str, model: nn.Module, batch: dict[str, torch.Tensor], fo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_batches_of_prompts_and_fillers_change_nothing(name, samples):
+def test_batching_and_fillers_change_no_output(name, samples):
     model, processor = build(name)
-    encoder = Encoder(processor, VideoConfig(num_frames=3))  # odd, where Qwen takes frames in pairs
+    encoder = Encoder(processor, VideoConfig(num_frames=3))  # odd: Qwen groups frames in pairs
     prompts = [encoder.encode_prompt(samples[kind]) for kind in FAMILIES[name].media]
     batch = Collator(processor.tokenizer.pad_token_id, side="left")(prompts)
     settings = {"max_new_tokens": 3, "do_sample": False}
@@ -132,10 +132,10 @@ def test_batches_of_prompts_and_fillers_change_nothing(name, samples):
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "video" in family.media])
-def test_a_picture_and_a_video_in_one_sample(name, samples):
+def test_an_image_and_a_video_in_one_sample(name, samples):
     model, processor = build(name)
-    picture, clip = (next(samples[kind].media()) for kind in ("image", "video"))
-    both = sample(picture, "and", clip, "What is it?")
+    image, video = (next(samples[kind].media()) for kind in ("image", "video"))
+    both = sample(image, "and", video, "What is it?")
     encoder = Encoder(processor, VideoConfig(num_frames=2))
     if name == "smolvlm":
         with pytest.raises(SampleError, match="only one kind"):
@@ -146,8 +146,8 @@ def test_a_picture_and_a_video_in_one_sample(name, samples):
     assert model(**encoder.encode(both)).loss.isfinite()
 
 
-def test_an_answer_is_not_read_before_it_is_said(samples):
-    """PaliGemma's prompt attends in both directions; its answer must not."""
+def test_an_answer_is_attended_causally(samples):
+    """PaliGemma's prompt attends in both directions, its answer must not."""
     model, processor = build("paligemma")
     row = Encoder(processor).encode(samples["image"])
     changed = {key: value.clone() for key, value in row.items()}
@@ -160,8 +160,8 @@ def test_an_answer_is_not_read_before_it_is_said(samples):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_familys_template_ends_an_answer(name):
-    """Also where the processor takes no sample without a picture."""
+def test_the_template_of_every_family_ends_an_answer(name):
+    """Also for a processor that needs an image in every sample."""
     _, processor = build(name)
     encoder = Encoder(processor)
     encoder.check_stop({processor.tokenizer.eos_token_id})
@@ -170,7 +170,7 @@ def test_every_familys_template_ends_an_answer(name):
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_a_projector_inside_the_vision_encoder_is_not_the_vision_encoders(name):
+def test_a_projector_inside_the_vision_encoder_is_not_part_of_vision(name):
     model, _ = build(name)
     vision, projector = (find_part(model, part) for part in ("vision", "projector"))
     report = inject_adapters(model, {"vision": DORA})
@@ -182,7 +182,7 @@ def test_a_projector_inside_the_vision_encoder_is_not_the_vision_encoders(name):
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_vision_in_full_beside_an_adapted_projector(name, samples, tmp_path):
+def test_full_vision_with_an_adapted_projector_inside(name, samples, tmp_path):
     model, processor = build(name)
     report = inject_adapters(model, {"vision": {"method": "full"}, "projector": DORA})
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -194,7 +194,7 @@ def test_vision_in_full_beside_an_adapted_projector(name, samples, tmp_path):
     check_copies(name, model, batch, tmp_path / "adapter")
 
 
-def test_the_other_way_round_and_what_clashes():
+def test_adapted_vision_with_a_full_projector_inside_and_a_conflict():
     model, _ = build("qwen3_vl")
     inject_adapters(model, {"vision": DORA, "projector": {"method": "full"}})
     assert all(p.requires_grad for n, p in model.named_parameters() if "merger" in n)
@@ -213,7 +213,7 @@ def test_targets_of_a_part_of_several_modules():
     assert report.parts[0].modules == ["model.video_tower.encoder.layers.0.self_attn.q_proj"]
 
 
-def test_blocks_that_nothing_reads_are_left_out_of_every_tower():
+def test_unused_blocks_of_every_tower_are_skipped():
     model, _ = build("video_llava")  # three blocks a tower; the projector reads layer -2
     adapted = inject_adapters(model, {"vision": DORA}).parts[0].modules
     assert {path.split(".layers.")[0].split(".")[1] for path in adapted} == {"image_tower", "video_tower"}
@@ -221,7 +221,7 @@ def test_blocks_that_nothing_reads_are_left_out_of_every_tower():
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3", "internvl", "gemma3"])
-def test_a_family_without_an_entry_is_found_by_its_structure(name, monkeypatch, caplog):
+def test_the_parts_of_a_family_without_an_entry_are_guessed(name, monkeypatch, caplog):
     model, _ = build(name)
     known = architecture_of(model).resolve(model)
     monkeypatch.setattr(type(model.config), "model_type", "unheard_of")
@@ -233,7 +233,7 @@ def test_a_family_without_an_entry_is_found_by_its_structure(name, monkeypatch, 
     assert "model.language_model" in caplog.text or "model.text_model" in caplog.text
 
 
-def test_a_pooling_head_that_nothing_reads_is_left_out():
+def test_an_unused_pooling_head_is_skipped():
     model, _ = build("llava_onevision")
     settings = model.config.to_dict()
     settings["vision_config"]["vision_use_head"] = True
@@ -245,7 +245,7 @@ def test_a_pooling_head_that_nothing_reads_is_left_out():
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "paligemma"])
-def test_a_sample_that_the_processor_cannot_take_is_an_error(name, samples):
+def test_media_that_the_processor_does_not_support_are_an_error(name, samples):
     _, processor = build(name)
     encoder = Encoder(processor, VideoConfig(num_frames=4))
     for kind in set(samples) - set(FAMILIES[name].media):
@@ -253,14 +253,14 @@ def test_a_sample_that_the_processor_cannot_take_is_an_error(name, samples):
             encoder.encode(samples[kind])
 
 
-def test_a_template_that_leaves_out_a_picture_is_an_error(samples):
+def test_a_template_that_drops_an_image_is_an_error(samples):
     _, processor = build("qwen2_vl")
     processor.chat_template = processor.chat_template.replace("<|image_pad|>", "")
     with pytest.raises(SampleError, match="0 media placeholders for 1"):
         Encoder(processor).encode(samples["image"])
 
 
-def test_a_model_of_text_alone_has_no_parts_to_guess(caplog):
+def test_no_parts_are_guessed_for_a_language_model(caplog):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)

@@ -1,6 +1,6 @@
-"""Models by their names on the hub: from its cache without a network, and what is said where they cannot be had.
+"""Models by hub id: loading from the cache without a network, and the errors for models that cannot be loaded.
 
-A server of our own answers as the hub does; nothing leaves this machine.
+A local server stands in for the hub; nothing leaves this machine.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from mmdora.core.config import ModelConfig
+from mmdora.core.errors import UserError
+from mmdora.models.loading import load_model
 from tests.conftest import ROOT
 from tests.tiny_models import write_language_model, write_tower
 
-NOBODY = "http://127.0.0.1:9"  # where nothing answers
-# Each line of the input a model's config; each line of the output what loading it says.
+# Each line of the input is a model's config; each line of the output is the result of loading it.
 LOAD = """
 import json, sys, time
-time.sleep = lambda seconds: None  # the hub's client waits before it asks again
+time.sleep = lambda seconds: None  # the hub's client waits before it retries
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_model
@@ -33,18 +36,19 @@ from mmdora.models.loading import load_model
 for line in sys.stdin:
     try:
         model, _ = load_model(ModelConfig.model_validate(json.loads(line)))
-        print("said", json.dumps(f"loaded {model.lm_head.weight.flatten()[0].item():.3f}"))
+        result = f"loaded {model.lm_head.weight.flatten()[0].item():.3f}"
     except UserError as error:
-        print("said", json.dumps(str(error)))
+        result = str(error)
+    print("result", json.dumps(result), flush=True)
 """
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The hub's answers to whoever asks for the files of a repository: status and error code, by its name."""
+    """A stand-in for the hub that answers with a status and an error code by repository."""
 
     answers: ClassVar = {
         "gated/model": (401, "GatedRepo"),  # without a token
-        "gated/other": (403, "GatedRepo"),  # with a token of someone who may not
+        "gated/other": (403, "GatedRepo"),  # with the token of an account without access
         "open/model": (404, "RevisionNotFound"),
         "closed/model": (403, ""),
     }
@@ -52,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known = [answer for name, answer in self.answers.items() if name in self.path]
         status, code = known[0] if known else (401, "RepoNotFound")
-        if code == "GatedRepo" and self.path.startswith("/api/"):  # what a gated repository is, anyone may know
+        if code == "GatedRepo" and self.path.startswith("/api/"):  # the metadata of a gated repository is public
             status, code = 200, ""
         body = b"{}" if status == 200 else b""
         self.send_response(status)
@@ -69,75 +73,54 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def load(configs: list[dict], cache: Path, **environment: str) -> list[str]:
-    """What loading each of them says, in a process of its own: huggingface_hub reads its settings at import."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD],
-        input="\n".join(map(json.dumps, configs)),
-        env=inherited | {"HF_HOME": str(cache), "PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    said = [json.loads(line.removeprefix("said ")) for line in done.stdout.splitlines() if line.startswith("said ")]
-    assert len(said) == len(configs), done.stderr
-    return said
-
-
 def composed(tower: dict, language_model: str = "nobody/model") -> dict:
     return {"vision_encoder": tower, "language_model": {"path": language_model}, "dtype": "float32"}
 
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
 RANDOM = {"type": "clip", "name": "random", "model_config": {**TOWER, "patch_size": 8}}
-GATED = "it is gated; accept its licence at {}/gated/model and log in with `hf auth login`"
-MISSING = "there is no such directory, and no {}/nobody/model; check the spelling, or log in with `hf auth login`"
-REFUSED: list[tuple[dict, str, str]] = [  # what the config names, and how the one line begins and goes on
+GATED = "it is gated; accept its licence at {}/gated/model and log in with `hf auth login` with the same account"
+MISSING = "no such directory, and {}/nobody/model does not exist; check the spelling, or log in with `hf auth login`"
+REFUSED: list[tuple[dict, str, str]] = [  # a config, the beginning of its error, and another part of it
     ({"path": "gated/model"}, "model.path: cannot load 'gated/model'", GATED),
     ({"path": "gated/other"}, "model.path: cannot load 'gated/other'", GATED.replace("model", "other")),
     ({"path": "nobody/model"}, "model.path: cannot load 'nobody/model'", MISSING),
     (
         {"path": "closed/model"},
         "model.path: cannot load 'closed/model'",
-        "/closed/model may not be read (status 403)",
+        "/closed/model is denied (status 403)",
     ),
     ({"path": "open/model", "revision": "v9"}, "model.path: cannot load 'open/model'", "no branch, tag or commit 'v9'"),
     (composed({"type": "clip", "name": "gated/model"}), "model.vision_encoder (clip): cannot load 'gated/", GATED),
     (
         composed({"type": "siglip", "name": "open/model", "pretrained": "v9"}),
         "model.vision_encoder (siglip): cannot load 'open/model'",
-        "it has no branch, tag or commit 'v9'; {}/open/model shows those that it has",
+        "it has no branch, tag or commit 'v9'; {}/open/model lists them",
     ),
     (
         composed({"type": "open_clip", "name": "ViT-B-32", "pretrained": "openai"}),
         "model.vision_encoder (open_clip): cannot load ViT-B-32 with pretrained 'openai'",
-        "no {}/timm/vit_base_patch32_clip_224.openai; check the spelling",
+        "{}/timm/vit_base_patch32_clip_224.openai does not exist; check the spelling",
     ),
     (composed(RANDOM, "gated/model"), "model.language_model.path (gated/model): cannot load it", GATED),
     (composed(RANDOM), "model.language_model.path (nobody/model): cannot load it", MISSING),
 ]
 
 
-def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub, tmp_path):
-    said = load([config for config, _, _ in REFUSED], tmp_path, HF_ENDPOINT=hub)
-    for (_, begins, holds), line in zip(REFUSED, said, strict=True):
-        assert line.startswith(begins)
-        assert holds.format(hub) in line
-        assert "\n" not in line
+CLIP = {"type": "clip", "name": "org/clip", "pretrained": "v2"}
+CACHED: list[dict] = [  # all of it, all of it at another revision, both halves; then what the cache lacks
+    {"path": "org/name", "dtype": "float32"},
+    {"path": "org/name", "dtype": "float32", "revision": "v1"},
+    composed(CLIP, "org/llama"),
+    {"path": "org/name", "revision": "v9"},
+    composed(CLIP | {"pretrained": None}, "org/llama"),
+    composed(CLIP, "org/gone"),
+    {"path": "org/part"},
+]
 
 
 def write_cache(home: Path, name: str, revisions: dict[str, Path]) -> None:
-    """A repository in huggingface_hub's cache: by revision, a folder whose files it has."""
+    """Write a repository into huggingface_hub's cache; `revisions` maps a branch or tag to the folder of its files."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "snapshots").mkdir()
@@ -149,7 +132,7 @@ def write_cache(home: Path, name: str, revisions: dict[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A cache: a whole model, of which `v1` has other weights; the halves of a composed one; and a part of a model."""
+    """A cache with a model, whose `v1` has other weights, the halves of a composed model, and an incomplete model."""
     home = tmp_path_factory.mktemp("home")
     base, other = ROOT / "assets" / "tiny-llava", home / "other"
     other.mkdir()
@@ -169,27 +152,64 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOBODY}], ids=["offline", "no network"])
-def test_without_a_network_the_cache_serves(network, home):
-    clip = {"type": "clip", "name": "org/clip", "pretrained": "v2"}
-    said = load(
-        [
-            {"path": "org/name", "dtype": "float32"},
-            {"path": "org/name", "dtype": "float32", "revision": "v1"},
-            composed(clip, "org/llama"),
-            {"path": "org/name", "revision": "v9"},
-            composed(clip | {"pretrained": None}, "org/llama"),
-            composed(clip, "org/gone"),
-            {"path": "org/part"},
-        ],
-        home,
-        **network,
-    )
-    assert [line.partition(" ")[0] for line in said[:3]] == ["loaded"] * 3
-    assert said[0] != said[1] == "loaded 7.000"
-    why = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in network else f"{NOBODY} does not answer"
+@dataclass(frozen=True)
+class Answers:
+    endpoint: str
+    refused: list[str]  # results for REFUSED, from the hub
+    unreachable: list[str]  # results for CACHED, after the hub went away
+
+
+@pytest.fixture(scope="module")
+def answers(home) -> Answers:
+    """Load REFUSED from a hub and then CACHED without it, in one process: huggingface_hub reads its URL at import."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = inherited | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT)}
+    with (
+        (home / "stderr").open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+
+        def load(configs: list[dict]) -> list[str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.writelines(f"{json.dumps(config)}\n" for config in configs)
+            process.stdin.flush()
+            results: list[str] = []
+            while len(results) < len(configs):
+                line = process.stdout.readline()
+                assert line, (home / "stderr").read_text()[-3000:]
+                if line.startswith("result "):
+                    results.append(json.loads(line.removeprefix("result ")))
+            return results
+
+        refused = load([config for config, _, _ in REFUSED])
+        server.shutdown()
+        server.server_close()
+        return Answers(endpoint, refused, load(CACHED))
+
+
+def test_an_error_of_the_hub_is_one_line_with_advice(answers):
+    for (_, begins, contains), line in zip(REFUSED, answers.refused, strict=True):
+        assert line.startswith(begins)
+        assert contains.format(answers.endpoint) in line
+        assert "\n" not in line
+
+
+def check_cached(results: list[str], home: Path, reason: str) -> None:
+    assert [line.partition(" ")[0] for line in results[:3]] == ["loaded"] * 3
+    assert results[0] != results[1] == "loaded 7.000"
     for line, begins, fetch in zip(
-        said[3:6],
+        results[3:6],
         (
             "model.path: cannot load 'org/name'",
             "model.vision_encoder (clip): cannot load 'org/clip'",
@@ -199,8 +219,26 @@ def test_without_a_network_the_cache_serves(network, home):
         strict=True,
     ):
         assert line.startswith(begins)
-        assert f"there is no such directory, nor is it in the cache ({home / 'hub'}), and {why}; " in line
-        assert f"run `hf download {fetch}` where there is a network" in line
+        assert f"no such directory, and not in the cache ({home / 'hub'}), and {reason}; " in line
+        assert f"run `hf download {fetch}` on a machine with network" in line
         assert "\n" not in line
-    assert said[6].startswith("model.path: cannot load 'org/part' as an image-text-to-text model: ")
-    assert said[6].endswith("; `hf download org/part` gets what the cache may lack")
+    assert results[6].startswith("model.path: cannot load 'org/part' as an image-text-to-text model: ")
+    assert results[6].endswith("; `hf download org/part` downloads files that the cache may lack")
+
+
+def test_the_cache_serves_when_the_hub_does_not_answer(answers, home):
+    check_cached(answers.unreachable, home, f"{answers.endpoint} does not answer")
+
+
+def test_the_cache_serves_in_offline_mode(home, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+
+    def load(config: dict) -> str:
+        try:
+            model, _ = load_model(ModelConfig.model_validate(config))
+        except UserError as error:
+            return str(error)
+        return f"loaded {model.lm_head.weight.flatten()[0].item():.3f}"
+
+    check_cached([load(config) for config in CACHED], home, "HF_HUB_OFFLINE is set")

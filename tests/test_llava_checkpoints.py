@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of LLaVA's own code, made here, become Hugging Face models that compute the same."""
+"""Checkpoints in the layout of LLaVA's own code convert to Hugging Face models that compute the same."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ def convert(*arguments: object, code: int = 0) -> None:
 
 
 def check_same(out: Path, parts: Parts, language: nn.Module | None = None) -> None:
-    """The converted model, in plain transformers, gives the logits that the parts give by hand."""
+    """Check that the converted model, in plain transformers, gives the logits of the parts computed by hand."""
     model, loading = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(out)
     assert type(model).__name__ == "LlavaForConditionalGeneration"
-    picture = PILImage.effect_mandelbrot((12, 8), (-2, -1, 1, 1), 50).convert("RGB")
+    image = PILImage.effect_mandelbrot((12, 8), (-2, -1, 1, 1), 50).convert("RGB")
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True)
-    inputs = processor(text=text, images=picture, return_tensors="pt")
-    image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert image == ROWS == model.config.image_token_id
-    assert (inputs["input_ids"] == image).sum() == (SIDE // PATCH) ** 2
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert image_token == ROWS == model.config.image_token_id
+    assert (inputs["input_ids"] == image_token).sum() == (SIDE // PATCH) ** 2
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     assert logits.shape[-1] % 64 == 0
-    expected = parts.logits(inputs["input_ids"], image, inputs["pixel_values"], language)
+    expected = parts.logits(inputs["input_ids"], image_token, inputs["pixel_values"], language)
     torch.testing.assert_close(logits[..., :ROWS], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -75,22 +75,22 @@ def test_a_whole_checkpoint_computes_the_same(parts, tower, checkpoint, tmp_path
     check_same(tmp_path / "out", parts)
 
 
-def test_safetensors_and_the_tower_that_was_tuned_too(parts, tower, checkpoint, tmp_path):
+def test_a_safetensors_checkpoint_with_its_own_tower(parts, tower, checkpoint, tmp_path):
     for file in checkpoint.glob("pytorch_model*"):
         file.unlink()
-    tuned = Parts()
-    for p in tuned.tower.parameters():
+    trained = Parts()
+    for p in trained.tower.parameters():
         nn.init.normal_(p, std=0.4)
     prefix = "model.vision_tower.vision_tower.vision_model."
-    of_tower = {f"{prefix}{name}": tensor for name, tensor in tuned.tower.state_dict().items()}
+    of_tower = {f"{prefix}{name}": tensor for name, tensor in trained.tower.state_dict().items()}
     save_file(parts.whole() | of_tower, checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(parts.config(model_type="llava_llama")))
     convert(checkpoint, tmp_path / "out", "--vision-tower", tower)
-    check_same(tmp_path / "out", tuned)
+    check_same(tmp_path / "out", trained)
 
 
 def test_the_tower_may_be_a_whole_clip_and_the_dtype_is_kept(parts, tower, tmp_path):
-    """CLIP is published with its text encoder; LLaVA's shards are in half precision."""
+    """CLIP is published with its text encoder, and LLaVA's shards are in half precision."""
     clip = CLIPModel(CLIPConfig(vision_config=parts.tower.config.to_dict(), text_config=SMALL_TEXT))
     clip.vision_model.load_state_dict(parts.tower.state_dict())
     clip.save_pretrained(tmp_path / "clip")
@@ -113,7 +113,7 @@ def test_tied_embeddings(tower, tmp_path):
 
 
 @pytest.mark.parametrize("base_kind", ["language model", "whole"])
-def test_a_projector_alone_on_its_base(parts, tower, checkpoint, tmp_path, base_kind):
+def test_a_projector_is_converted_with_its_base(parts, tower, checkpoint, tmp_path, base_kind):
     stage1 = tmp_path / "pretrain"
     stage1.mkdir()
     torch.save(parts.projector_tensors(), stage1 / "mm_projector.bin")
@@ -144,7 +144,7 @@ def test_a_lora_run_is_merged(parts, tower, tmp_path, dora, old):
 
 
 def test_a_llama_gets_a_new_projector(parts, tower, tmp_path):
-    """The start of LLaVA's first stage: the same one each time."""
+    """The start of LLaVA's first stage. The projector is the same each time."""
     base = write_base(tmp_path / "vicuna", parts)
     convert(base, tmp_path / "out", "--vision-tower", tower)
     started = Parts()
@@ -157,11 +157,11 @@ def test_a_llama_gets_a_new_projector(parts, tower, tmp_path):
     assert torch.equal(again.linear_2.weight, projector.linear_2.weight)
 
 
-def test_the_converted_model_goes_through_the_pipeline(tower, checkpoint, tmp_path):
+def test_samples_are_encoded_with_the_converted_processor(tower, checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out", "--vision-tower", tower)
     encoder = Encoder(AutoProcessor.from_pretrained(tmp_path / "out"))
-    picture = Image(write_image(tmp_path / "a.png", size=(20, 10)))
-    messages = (Message("user", (picture, Text("What?"))), Message("assistant", (Text("A dog."),)))
+    image = Image(write_image(tmp_path / "a.png", size=(20, 10)))
+    messages = (Message("user", (image, Text("What?"))), Message("assistant", (Text("A dog."),)))
     encoded = encoder.encode(Sample("s", messages, "test"))
     tokenizer = encoder.processor.tokenizer
     assert encoded["input_ids"][0, 0] == tokenizer.bos_token_id
@@ -169,8 +169,8 @@ def test_the_converted_model_goes_through_the_pipeline(tower, checkpoint, tmp_pa
     assert tokenizer.decode(encoded["labels"][0][encoded["labels"][0] != -100]).strip() == "A dog.</s>"
 
 
-def test_pictures_are_padded_to_a_square_with_the_mean_colour(parts, tower, checkpoint):
-    """`image_aspect_ratio: pad`; without it they are cropped."""
+def test_images_are_padded_or_cropped_as_the_checkpoint_says(parts, tower, checkpoint):
+    """`image_aspect_ratio: pad` pads with the mean colour; `square` crops."""
     processor = convert_llava(checkpoint, str(tower)).processor
     wide = PILImage.new("RGB", (32, 8), (255, 255, 255))
     pixels = processor.image_processor(wide, return_tensors="pt")["pixel_values"][0]
@@ -181,39 +181,39 @@ def test_pictures_are_padded_to_a_square_with_the_mean_colour(parts, tower, chec
     assert cropped["pixel_values"].min() > 1
 
 
-def test_all_wrong_tensors_are_named_at_once_and_nothing_is_written(parts, tower, tmp_path, capsys):
+def test_one_error_names_all_wrong_tensors_and_nothing_is_written(parts, tower, tmp_path, capsys):
     tensors = parts.whole()
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
     tensors["model.mm_projector.0.weight"] = torch.zeros(24, 17)
     folder = write_checkpoint(tmp_path / "broken", parts, tensors)
     convert(folder, tmp_path / "out", "--vision-tower", tower, code=2)
-    told = capsys.readouterr().err
-    assert "missing: model.layers.1.mlp.up_proj.weight" in told
-    assert "unexpected: model.layers.7.mlp.up_proj.weight" in told
-    assert "misshapen: model.mm_projector.0.weight [24, 17], not [24, 16]" in told
+    message = capsys.readouterr().err
+    assert "missing: model.layers.1.mlp.up_proj.weight" in message
+    assert "unexpected: model.layers.7.mlp.up_proj.weight" in message
+    assert "wrong shape: model.mm_projector.0.weight [24, 17], not [24, 16]" in message
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava_mpt"}, "'model_type' is 'llava_mpt'; known: llava, llava_llama"),
-        ({"mm_projector_type": "linear"}, "'mm_projector_type' is 'linear'; known: mlp2x_gelu"),
+        ({"model_type": "llava_mpt"}, "'model_type' is 'llava_mpt'; supported: llava, llava_llama"),
+        ({"mm_projector_type": "linear"}, "'mm_projector_type' is 'linear'; supported: mlp2x_gelu"),
         ({"image_aspect_ratio": "anyres"}, "'image_aspect_ratio' is 'anyres'"),
         ({"mm_use_im_start_end": True}, "'mm_use_im_start_end' is True"),
-        ({"mm_hidden_size": 32}, "has hidden size 16, and .* was trained with 32"),
+        ({"mm_hidden_size": 32}, "has hidden size 16, but .* was trained with 32"),
         ({"vocab_size": ROWS - 1}, f"its tokenizer has {ROWS} tokens"),
         ({"num_attention_heads": 5}, "config.json"),
     ],
 )
-def test_what_cannot_be_converted_is_refused(parts, tower, checkpoint, changes, message):
+def test_an_unsupported_setting_is_refused(parts, tower, checkpoint, changes, message):
     (checkpoint / "config.json").write_text(json.dumps(parts.config(**changes)))
     with pytest.raises(UserError, match=message):
         convert_llava(checkpoint, str(tower))
 
 
-def test_wrong_directories_are_told(parts, tower, checkpoint, tmp_path):
+def test_a_wrong_directory_is_an_error(parts, tower, checkpoint, tmp_path):
     with pytest.raises(UserError, match="leave out --base"):
         convert_llava(checkpoint, str(tower), checkpoint)
     with pytest.raises(UserError, match="no such directory"):
@@ -224,7 +224,7 @@ def test_wrong_directories_are_told(parts, tower, checkpoint, tmp_path):
     with pytest.raises(UserError, match="not a checkpoint of LLaVA's own code"):
         convert_llava(tmp_path, str(tower))
     (checkpoint / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(UserError, match=r"not there: pytorch_model-00002-of-00002\.bin"):
+    with pytest.raises(UserError, match=r"are missing: pytorch_model-00002-of-00002\.bin"):
         convert_llava(checkpoint, str(tower))
     for file in checkpoint.glob("pytorch_model*"):
         file.unlink()
@@ -235,12 +235,12 @@ def test_wrong_directories_are_told(parts, tower, checkpoint, tmp_path):
         convert_llava(checkpoint, str(tower))
 
 
-def test_a_bin_file_is_never_run(tower, checkpoint):
+def test_a_bin_file_runs_no_code(tower, checkpoint):
     class Hostile:
         def __reduce__(self):
             return (Path.touch, (checkpoint / "ran",))
 
     torch.save({"lm_head.weight": Hostile()}, checkpoint / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(UserError, match="damaged or not a file of tensors"):
+    with pytest.raises(UserError, match="damaged, or not a file of tensors"):
         convert_llava(checkpoint, str(tower))
     assert not (checkpoint / "ran").exists()

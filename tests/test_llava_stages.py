@@ -40,8 +40,8 @@ def test_the_two_stages(tmp_path):
     run("merge", first, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "linear_1.weight"
-    learnt = next(tensor for key, tensor in trained.items() if key.endswith(name))
-    assert torch.equal(next(tensor for key, tensor in merged.items() if key.endswith(name)), learnt)
+    adapted = next(tensor for key, tensor in trained.items() if key.endswith(name))
+    assert torch.equal(next(tensor for key, tensor in merged.items() if key.endswith(name)), adapted)
 
     second = tmp_path / "stage2"
     paths = [f"model.path={tmp_path / 'merged'}", f"training.output={second}", "parts.language.rank=4"]

@@ -1,4 +1,4 @@
-"""Loading a model: what is broken is named in one line, and nothing is made up in its place."""
+"""Loading a model: a broken file is a one-line error, and no weight is replaced by a random one."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def edit(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], 
     return damage
 
 
-STORED = "language_model.model.layers.0.self_attn.q_proj.weight"  # as LLaVA's files have it
+STORED = "language_model.model.layers.0.self_attn.q_proj.weight"  # its name in LLaVA's files
 QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 99}
 DAMAGES = {
-    "weights are damaged or cut short": cut,
+    "weights are damaged or truncated": cut,
     rf"{QUERY} is missing": edit(lambda tensors: tensors.pop(STORED)),
-    rf"{QUERY} is \[3, 128\] where the model has \[128, 128\]": edit(
+    rf"{QUERY} has shape \[3, 128\], the model needs \[128, 128\]": edit(
         lambda tensors: tensors.update({STORED: tensors[STORED][:3].clone()})
     ),
     "no file named model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
     "Expecting property name": lambda folder: (folder / "config.json").write_text("{"),
     "model type `new` but": lambda folder: (folder / "config.json").write_text('{"model_type": "new"}'),
-    "a language model alone": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
+    "If it is a language model, compose one": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
     "image processor": lambda folder: [file.unlink() for file in folder.glob("*processor*")],
     "tokenizer": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
 }
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_a_damaged_model_is_one_clear_error(reason, tmp_path):
+def test_a_damaged_model_is_a_one_line_error(reason, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BASE, folder)
     DAMAGES[reason](folder)
@@ -62,7 +62,7 @@ def test_a_damaged_model_is_one_clear_error(reason, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_in_shards_is_the_same(tiny, tmp_path):
+def test_a_sharded_model_loads(tiny, tmp_path):
     model, processor = tiny
     model.save_pretrained(tmp_path, max_shard_size="500KB")
     processor.save_pretrained(tmp_path)
@@ -72,7 +72,7 @@ def test_a_model_in_shards_is_the_same(tiny, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_attention_is_chosen(tiny):
+def test_the_attention_implementation_can_be_chosen(tiny):
     model, _ = tiny
     ids = torch.arange(3, 20)[None]
     for attention in ("sdpa", "eager"):
@@ -84,7 +84,7 @@ def test_attention_is_chosen(tiny):
         load_model(ModelConfig(path=str(BASE), dtype="bfloat16", attention="flash_attention_2"))
 
 
-def test_what_a_family_keeps_in_fp32_stays_so(monkeypatch):
+def test_modules_that_a_family_keeps_in_fp32_stay_in_fp32(monkeypatch):
     monkeypatch.setattr(LlavaOnevisionForConditionalGeneration, "_keep_in_fp32_modules_strict", {"down_proj"})
     model, _ = load_model(ModelConfig(path=str(BASE), dtype="bfloat16"))
     layer = model.model.language_model.layers[0].mlp

@@ -109,7 +109,7 @@ def test_last_blocks_trains_only_the_last_blocks(tiny, method, tmp_path):
 
 
 def test_more_blocks_than_there_are_is_an_error(tiny):
-    with pytest.raises(UserError, match=r"parts.language.last_blocks: 9 of them, but the part has 3 blocks"):
+    with pytest.raises(UserError, match=r"parts.language.last_blocks: 9 is too many; the part has 3 blocks"):
         mmdora.inject_adapters(tiny[0], {"language": {"method": "full", "last_blocks": 9}})
 
 

@@ -1,4 +1,4 @@
-"""The shipped Vicuna v1 template writes the conversation that LLaVA-1.5 was tuned on, character by character."""
+"""The shipped Vicuna v1 template writes LLaVA-1.5's training format, character by character."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
-from mmdora.models.loading import load_model
+from mmdora.models.loading import load_processor
 
 NAME = "assets/vicuna_v1.jinja"
 TWO_TURNS = (
@@ -21,8 +21,8 @@ def text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
 
 
-def said(role: str, *parts: str) -> dict:
-    """A message of parts: `<image>` and `<video>` are media."""
+def message(role: str, *parts: str) -> dict:
+    """Return a message; the parts `<image>` and `<video>` are media."""
     media = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
     return {"role": role, "content": [media.get(part) or text(part) for part in parts]}
 
@@ -39,47 +39,47 @@ def render(tokenizer, messages: list[dict], prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
-TURNS = [said("user", "<image>", "Q1"), said("assistant", "A1"), said("user", "Q2")]
+TURNS = [message("user", "<image>", "Q1"), message("assistant", "A1"), message("user", "Q2")]
 
 
 def test_two_turns_with_the_generation_prompt(tokenizer):
     assert render(tokenizer, TURNS, prompt=True) == TWO_TURNS
 
 
-def test_two_turns_without_it(tokenizer):
-    assert render(tokenizer, [*TURNS, said("assistant", "A2")]) == f"{TWO_TURNS} A2</s>"
+def test_two_turns_without_the_generation_prompt(tokenizer):
+    assert render(tokenizer, [*TURNS, message("assistant", "A2")]) == f"{TWO_TURNS} A2</s>"
     assert render(tokenizer, TURNS) == TWO_TURNS.removesuffix("ASSISTANT:")
 
 
-def test_plain_strings_are_the_same(tokenizer):
+def test_string_content_is_rendered_like_parts(tokenizer):
     plain = [{"role": r, "content": c} for r, c in (("user", "<image>\nQ1"), ("assistant", "A1"), ("user", "Q2"))]
     assert render(tokenizer, plain, prompt=True) == TWO_TURNS
 
 
 @pytest.mark.parametrize(
-    ("message", "expected"),
+    ("parts", "expected"),
     [
-        (said("user", "Q1", "<image>"), "<image>\nQ1"),  # LLaVA's loader moves it to the front
-        (said("user", "Left of", "<image>", "is", "<image>", "?"), "<image>\n<image>\nLeft of is ?"),
-        (said("user", "<video>", "Q1"), "<video>\nQ1"),
-        (said("user", "Q", "1"), "Q1"),
+        (("Q1", "<image>"), "<image>\nQ1"),  # LLaVA's loader moves it to the front
+        (("Left of", "<image>", "is", "<image>", "?"), "<image>\n<image>\nLeft of is ?"),
+        (("<video>", "Q1"), "<video>\nQ1"),
+        (("Q", "1"), "Q1"),
     ],
 )
-def test_where_media_stand(tokenizer, message, expected):
-    assert render(tokenizer, [message], prompt=True) == f"{SYSTEM}USER: {expected} ASSISTANT:"
+def test_media_come_first(tokenizer, parts, expected):
+    assert render(tokenizer, [message("user", *parts)], prompt=True) == f"{SYSTEM}USER: {expected} ASSISTANT:"
 
 
-def test_a_system_message_takes_the_place_of_the_default(tokenizer):
-    assert render(tokenizer, [said("system", "Be brief."), said("user", "Q1")]) == "Be brief. USER: Q1 "
+def test_a_system_message_replaces_the_default(tokenizer):
+    assert render(tokenizer, [message("system", "Be brief."), message("user", "Q1")]) == "Be brief. USER: Q1 "
 
 
-def test_the_markers_are_around_the_answers_and_their_end(tokenizer):
-    turns = [said("user", "One?"), said("assistant", "a b"), said("user", "Two?"), said("assistant", "c")]
-    marked = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    pairs = zip(marked["input_ids"], marked["assistant_masks"], strict=True)
-    assert tokenizer.decode([token for token, yes in pairs if yes]) == " a b</s> c</s>"
+def test_the_generation_markers_enclose_answers_and_their_end_tokens(tokenizer):
+    turns = [message("user", "One?"), message("assistant", "a b"), message("user", "Two?"), message("assistant", "c")]
+    encoded = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    assert tokenizer.decode([token for token, marked in pairs if marked]) == " a b</s> c</s>"
 
 
-def test_a_config_names_it():
-    _, processor = load_model(ModelConfig(path="assets/tiny-llava", dtype="float32", chat_template=NAME))
+def test_a_config_can_name_the_template():
+    processor = load_processor(ModelConfig(path="assets/tiny-llava", dtype="float32", chat_template=NAME))
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == TWO_TURNS

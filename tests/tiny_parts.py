@@ -1,4 +1,4 @@
-"""What tiny models of many families are made of: a tokenizer, a chat template, settings of towers."""
+"""Building blocks of tiny models of many families: a tokenizer, a chat template, configs of text and vision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 WIDTH = 32  # of the language model
-SIDE, PATCH = 16, 4  # of a picture, in pixels
+SIDE, PATCH = 16, 4  # of an image, in pixels
 SQUARE = {"height": SIDE, "width": SIDE}
 PATCHES = (SIDE // PATCH) ** 2
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
@@ -16,7 +16,7 @@ ROLES = ("<|im_start|>", "<|im_end|>")
 
 
 def template(image: str, video: str = "<video>") -> str:
-    """A chat template that writes these placeholders."""
+    """Return a chat template that writes these placeholders."""
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
         f"{{% if part.type == 'image' %}}{image}{{% elif part.type == 'video' %}}{video}"
@@ -26,7 +26,10 @@ def template(image: str, video: str = "<video>") -> str:
 
 
 def tokenizer(*plain: str, **named: str) -> hf.PreTrainedTokenizerFast:
-    """A byte-pair tokenizer with merges, also of line breaks; `named` special tokens, as `image_token="<image>"`."""
+    """Return a BPE tokenizer with merges, also of line breaks.
+
+    `named` are special tokens by attribute, such as `image_token="<image>"`; `plain` are special tokens without one.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -1,7 +1,8 @@
-"""`mmdora merge`: a plain Hugging Face model from a run, with the proof that it computes the same; or a plain LoRA."""
+"""`mmdora merge`: write a plain Hugging Face model and check that it computes the same, or export a plain LoRA."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,61 @@ from transformers import AutoModelForImageTextToText
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
-from mmdora.adapters.merging import export_lora, merge_adapters
+from mmdora.adapters.merging import LoRAExport, export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
 from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
-from mmdora.models.loading import needs_mmdora, save_model, to_plain_transformers
+from mmdora.models.loading import needs_mmdora, save_card, save_model, to_plain_transformers
 
 
-def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:
-    console = make_console()
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model on disk, and how its logits differ from those of the model with adapters."""
+
+    out: Path
+    dtype: torch.dtype
+    max_difference: float  # largest difference of a logit between the adapted model and the reloaded merged model
+    logit_range: tuple[float, float]  # smallest and largest logit of the adapted model
+    needs_mmdora: bool  # loading it takes `import mmdora.models` first
+
+
+def merge_target(
+    target: str, out: Path, lora_rank: int | None = None, trust_remote_code: bool = False
+) -> MergeResult | LoRAExport:
+    """Write the merged model of a run or an adapter to `out`, reload it, and compare it with the adapted model.
+
+    With `lora_rank` write a plain LoRA of that rank in PEFT's layout instead, and return its approximation errors.
+    Raises UserError if `out` is not empty or the target cannot be loaded.
+    """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory")
     loaded = load_target(target, trust_remote_code)
     if lora_rank is not None:
-        export = export_lora(loaded.model, out, lora_rank)
-        worst = max(export.errors, key=lambda path: export.errors[path])
-        console.print(f"{out}: a plain LoRA of rank {lora_rank}, in PEFT's layout", soft_wrap=True)
-        console.print(f"it misses {export.error:.1%} of the change to the weights (Frobenius norm)")
-        console.print(f"most in {worst}: {export.errors[worst]:.1%}", soft_wrap=True)
-        return
-    encoder = Encoder(loaded.processor, loaded.video)
-    probe = encoder.filler(Image)  # a blank picture and a word: enough to run every layer
+        return export_lora(loaded.model, out, lora_rank)
+    probe = Encoder(loaded.processor, loaded.video).filler(Image)  # a blank image and a word, which run every layer
     adapted = _logits(loaded.model, probe)
     model = to_plain_transformers(merge_adapters(loaded.model))
     save_model(model, loaded.processor, out)
-    again = AutoModelForImageTextToText.from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
-    difference = (_logits(again.to(model.device).eval(), probe) - adapted).abs().max().item()
-    console.print(f"adapter against merged and reloaded: largest logit difference {difference:.2e}")
-    console.print(f"(logits from {adapted.min().item():.1f} to {adapted.max().item():.1f}, {model.dtype})")
-    how = "after `import mmdora`" if needs_mmdora(model) else "without mmdora"
+    save_card(model, out)
+    reloaded = AutoModelForImageTextToText.from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    difference = (_logits(reloaded.to(model.device).eval(), probe) - adapted).abs().max().item()
+    return MergeResult(out, model.dtype, difference, (adapted.min().item(), adapted.max().item()), needs_mmdora(model))
+
+
+def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:
+    """Merge and print the result."""
+    result = merge_target(target, out, lora_rank, trust_remote_code)
+    console = make_console()
+    if isinstance(result, LoRAExport):
+        worst = max(result.errors, key=lambda path: result.errors[path])
+        console.print(f"{out}: a plain LoRA of rank {lora_rank} in PEFT's layout", soft_wrap=True)
+        console.print(f"relative error of the weight change (Frobenius norm): {result.error:.1%}")
+        console.print(f"largest in {worst}: {result.errors[worst]:.1%}", soft_wrap=True)
+        return
+    low, high = result.logit_range
+    console.print(f"adapter against merged and reloaded: largest logit difference {result.max_difference:.2e}")
+    console.print(f"(logits from {low:.1f} to {high:.1f}, {result.dtype})")
+    how = "after `import mmdora.models`" if result.needs_mmdora else "without mmdora"
     console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, {how}", soft_wrap=True)
 
 

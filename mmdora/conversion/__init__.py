@@ -1,1 +1,1 @@
-"""Checkpoints of other code as Hugging Face models."""
+"""Convert checkpoints of other code to Hugging Face models."""

@@ -1,6 +1,7 @@
-"""Models: their parts, loading, composing, vision encoders, projectors and new tokens.
+"""Load, compose and describe models: parts, vision encoders, projectors, new tokens.
 
-Importing this package registers mmdora's own model classes with transformers' Auto classes.
+Importing this package registers mmdora's own model classes with the Auto classes of transformers, so that
+`from_pretrained` loads saved models that use them. `import mmdora` alone does not.
 """
 
 from mmdora.models import llava_resampler, vision_encoders

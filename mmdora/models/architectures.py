@@ -1,5 +1,7 @@
-"""ARCHITECTURES: for a model family, where its parts live. Keyed by the family's `model_type` in Hugging Face
-configs."""
+"""ARCHITECTURES: the module paths of each part (vision, projector, language, ...) of a model family.
+
+Keys are the `model_type` of Hugging Face configs.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Region:
-    """The modules that make up a part: all at `roots`, without what other parts hold inside them (`without`)."""
+    """The modules of a part: everything under `roots` except what lies under `without`, which other parts hold."""
 
     roots: tuple[str, ...]
     without: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
-        """The one root, or the innermost module around all of them; paths inside the part start here."""
+        """The root, or the innermost module around all roots. `targets` match paths relative to it."""
         first, *others = (root.split(".") for root in self.roots)
         depth = len(first) if not others else 0
         while others and all(other[: depth + 1] == first[: depth + 1] for other in others):
@@ -34,11 +36,11 @@ class Region:
         return ".".join(first[:depth])
 
     def holds(self, path: str) -> bool:
-        """Whether a module or parameter belongs to the part."""
+        """Return whether the module or parameter at this path belongs to the part."""
         return any(is_inside(path, r) for r in self.roots) and not any(is_inside(path, w) for w in self.without)
 
     def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """By full path, each once, a tied one too where another part has it first."""
+        """Yield (full path, parameter) for each parameter of the part once, including those tied to other parts."""
         seen: set[int] = set()
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if self.holds(name) and id(parameter) not in seen:
@@ -46,36 +48,39 @@ class Region:
                 yield name, parameter
 
     def whole_modules(self, model: nn.Module) -> list[str]:
-        """The largest modules with weights that belong to the part with all that they hold; none is a mere list of
-        modules, which PEFT refuses in `modules_to_save`."""
-        found: list[str] = []
-        waiting = list(self.roots)
-        while waiting:
-            path = waiting.pop(0)
+        """Return the paths of the largest modules that have weights and belong to the part entirely.
+
+        None of them is a `ModuleList`, which PEFT refuses in `modules_to_save`.
+        """
+        whole: list[str] = []
+        queue = list(self.roots)
+        while queue:
+            path = queue.pop(0)
             module = model.get_submodule(path)
             if isinstance(module, nn.ModuleList) or any(is_inside(w, path) for w in self.without):
                 children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
-                waiting += [child for child in children if self.holds(child)]
+                queue += [child for child in children if self.holds(child)]
             elif next(module.parameters(), None) is not None:
-                found.append(path)
-        return found
+                whole.append(path)
+        return whole
 
 
 def is_inside(path: str, root: str) -> bool:
+    """Return whether a dotted path is `root` or lies below it; `""` is the root of the model."""
     return root == "" or f"{path}.".startswith(f"{root}.")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`parts` maps a part's name to the dotted paths of its modules; those that the model has count.
+    """`parts` maps each part to the dotted paths of its modules. Paths that a model does not have are ignored.
 
-    One part may live inside another, as the merger of Qwen's vision encoder does: the outer is then without it.
+    If one part lies inside another, as the merger in Qwen's vision encoder, the outer part does not include it.
     """
 
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def resolve(self, model: nn.Module) -> dict[str, Region]:
-        """The parts that this model has, by name."""
+        """Return the parts that this model has, by name."""
         modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
         roots = {name: tuple(p for p in paths if p in modules) for name, paths in self.parts.items()}
         regions = {}
@@ -87,7 +92,7 @@ class Architecture:
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture")
-EMBEDDINGS = "embeddings"  # a part of every family: inside the language model, but apart from it where it is named
+EMBEDDINGS = "embeddings"  # the input embeddings: part of `language` unless `parts` names them
 
 LLAVA_LIKE = Architecture(
     {
@@ -126,8 +131,10 @@ for _entry, _names in (
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The model's family; a guess for one without an entry; one without parts for a plain module, whose parts then go
-    by dotted path."""
+    """Return the architecture of a model: its family's entry, or a guess by structure if there is none.
+
+    A plain module without a Hugging Face config has no named parts; `parts` then takes dotted paths.
+    """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model_type, str):
@@ -143,13 +150,17 @@ def architecture_of(model: nn.Module) -> Architecture:
     return Architecture(state.guessed_parts)
 
 
-# What families call the layers between the towers, where these are inside the vision encoder.
+# Names that families give to the projector when it is inside the vision encoder.
 PROJECTORS = ("merger", "projector", "connector", "aligner")
 
 
 def guess_architecture(model: nn.Module, config: Any) -> Architecture:
-    """The parts of a model of vision and text, by its structure: the submodels built from its config's vision and text
-    configs, the layers beside them, and the output embeddings."""
+    """Guess the parts of a vision-language model.
+
+    Vision and language are the submodels built from the config's `vision_config` and `text_config`, the projector is
+    the layers beside them (or inside the vision encoder, by name), and `lm_head` the output embeddings. Without both
+    submodels the result has no parts.
+    """
     parts = {}
     for part, key in (("vision", "vision_config"), ("language", "text_config")):
         if getattr(config, key, None) is not None:
@@ -159,8 +170,8 @@ def guess_architecture(model: nn.Module, config: Any) -> Architecture:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     parts["lm_head"] = tuple(path for path, module in model.named_modules() if module is head)
     parent = Region(parts["vision"] + parts["language"]).path
-    heard = getattr(config, "audio_config", None)
-    audio = () if heard is None else _submodels(model, type(heard))
+    audio_config = getattr(config, "audio_config", None)
+    audio = () if audio_config is None else _submodels(model, type(audio_config))
     taken = [path for paths in (*parts.values(), audio) for path in paths]
     beside = [
         f"{parent}.{name}".lstrip(".")
@@ -178,20 +189,22 @@ def guess_architecture(model: nn.Module, config: Any) -> Architecture:
 
 
 def _submodels(model: nn.Module, config_type: type) -> tuple[str, ...]:
-    """The outermost submodels whose config is of this type."""
+    """Return the paths of the outermost submodels whose config has this type."""
     from transformers import PreTrainedModel
 
-    found: list[str] = []
+    paths: list[str] = []
     for path, module in model.named_modules():
         is_submodel = path and isinstance(module, PreTrainedModel) and type(module.config) is config_type
-        if is_submodel and not any(is_inside(path, outer) for outer in found):
-            found.append(path)
-    return tuple(found)
+        if is_submodel and not any(is_inside(path, outer) for outer in paths):
+            paths.append(path)
+    return tuple(paths)
 
 
 def find_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Region]:
-    """Where the parts named in `parts` live. The input embeddings belong to the language model unless they are
-    named. Raises UserError."""
+    """Return the modules of each part named in `parts`.
+
+    The input embeddings belong to `language` unless they are named. Raises UserError for a part that the model lacks.
+    """
     regions = {name: find_part(model, name) for name in names}
     own = regions.get(EMBEDDINGS)
     if own is not None:
@@ -202,8 +215,10 @@ def find_parts(model: nn.Module, names: Iterable[str]) -> dict[str, Region]:
 
 
 def find_part(model: nn.Module, name: str) -> Region:
-    """Where one part lives: one of the family's own, `embeddings` (the input's), a dotted module path, or `""` for the
-    root. Raises UserError."""
+    """Return the modules of one part: a part of the family, `embeddings`, a dotted module path, or `""` for the root.
+
+    Raises UserError for a part that the model does not have.
+    """
     known = architecture_of(model).resolve(model)
     if name in known:
         return known[name]
@@ -211,7 +226,7 @@ def find_part(model: nn.Module, name: str) -> Region:
         return Region(tuple(path for path, module in model.named_modules() if module is table))
     if name == "" or name in dict(model.named_modules()):
         return Region((name,))
-    choices = ", ".join([*known, EMBEDDINGS]) if known else "none by name"
+    choices = ", ".join([*known, EMBEDDINGS]) if known else "none with a name"
     raise UserError(
         f"parts.{name}: {type(model).__name__} has no such part.{nearest(name, list(known))} "
         f"Its parts: {choices}; a dotted module path works too"
@@ -219,7 +234,7 @@ def find_part(model: nn.Module, name: str) -> Region:
 
 
 def embeddings_of(model: nn.Module, which: str) -> Any:
-    """The "input" or the "output" embeddings; None where the model has none, or one for each of its towers, as CLIP."""
+    """Return the "input" or "output" embeddings; None if the model has none, or one per tower as CLIP has."""
     try:
         return getattr(model, f"get_{which}_embeddings", lambda: None)()
     except NotImplementedError:
@@ -227,9 +242,9 @@ def embeddings_of(model: nn.Module, which: str) -> Any:
 
 
 def unused_blocks(model: nn.Module, region: Region) -> list[str]:
-    """Paths of what computes nothing that the projector reads, where the part is the vision encoder: no gradient ever.
+    """Return the paths in the vision encoder that never get a gradient; an empty list for any other part.
 
-    LLaVA reads layer −2 of the tower, so the last block is for nothing, and an adapter on it would never learn; no
+    LLaVA's projector reads hidden state −2 of the tower, so an adapter on the last block would never be trained. No
     family reads the pooled output of SigLIP's attention head.
     """
     if architecture_of(model).resolve(model).get("vision") != region:
@@ -242,7 +257,7 @@ def unused_blocks(model: nn.Module, region: Region) -> list[str]:
         layers = [layer] if isinstance(layer, int) else list(layer)
         used = max(index if index >= 0 else depth + 1 + index for index in layers)
     unused = []
-    blocks: dict[str, str] = {}  # by root: the last list of so many equal modules, since stages may have as many
+    blocks: dict[str, str] = {}  # root -> its last list of `depth` equal modules, as earlier stages may have as many
     for path, module in model.named_modules():
         root = next((root for root in region.roots if is_inside(path, root)), None)
         if root is None or not region.holds(path):

@@ -1,7 +1,7 @@
-"""`nn.MultiheadAttention` made explicit, so that adapters reach q, k, v and out.
+"""Replace `nn.MultiheadAttention` by explicit linear layers, so that adapters reach q, k, v and out.
 
-`nn.MultiheadAttention` keeps q, k and v in one `in_proj_weight` and never calls `out_proj.forward`, so an adapter put
-on its children computes nothing and gets no gradient. `explicit_attention` swaps each one for four `nn.Linear`s
+`nn.MultiheadAttention` keeps q, k and v in one `in_proj_weight` and never calls `out_proj.forward`, so an adapter on
+its children computes nothing and gets no gradient. `explicit_attention` replaces each one by four `nn.Linear` layers
 around `scaled_dot_product_attention`: the same function, with layers that can be adapted.
 """
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class ExplicitAttention(nn.Module):
     """Multi-head attention with `q_proj`, `k_proj`, `v_proj` and `out_proj` as ordinary linear layers.
 
-    Called like the `nn.MultiheadAttention` it replaces: `(query, key, value)` of shape [batch, tokens, width] where
-    `batch_first`, else [tokens, batch, width]; returns `(output, None)`, as with `need_weights=False`.
+    It is called like the `nn.MultiheadAttention` that it replaces: `(query, key, value)` have shape [batch, tokens,
+    width] if `batch_first`, else [tokens, batch, width]. It returns `(output, None)`, as with `need_weights=False`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, kdim: int, vdim: int, bias: bool, batch_first: bool):
@@ -31,8 +31,7 @@ class ExplicitAttention(nn.Module):
 
     @classmethod
     def from_multihead(cls, attention: nn.MultiheadAttention) -> ExplicitAttention:
-        """The same function with the same weights (copied). Raises ValueError for `bias_k`/`add_zero_attn`
-        attentions."""
+        """Copy an attention. Raises ValueError for one with `add_bias_kv` or `add_zero_attn`."""
         if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
             raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot be made explicit")
         new = cls(
@@ -74,8 +73,10 @@ class ExplicitAttention(nn.Module):
 
 
 def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """One additive mask [b or 1, heads or 1, q, k] from `nn.MultiheadAttention`'s two; there, boolean True means
-    "hide"."""
+    """Merge the two masks of `nn.MultiheadAttention` into one additive mask [b or 1, heads or 1, q, k].
+
+    In its boolean masks, True means "do not attend".
+    """
 
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:
@@ -94,7 +95,7 @@ def _merge_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: T
 
 
 def explicit_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`nn.MultiheadAttention` checkpoint keys as explicit ones, at any depth; other keys pass through."""
+    """Convert the keys of `nn.MultiheadAttention` to those of `ExplicitAttention`, at any depth; keep other keys."""
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
         prefix, _, leaf = key.rpartition(".")
@@ -111,7 +112,7 @@ def explicit_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def multihead_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back from `explicit_state_dict`, for attentions whose q, k and v have the same input width."""
+    """Invert `explicit_state_dict`, for attentions whose q, k and v have the same input width."""
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
         path, _, kind = key.rpartition(".")

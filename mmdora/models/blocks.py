@@ -1,4 +1,4 @@
-"""The repeated blocks of a part, from its input to its output: tuning the last few, and learning rates by block."""
+"""The repeated blocks of a part, in forward order: `last_blocks` and layer-wise learning-rate decay."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mmdora.models.architectures import Region, is_inside, unused_blocks
 
 
 def blocks_of(model: nn.Module, region: Region) -> list[str]:
-    """Full paths of the part's blocks: the children of its longest list of modules of one class, of at least two.
+    """Return the full paths of a part's blocks, in forward order; an empty list if it has none.
 
-    Lists beside it that hold the same belong to it: a ConvNeXt has one a stage.
-
-    Blocks of a vision encoder behind the hidden state that the projector reads are none. Empty where a part has none.
+    Blocks are the children of the part's longest `ModuleList` or `Sequential` of at least two modules of one class.
+    Sibling lists with the same class count too (a ConvNeXt has one list per stage). Blocks of a vision encoder behind
+    the hidden state that the projector reads are skipped.
     """
     lists = [
         (path, module)
@@ -26,7 +26,7 @@ def blocks_of(model: nn.Module, region: Region) -> list[str]:
     if not lists:
         return []
     above, longest = max(lists, key=lambda entry: len(entry[1]))
-    around = above.rpartition(".")[0].rpartition(".")[0]  # of a stage: what holds the stages
+    around = above.rpartition(".")[0].rpartition(".")[0]  # the module that holds the stages
     stages = [
         (path, module) for path, module in lists if type(module[0]) is type(longest[0]) and is_inside(path, around)
     ]
@@ -35,25 +35,26 @@ def blocks_of(model: nn.Module, region: Region) -> list[str]:
 
 
 def last_blocks(model: nn.Module, part: str, region: Region, count: int) -> list[str]:
-    """The last `count` blocks of a part. Raises UserError where it has fewer."""
+    """Return the paths of the last `count` blocks of a part. Raises UserError if it has fewer."""
     blocks = blocks_of(model, region)
     if count > len(blocks):
-        raise UserError(f"parts.{part}.last_blocks: {count} of them, but the part has {len(blocks)} blocks")
+        raise UserError(f"parts.{part}.last_blocks: {count} is too many; the part has {len(blocks)} blocks")
     return blocks[-count:]
 
 
 def rate_factors(model: nn.Module, part: str, region: Region, decay: float) -> dict[str, float]:
-    """By the name of each parameter of the part: what `layer_decay` makes of its learning rate.
+    """Return the factor on the learning rate for each parameter of a part, by name: layer-wise decay as in BEiT.
 
-    What comes behind the blocks keeps it; the last block has `decay` of it, each block before that `decay` of the
-    next one's, and what comes before the blocks (embeddings) `decay` of the first one's. As BEiT does (arXiv
-    2106.08254), in the order in which a part declares its parameters. Raises UserError for a part without blocks.
+    Parameters behind the blocks have factor 1. The last block has `decay`, each earlier block `decay` times the factor
+    of the next one, and parameters before the blocks (embeddings) `decay` times that of the first block. Before and
+    behind follow the order in which the part declares its parameters (arXiv 2106.08254). Raises UserError for a part
+    without blocks.
     """
     blocks = blocks_of(model, region)
     if not blocks:
-        raise UserError(f"parts.{part}.layer_decay: the part has no blocks to tell apart; leave it out")
+        raise UserError(f"parts.{part}.layer_decay: the part has no repeated blocks; remove the key")
     factors: dict[str, float] = {}
-    steps = len(blocks) + 1  # of decay, for what is met next
+    steps = len(blocks) + 1  # powers of decay for the next parameter
     for name, _ in region.named_parameters(model):
         inside = next((i for i, block in enumerate(blocks) if is_inside(name, block)), None)
         if inside is not None:

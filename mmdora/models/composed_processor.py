@@ -1,4 +1,4 @@
-"""The processor of a composed model, around the language model's tokenizer."""
+"""Build the processor of a composed model around the language model's tokenizer."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.llava_resampler import LlavaResamplerProcessor
 
-# A picture is cut into squares of the tower's size in the grid (rows, columns) that wastes least of it.
+# Grids (rows, columns) of squares of the tower's image size. The processor takes the one that wastes the fewest pixels.
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1)]
-NUM_QUERIES = 64  # of a resampler
+NUM_QUERIES = 64  # default of `model.num_queries`
 
 
 def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the placeholder of an image: the tokenizer's own, or `<image>`."""
     return getattr(tokenizer, "image_token", None) or "<image>"
 
 
 def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the placeholder of a video: the tokenizer's own, or `<video>`."""
     return getattr(tokenizer, "video_token", None) or "<video>"
 
 
 def make_processor(
     vision: PreTrainedModel.config_class, tokenizer: PreTrainedTokenizerBase, strategy: str, config: ModelConfig
 ) -> ProcessorMixin:
+    """Return the processor for a vision config; `strategy` is its `vision_feature_select_strategy`."""
     side = vision.image_size
     size = {"height": side, "width": side}
     statistics = {
@@ -47,28 +50,28 @@ def make_processor(
         "video_token": video_token(tokenizer),
     }
     if config.projector == "resampler":
-        images = SiglipImageProcessor(size=size, **statistics)  # the whole picture as one square, as a frame is
+        images = SiglipImageProcessor(size=size, **statistics)  # the whole image as one square, as for a frame
         return LlavaResamplerProcessor(images, num_image_tokens=config.num_queries or NUM_QUERIES, **common)
     grids = [[rows * side, columns * side] for rows, columns in GRIDS]
     patches = (side // vision.patch_size) ** 2
     return LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids, **statistics),
-        num_image_tokens=patches + 1 if strategy == "default" else patches,  # what the tower returns
+        num_image_tokens=patches + 1 if strategy == "default" else patches,  # tokens that the tower returns
         vision_feature_select_strategy=strategy,
         **common,
     )
 
 
 def check_chat_template(processor: ProcessorMixin) -> None:
-    """Raise UserError where the chat template, made for text, does not write the placeholder of a picture or video."""
+    """Raise UserError if the chat template does not write the placeholders of images and videos: many are text-only."""
     for kind, token in (("image", processor.image_token), ("video", processor.video_token)):
         message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What is it?"}]}
         try:
-            text, why = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True), ""
-        except Exception as error:  # a template may raise anything, in Jinja or in Python
-            text, why = "", f" ({type(error).__name__}: {error})"
+            text, reason = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True), ""
+        except Exception as error:  # a template may raise any exception, in Jinja or in Python
+            text, reason = "", f" ({type(error).__name__}: {error})"
         if text.count(token) != 1 or "What is it?" not in text:
             raise UserError(
-                f"the language model's chat template does not write {token} where a message holds {kind} content"
-                f"{why}; name a Jinja file that does in model.chat_template"
+                f"the language model's chat template does not write {token} for {kind} content{reason}; name a Jinja "
+                "file that does in model.chat_template"
             )

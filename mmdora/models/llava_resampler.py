@@ -1,7 +1,7 @@
-"""LLaVA with a resampler: a model of pictures, clips and text whose pictures and frames cost a fixed number of tokens.
+"""LLaVA with a resampler: every image and every video frame takes a fixed number of tokens.
 
-LLaVA-1.5's class with another projector, and with clips, whose frames are pictures in a row. The Auto classes know it
-after `import mmdora`.
+The model is transformers' LLaVA-1.5 class with another projector and with video input, where a video is a sequence of
+images. `import mmdora.models` registers it with the Auto classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mmdora.models.resampler import Resampler
 
 
 class LlavaResamplerConfig(LlavaConfig):
-    """`image_seq_length` is the number of queries: the tokens of a picture or a frame."""
+    """`image_seq_length` is the number of queries, i.e. tokens per image or frame."""
 
     model_type = "llava_resampler"
     attribute_map = LlavaConfig.attribute_map | {"video_token_id": "video_token_index"}
@@ -40,8 +40,11 @@ class LlavaResamplerConfig(LlavaConfig):
 
 
 class LlavaResamplerModel(LlavaModel):
-    """pixel_values [pictures, 3, size, size] and pixel_values_videos [clips, frames, 3, size, size], in the order of
-    their placeholders in input_ids [batch, tokens]."""
+    """A vision tower, a resampler and a language model without its head.
+
+    Takes pixel_values [images, 3, size, size] and pixel_values_videos [videos, frames, 3, size, size], both in the
+    order of their placeholders in input_ids [batch, tokens].
+    """
 
     config_class = LlavaResamplerConfig
     input_modalities = ("image", "video", "text")
@@ -59,7 +62,7 @@ class LlavaResamplerModel(LlavaModel):
             init.normal_(module.queries, std=getattr(self.config.text_config, "initializer_range", 0.02))
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`pooler_output` holds the tokens of each clip [frames · queries, width]: its frames', one after the other."""
+        """Encode videos. `pooler_output` lists the tokens of each video [frames · queries, width], frame by frame."""
         output = self.get_image_features(pixel_values_videos.flatten(0, 1), **kwargs)
         frames = torch.stack(tuple(output.pooler_output))
         output.pooler_output = list(frames.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2))
@@ -75,18 +78,22 @@ class LlavaResamplerModel(LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """`mm_encoder_outputs` is what the features' methods answered, in place of pixels: `generate` asks them once.
-        Raises ValueError where placeholders and media differ in number."""
+        """Return the hidden states of the language model.
+
+        `mm_encoder_outputs` holds precomputed outputs of `get_image_features` ("image") and `get_video_features`
+        ("video") in place of pixels; `generate` computes them once. Raises ValueError if the number of placeholders
+        does not match the number of media tokens.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        seen = dict(mm_encoder_outputs or {})
+        features = dict(mm_encoder_outputs or {})
         if pixel_values is not None:
-            seen["image"] = self.get_image_features(pixel_values, return_dict=True)
+            features["image"] = self.get_image_features(pixel_values, return_dict=True)
         if pixel_values_videos is not None:
-            seen["video"] = self.get_video_features(pixel_values_videos, return_dict=True)
+            features["video"] = self.get_video_features(pixel_values_videos, return_dict=True)
         for kind, token in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
-            if seen.get(kind) is not None:
-                inputs_embeds = _place(inputs_embeds, input_ids, token, seen[kind].pooler_output)
+            if features.get(kind) is not None:
+                inputs_embeds = _fill_placeholders(inputs_embeds, input_ids, token, features[kind].pooler_output)
         outputs = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -96,25 +103,27 @@ class LlavaResamplerModel(LlavaModel):
         )
 
 
-def _place(embeds: Tensor, input_ids: Tensor | None, token: int, features: list[Tensor]) -> Tensor:
-    """The features [tokens, width] of each picture or clip where their placeholders stand."""
+def _fill_placeholders(embeds: Tensor, input_ids: Tensor | None, placeholder: int, features: list[Tensor]) -> Tensor:
+    """Replace the placeholder embeddings by the features [tokens, width] of each image or video."""
     if input_ids is None:
-        raise ValueError("pictures and clips need input_ids: their placeholders are found there")
+        raise ValueError("images and videos need input_ids, which hold their placeholders")
     tokens = torch.cat(list(features)).to(embeds)
-    mask = input_ids == token
+    mask = input_ids == placeholder
     if mask.sum() != len(tokens):
-        raise ValueError(f"the text has {int(mask.sum())} placeholders {token} for {len(tokens)} tokens of media")
+        raise ValueError(
+            f"input_ids hold {int(mask.sum())} placeholders (token {placeholder}) for {len(tokens)} media tokens"
+        )
     return embeds.masked_scatter(mask[..., None], tokens)
 
 
 class LlavaResamplerForConditionalGeneration(LlavaForConditionalGeneration):
-    """`LlavaResamplerModel` with the head of its language model."""
+    """`LlavaResamplerModel` with the output head of its language model."""
 
     config_class = LlavaResamplerConfig
     input_modalities = ("image", "video", "text")
 
     def __init__(self, config: LlavaResamplerConfig):
-        super(LlavaForConditionalGeneration, self).__init__(config)  # past LlavaModel, which would be built in vain
+        super(LlavaForConditionalGeneration, self).__init__(config)  # skips building an unused LlavaModel
         self.model = LlavaResamplerModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -137,7 +146,10 @@ class LlavaResamplerForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
-        """`logits_to_keep` is a number of last tokens (0: all), or their places."""
+        """Return the logits, and the loss if `labels` are given.
+
+        `logits_to_keep` is the number of last positions to compute logits for (0: all), or their indices.
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -164,7 +176,7 @@ class LlavaResamplerForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 class LlavaResamplerProcessor(ProcessorMixin):
-    """Writes `num_image_tokens` placeholders for a picture, and so many for every frame of a clip."""
+    """Write `num_image_tokens` placeholders for each image and for each frame of a video."""
 
     def __init__(
         self,

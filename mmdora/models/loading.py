@@ -1,4 +1,4 @@
-"""Models with their processors: loaded whole, or composed (mmdora/models/composing.py)."""
+"""Load a model and its processor: an existing model, or one composed of parts (composing.py). Save it again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmdora.models.composed_processor import check_chat_template
 from mmdora.models.composing import compose
 from mmdora.models.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
+from mmdora.models.model_card import write_model_card
 from mmdora.models.new_tokens import add_tokens, extend_tokenizer
 from mmdora.models.preprocessing import pad_to_square
 from mmdora.models.projectors import keep_linear
@@ -29,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """The model in `config.dtype`, in evaluation mode, with its processor. Raises UserError that says what is wrong."""
+    """Return the model in `config.dtype` and in evaluation mode, and its processor. Raises UserError."""
     with load_unpartitioned():
         if config.path is None:
             model, processor = compose(config)
             model.to(getattr(torch, config.dtype))
         else:
-            processor, model = _read_processor(config), _load_whole(config)
+            processor, model = _load_processor(config), _load_weights(config)
         if config.new_tokens:
             add_tokens(model, processor, config.new_tokens)
     _prepare(processor, config)
@@ -46,10 +47,10 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
 
 
 def load_processor(config: ModelConfig) -> Any:
-    """The processor alone, as `load_model` gives it; of a whole model no weights are read. Raises UserError."""
+    """Return the processor of `load_model`. Reads no weights, except for a composed model. Raises UserError."""
     if config.path is None:
         return load_model(config)[1]
-    processor = _read_processor(config)
+    processor = _load_processor(config)
     if config.new_tokens:
         extend_tokenizer(processor.tokenizer, config.new_tokens)
     _prepare(processor, config)
@@ -57,20 +58,21 @@ def load_processor(config: ModelConfig) -> Any:
 
 
 def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """The model on the meta device, where it has shapes and no numbers, with its processor. Of a whole model no weights
-    are read. Raises UserError."""
+    """Return the model on the meta device (shapes without data), and its processor.
+
+    Reads no weights, except for a composed model. Raises UserError.
+    """
     if config.path is None:
         model, processor = load_model(config)
         return model.to("meta"), processor
-    processor = _read_processor(config)
+    processor = _load_processor(config)
     try:
-        source = _source(config)
-        about = AutoConfig.from_pretrained(**source)
+        model_config = AutoConfig.from_pretrained(**_source(config))
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
-                about,
+                model_config,
                 dtype=getattr(torch, config.dtype),
-                # Flash-attention keeps what PyTorch's own fused attention does, and may not be installed here.
+                # FlashAttention may not be installed here. It needs as much memory as PyTorch's fused attention.
                 attn_implementation=None if config.attention == "flash_attention_2" else config.attention,
                 trust_remote_code=config.trust_remote_code,
             )
@@ -84,48 +86,45 @@ def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
 
 
 def _prepare(processor: Any, config: ModelConfig) -> None:
-    """The template and the preprocessing that the config asks for."""
+    """Apply the chat template and the preprocessing of the config to a processor, in place."""
     if config.chat_template is not None:
         template = find_path(config.chat_template)
         if not template.is_file():
             raise UserError(f"model.chat_template: no such file {config.chat_template!r}")
         processor.chat_template = template.read_text(encoding="utf-8")
     if processor.chat_template is None:
-        raise UserError(
-            f"{config.path or 'the model'} comes without a chat template; name a Jinja file in model.chat_template"
-        )
+        raise UserError(f"{config.path or 'the model'} has no chat template; name a Jinja file in model.chat_template")
     if config.path is None:
         check_chat_template(processor)
     if config.pad_to_square:
         pad_to_square(processor, config.path or "a composed model")
 
 
-def _read_processor(config: ModelConfig) -> Any:
+def _load_processor(config: ModelConfig) -> Any:
     try:
         return AutoProcessor.from_pretrained(**_source(config))
     except LOADING_ERRORS as error:
         raise _cannot_load(config, error) from error
 
 
-def _load_whole(config: ModelConfig) -> PreTrainedModel:
+def _load_weights(config: ModelConfig) -> PreTrainedModel:
     try:
-        # What has another shape is named below, where transformers would only say that something has.
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, info = AutoModelForImageTextToText.from_pretrained(
             **_source(config),
-            dtype=getattr(torch, config.dtype),  # but for what the family keeps in fp32
+            dtype=getattr(torch, config.dtype),  # except for modules that the family keeps in fp32
             attn_implementation=config.attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # check_complete names them; transformers would not
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(config, error) from error
-    check_complete("model.path", str(config.path), found)
+    check_complete("model.path", str(config.path), info)
     keep_linear(model)
     return model
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    """What `from_pretrained` wants to know. Raises UserError for what is no directory and can be no hub id."""
+    """Return the arguments of `from_pretrained`. Raises UserError for a path that is no directory and no hub id."""
     name = str(config.path)
     path = find_path(name)
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
@@ -140,13 +139,15 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 def _cannot_load(config: ModelConfig, error: BaseException) -> UserError:
     reason = why(error, str(config.path), config.revision)
     if "Unrecognized configuration class" in reason:
-        reason += " It may be a language model alone: compose one with model.language_model and vision_encoder"
+        reason += " If it is a language model, compose one with model.language_model and model.vision_encoder"
     return UserError(f"model.path: cannot load {config.path!r} as an image-text-to-text model: {reason}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its OpenCLIP tower, if it has one, as transformers' own CLIP or SigLIP tower: loads without
-    mmdora. In place. A tower that has no equal there stays, with a warning; `needs_mmdora` then says so."""
+    """Convert an OpenCLIP tower to transformers' CLIP or SigLIP tower, so that the model loads without mmdora.
+
+    In place. A tower without an equivalent in transformers is kept, with a warning; see `needs_mmdora`.
+    """
     inner = model.model if hasattr(model, "model") else model
     tower = getattr(inner, "vision_tower", None)
     try:
@@ -157,18 +158,26 @@ def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:
         else:
             return model
     except UserError as error:
-        log.warning("%s; the model loads after `import mmdora`", error)
+        log.warning("%s; the saved model loads only after `import mmdora.models`", error)
     model.config.vision_config = inner.vision_tower.config
     return model
 
 
 def needs_mmdora(model: PreTrainedModel) -> bool:
-    """Whether the Auto classes can load the saved model only after `import mmdora`."""
+    """Return whether the Auto classes can load the saved model only after `import mmdora.models`."""
     tower = getattr(getattr(model, "model", model), "vision_tower", None)
-    own = (LlavaResamplerForConditionalGeneration, OpenCLIPVisionModel, OpenCLIPTimmModel, OpenCLIPConvNextModel)
-    return isinstance(model, own) or isinstance(tower, own)
+    classes = (LlavaResamplerForConditionalGeneration, OpenCLIPVisionModel, OpenCLIPTimmModel, OpenCLIPConvNextModel)
+    return isinstance(model, classes) or isinstance(tower, classes)
 
 
 def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Save a model and its processor; a composed model, or one that needs mmdora, with a README.md (`save_card`)."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if needs_mmdora(model) or getattr(model.config, "composed_of", None):
+        save_card(model, folder)
+
+
+def save_card(model: PreTrainedModel, folder: Path) -> None:
+    """Write the README.md of a saved model, unless there is one: how to load it and what it was made from."""
+    write_model_card(model, folder, needs_mmdora(model))

@@ -1,8 +1,8 @@
-"""The projectors of composed models, inside the stock LLaVA-OneVision class.
+"""The projectors `mlp2x_gelu` and `linear` of composed models, inside the stock LLaVA-OneVision class.
 
-`mlp2x_gelu` is the class's own. `linear` is one layer: the class's first, with the identity as activation and as second
-layer. The second layer's identity is written to the model's files, where the stock class reads it back, but it is no
-parameter here: nothing trains it, and it costs no product.
+`mlp2x_gelu` is the class's own projector. `linear` uses the first of its two layers; the activation and the second
+layer are the identity. The second layer is saved as an identity matrix, which the stock class can load. Here it is a
+buffer: it is never trained, and it costs no matrix product.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IDENTITY = "linear"  # transformers' name for no activation
+IDENTITY = "linear"  # what transformers calls the identity activation
 
 
 class IdentityLinear(nn.Module):
-    """x → x, with the files of an `nn.Linear` that does the same."""
+    """The identity, with the state dict of an `nn.Linear` that computes it."""
 
     weight: Tensor
     bias: Tensor
@@ -31,12 +31,12 @@ class IdentityLinear(nn.Module):
 
 
 def make_linear(projector: Any) -> None:
-    """Turn a stock projector into a single linear layer, in place."""
+    """Turn a two-layer projector into a single linear layer, in place."""
     projector.linear_2 = IdentityLinear(projector.linear_1.out_features)
 
 
 def keep_linear(model: Any) -> None:
-    """A reloaded model whose projector is one linear layer gets it back as one, in place; others stay as they are."""
+    """Turn the projector of a reloaded model back into a single linear layer if it was saved as one, in place."""
     if getattr(getattr(model, "config", None), "projector_hidden_act", None) != IDENTITY:
         return
     projector = getattr(getattr(model, "model", None), "multi_modal_projector", None)

@@ -1,4 +1,4 @@
-"""CLIP image towers as transformers has them."""
+"""The vision encoder `clip`: CLIP image towers of transformers."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ CLIP = TowerFamily(
 def clip_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A `CLIPVisionModel` of a hub id or directory; `pretrained` is a revision of the hub. Raises UserError."""
+    """Load a `CLIPVisionModel` from a hub id or directory; `pretrained` is a hub revision. Raises UserError."""
     return load_tower(CLIP, name, pretrained, model_config)[0]

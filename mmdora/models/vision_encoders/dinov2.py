@@ -1,7 +1,8 @@
-"""DINOv2 towers as transformers has them, at the resolution of their preprocessor.
+"""The vision encoder `dinov2`: DINOv2 towers of transformers, at the resolution of their preprocessor.
 
-The checkpoints carry position embeddings for 518 px and a preprocessor for 224; transformers interpolates at each call.
-Here the interpolated embeddings become the tower's own, so that `image_size` says what the LLaVA class then counts by.
+The checkpoints have position embeddings for 518 px and a preprocessor for 224 px, and transformers interpolates at each
+call. Here the tower stores the interpolated embeddings, so that the LLaVA class reads the right number of patches from
+`image_size`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ DINOV2 = TowerFamily(
 def dinov2_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A `Dinov2Model` of a hub id or directory; `pretrained` is a revision of the hub. Raises UserError.
+    """Load a `Dinov2Model` from a hub id or directory; `pretrained` is a hub revision. Raises UserError.
 
-    DINOv2 with registers is refused: LLaVA classes drop one class token, and would read its registers as patches.
+    DINOv2 with registers is an error: LLaVA classes drop one class token and would read the registers as patches.
     """
     tower, size = load_tower(DINOV2, name, pretrained, model_config)
     if size is not None and size != tower.config.image_size:
@@ -42,7 +43,7 @@ def dinov2_encoder(
 
 
 def set_image_size(tower: PreTrainedModel, size: int) -> None:
-    """Make `size` [pixels] the tower's own resolution, in place; the function stays the same for such pictures."""
+    """Set the tower's resolution to `size` [pixels], in place. Its output for images of that size does not change."""
     embeddings = tower.embeddings
     patches = (size // tower.config.patch_size) ** 2
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""transformers' own vision models as towers: what `clip`, `siglip`, `siglip2` and `dinov2` share."""
+"""Load vision models of transformers as towers: shared by `clip`, `siglip`, `siglip2` and `dinov2`."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """`model_types` are those of configs that hold such a tower; mean and std serve where no preprocessor says more."""
+    """A family of towers. `image_mean` and `image_std` are defaults for checkpoints without a preprocessor."""
 
-    type: str  # its name in VISION_ENCODERS
+    type: str  # name in VISION_ENCODERS
     model_class: str  # in transformers
     config_class: str
-    model_types: Collection[str]
+    model_types: Collection[str]  # of configs that contain such a tower
     image_mean: list[float]
     image_std: list[float]
-    overrides: dict[str, Any]  # config fields that leave out what nothing reads
+    overrides: dict[str, Any]  # config fields that leave out unused layers
 
 
 def load_tower(
     family: TowerFamily, name: str, revision: str | None, model_config: dict[str, Any] | None
 ) -> tuple[PreTrainedModel, int | None]:
-    """The tower in fp32, with the picture size of its preprocessor where it has one.
+    """Return the tower in fp32, and the image size [pixels] of its preprocessor (None if it has none).
 
-    `name` is a hub id or a directory, of the tower or of a whole model around it; `revision` a branch, tag or commit
-    of the hub. With `model_config` (fields of the tower's config) the weights are random and `name` is only a label.
+    `name` is the hub id or directory of the tower or of a model that contains it; `revision` is a branch, tag or commit
+    on the hub. With `model_config` (fields of the tower's config) the weights are random and `name` is only a label.
     Raises UserError.
     """
     import transformers
@@ -43,13 +43,13 @@ def load_tower(
     key = f"model.vision_encoder ({family.type})"
     if model_config is not None:
         if revision is not None:
-            raise UserError(f"{key}: 'model_config' makes random weights, so 'pretrained' must be null")
+            raise UserError(f"{key}: 'model_config' creates random weights, so 'pretrained' must be null")
         tower, size = model_class(config_class(**model_config, **family.overrides)), None
         mean, std = family.image_mean, family.image_std
     else:
         path = find_path(name)
         if path.exists() and revision is not None:
-            raise UserError(f"{key}: {name!r} is a directory; 'pretrained' names a revision of a hub repository")
+            raise UserError(f"{key}: {name!r} is a directory, but 'pretrained' is a revision of a hub repository")
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
         source |= {"revision": revision} if revision is not None else {}
         try:
@@ -68,20 +68,20 @@ def _from_pretrained(family: TowerFamily, model_class: Any, source: dict[str, An
     config = AutoConfig.from_pretrained(**source)
     if config.model_type not in family.model_types:
         raise UserError(
-            f"{key}: {name!r} is a {config.model_type!r} model, and {family.type} towers come from "
+            f"{key}: {name!r} is a {config.model_type!r} model, but {family.type} towers come from "
             f"{', '.join(sorted(family.model_types))}"
         )
     config = getattr(config, "vision_config", config)
     for field, value in family.overrides.items():
         setattr(config, field, value)
     settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    tower, found = model_class.from_pretrained(**source, **settings)
-    check_complete(key, name, found)
+    tower, info = model_class.from_pretrained(**source, **settings)
+    check_complete(key, name, info)
     return tower
 
 
 def _preprocessor(family: TowerFamily, source: dict[str, Any], key: str) -> tuple[int | None, list[float], list[float]]:
-    """Picture size, mean and std of the tower's image processor, or the family's own where it comes without one."""
+    """Return image size, mean and std of the tower's image processor, or the family's defaults if it has none."""
     from transformers import AutoImageProcessor
 
     name, revision = source["pretrained_model_name_or_path"], source.get("revision")

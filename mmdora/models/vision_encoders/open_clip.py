@@ -1,8 +1,8 @@
-"""OpenCLIP image towers as Hugging Face vision models, with attention that adapters can reach.
+"""The vision encoder `open_clip`: OpenCLIP image towers as Hugging Face models, with attention that adapters can reach.
 
-The tower is open_clip's own `VisionTransformer` (without the contrastive projection) inside a small
-`PreTrainedModel`, so it saves, reloads and sits in any stock LLaVA class as its `vision_config`. `to_clip` turns it
-into a `CLIPVisionModel` that plain transformers loads without mmdora.
+The tower is open_clip's `VisionTransformer` (without the contrastive projection) inside a small `PreTrainedModel`, so
+it can be saved, reloaded and used in any stock LLaVA class. `to_clip` converts it to a `CLIPVisionModel`, which
+transformers loads without mmdora. timm and ConvNeXt trunks are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class OpenCLIPVisionConfig(PretrainedConfig):
-    """`vision_cfg` is open_clip's own description of the tower; the other fields repeat what LLaVA classes ask for."""
+    """`vision_cfg` is open_clip's description of the tower; LLaVA classes read the other fields."""
 
     model_type = "open_clip_vision"
 
@@ -68,8 +68,10 @@ class OpenCLIPVisionConfig(PretrainedConfig):
 
 
 class OpenCLIPVisionModel(PreTrainedModel):
-    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, 1 + patches, hidden_size], class token
-    first."""
+    """Map pixel_values [batch, 3, image_size, image_size] to hidden states [batch, 1 + patches, hidden_size].
+
+    The class token is first.
+    """
 
     config_class = OpenCLIPVisionConfig
     base_model_prefix = "open_clip_vision"
@@ -84,16 +86,16 @@ class OpenCLIPVisionModel(PreTrainedModel):
         from open_clip.model import _build_vision_tower
 
         self.visual = _build_vision_tower(config.embed_dim, dict(config.vision_cfg), config.quick_gelu)
-        self.visual.proj = None  # the contrastive head: nothing in a vision-language model reads it
+        self.visual.proj = None  # the contrastive head, which no vision-language model reads
         explicit_attention(self.visual)
         self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """open_clip's constructor has initialised the tower; from_pretrained must not undo that for present weights."""
+        """Do nothing: open_clip's constructor initialises the tower, and from_pretrained must not overwrite that."""
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`hidden_states` always holds the embeddings and every block's output: the LLaVA classes index them."""
+        """Return all hidden states, which LLaVA classes index: the embeddings and the output of each block."""
         x = self.visual._embeds(pixel_values.to(self.visual.conv1.weight.dtype))
         hidden_states = [x]
         for block in self.visual.transformer.resblocks:
@@ -109,13 +111,13 @@ class OpenCLIPVisionModel(PreTrainedModel):
         return self.visual.conv1
 
     def to_clip(self) -> CLIPVisionModel:
-        """The same function as transformers' own CLIP vision model. Raises UserError where CLIP has no such layer."""
+        """Return the equivalent CLIP vision model of transformers. Raises UserError if CLIP lacks a layer of it."""
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         cfg = self.config
         if not isinstance(self.visual.ln_pre, nn.LayerNorm) or cfg.vision_cfg.get("ls_init_value"):
             raise UserError(
-                "this OpenCLIP tower (no ln_pre, or LayerScale) has no equal in transformers' CLIPVisionModel"
+                "this OpenCLIP tower (no ln_pre, or LayerScale) has no equivalent in transformers' CLIPVisionModel"
             )
         clip = CLIPVisionModel(
             CLIPVisionConfig(
@@ -129,7 +131,7 @@ class OpenCLIPVisionModel(PreTrainedModel):
                 projection_dim=cfg.embed_dim,
             )
         )
-        # Some transformers releases wrap the tower in `vision_model.`; the names below it are the same.
+        # Some releases of transformers wrap the tower in `vision_model.`; the names inside are the same.
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in clip.state_dict()) else ""
         state = {prefix + _clip_key(key): tensor for key, tensor in self.visual.state_dict().items()}
         clip.load_state_dict(state)
@@ -152,8 +154,8 @@ _CLIP_NAMES = [
 
 
 def _clip_key(key: str) -> str:
-    for ours, theirs in _CLIP_NAMES:
-        key = key.replace(ours, theirs)
+    for open_clip_name, clip_name in _CLIP_NAMES:
+        key = key.replace(open_clip_name, clip_name)
     return key
 
 
@@ -161,17 +163,18 @@ def _clip_key(key: str) -> str:
 def open_clip_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
 ) -> OpenCLIPVisionModel | OpenCLIPTimmModel | OpenCLIPConvNextModel:
-    """An OpenCLIP tower by architecture name and `pretrained` tag (or file), ready for adapters; null: random weights.
+    """Return an OpenCLIP tower that adapters can reach.
 
-    `model_config` describes an architecture that open_clip does not ship (the form of its `model_configs/*.json`);
-    `name` is then only a label. Raises UserError for towers whose features are no sequence of patches.
+    `name` is an architecture, `pretrained` a tag or a file (None: random weights). `model_config` describes an
+    architecture that open_clip does not ship, in the form of its `model_configs/*.json`; `name` is then only a label.
+    Raises UserError for towers whose features are not a sequence of patches.
     """
     import open_clip
 
     cfg = model_config or open_clip.get_model_config(name)
     if cfg is None:
         raise UserError(
-            f"open_clip has no architecture {name!r}; `open_clip.list_models()` names them, e.g. ViT-L-14-336"
+            f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them, e.g. ViT-L-14-336"
         )
     vision_cfg = cfg["vision_cfg"]
     if str(vision_cfg.get("timm_model_name", "")).startswith("convnext"):
@@ -180,10 +183,10 @@ def open_clip_encoder(
         return timm_encoder(name, pretrained, vision_cfg["timm_model_name"])
     if isinstance(vision_cfg.get("layers"), list):
         raise UserError(
-            f"{name!r} is a ResNet: its stages differ in width and resolution, and LLaVA classes read one sequence of "
-            "patches per layer; take a ViT, SigLIP, EVA or ConvNeXt tower"
+            f"{name!r} is a ResNet: its stages differ in width and resolution, but LLaVA classes need one sequence of "
+            "patches per layer; use a ViT, SigLIP, EVA or ConvNeXt tower"
         )
-    # CoCa's pooler stands behind the blocks: nothing in a vision-language model reads it.
+    # CoCa's pooler comes after the blocks, and no vision-language model reads it.
     vision_cfg = {k: v for k, v in vision_cfg.items() if not k.startswith("attn_pooler") and k != "attentional_pool"}
     config = OpenCLIPVisionConfig(vision_cfg, cfg["embed_dim"], bool(cfg.get("quick_gelu", False)))
     if pretrained is None:

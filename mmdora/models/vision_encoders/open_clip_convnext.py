@@ -1,7 +1,7 @@
-"""OpenCLIP's ConvNeXt towers: the last stage's features are the patches, as in ConvLLaVA (arXiv 2405.15738).
+"""OpenCLIP's ConvNeXt towers: the features of the last stage are the patches, as in ConvLLaVA (arXiv 2405.15738).
 
-Earlier stages have other widths and resolutions, so the hidden states are those of the last stage: what its blocks
-begin with, and the output of each.
+Earlier stages have other widths and resolutions, so the hidden states are those of the last stage only: the input of
+its first block and the output of each block.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from mmdora.models.vision_encoders.open_clip_weights import pretrained_visual
 
 
 class OpenCLIPConvNextConfig(OpenCLIPTimmConfig):
-    """A patch is what one place of the last stage sees: its stride, in pixels; `num_hidden_layers` counts the last
-    stage's blocks."""
+    """`patch_size` is the stride of the last stage in pixels; `num_hidden_layers` counts the last stage's blocks."""
 
     model_type = "open_clip_convnext_vision"
 
@@ -30,16 +29,19 @@ class OpenCLIPConvNextConfig(OpenCLIPTimmConfig):
 
 
 class OpenCLIPConvNextModel(PreTrainedModel):
-    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, patches, hidden_size], row by row."""
+    """Map pixel_values [batch, 3, image_size, image_size] to hidden states [batch, patches, hidden_size].
+
+    The patches are in row-major order.
+    """
 
     config_class = OpenCLIPConvNextConfig
     base_model_prefix = "open_clip_convnext"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _supports_sdpa = True  # there is no attention that another implementation could compute
+    _supports_sdpa = True  # it has no attention
     _no_split_modules = ("ConvNeXtBlock",)
-    trunk: Any  # timm's class
+    trunk: Any  # a class of timm
 
     def __init__(self, config: OpenCLIPConvNextConfig):
         super().__init__(config)
@@ -48,11 +50,10 @@ class OpenCLIPConvNextModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """timm's constructor has initialised the trunk; from_pretrained must not undo that for present weights."""
+        """Do nothing: timm's constructor initialises the trunk, and from_pretrained must not overwrite that."""
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`hidden_states` always holds what the last stage begins with and every block's output: the LLaVA classes
-        index them."""
+        """Return all hidden states, which LLaVA classes index: the last stage's input and the output of each block."""
         x = self.trunk.stem(pixel_values.to(self.dtype))
         hidden_states: list[Tensor] = []
         for stage in self.trunk.stages:
@@ -75,12 +76,12 @@ class OpenCLIPConvNextModel(PreTrainedModel):
 
 
 def _patches(x: Tensor) -> Tensor:
-    """[batch, width, rows, columns] → [batch, rows · columns, width]"""
+    """Reshape [batch, width, rows, columns] to [batch, rows · columns, width]."""
     return x.flatten(2).transpose(1, 2)
 
 
 def build_trunk(timm_model_name: str) -> Any:
-    """The trunk with random weights and without its head and final norm, which stand behind what is read."""
+    """Return the trunk with random weights, without the final norm and the head behind the hidden states."""
     import timm
 
     trunk = timm.create_model(timm_model_name, num_classes=0, global_pool="")
@@ -89,11 +90,11 @@ def build_trunk(timm_model_name: str) -> Any:
 
 
 def convnext_encoder(name: str, pretrained: str | None, vision_cfg: dict[str, Any]) -> OpenCLIPConvNextModel:
-    """The OpenCLIP tower `name`; null `pretrained`: random weights. Raises UserError."""
+    """Return the OpenCLIP tower `name`, with random weights if `pretrained` is None. Raises UserError."""
     trunk = build_trunk(vision_cfg["timm_model_name"])
     size, stride = vision_cfg.get("image_size", 224), trunk.feature_info[-1]["reduction"]
     if not isinstance(size, int) or size % stride:
-        raise UserError(f"{name!r} reads pictures of {size} px, which its stride of {stride} px does not divide")
+        raise UserError(f"{name!r}: its stride of {stride} px does not divide its image size of {size} px")
     config = OpenCLIPConvNextConfig(
         vision_cfg["timm_model_name"],
         image_size=size,

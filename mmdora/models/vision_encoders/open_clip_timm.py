@@ -1,7 +1,7 @@
-"""OpenCLIP's timm image towers that are vision transformers: SigLIP, SigLIP 2 and EVA.
+"""OpenCLIP image towers with a vision transformer of timm: SigLIP, SigLIP 2 and EVA.
 
-The tower is timm's own trunk inside a small `PreTrainedModel`. Pooling and projection heads are left out: nothing in a
-vision-language model reads them.
+The tower is timm's trunk inside a small `PreTrainedModel`, without pooling and projection heads, which no
+vision-language model reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmdora.models.vision_encoders.open_clip_weights import pretrained_visual
 
 
 class OpenCLIPTimmConfig(PretrainedConfig):
-    """`timm_model_name` names the trunk; the other fields repeat what LLaVA classes ask for."""
+    """`timm_model_name` names the trunk; LLaVA classes read the other fields."""
 
     model_type = "open_clip_timm_vision"
 
@@ -45,9 +45,9 @@ class OpenCLIPTimmConfig(PretrainedConfig):
 
 
 class OpenCLIPTimmModel(PreTrainedModel):
-    """pixel_values [batch, 3, image_size, image_size] → hidden states [batch, prefix + patches, hidden_size].
+    """Map pixel_values [batch, 3, image_size, image_size] to hidden states [batch, prefix + patches, hidden_size].
 
-    The prefix is a class token in EVA, and nothing in SigLIP.
+    The prefix is one class token in EVA and empty in SigLIP.
     """
 
     config_class = OpenCLIPTimmConfig
@@ -57,7 +57,7 @@ class OpenCLIPTimmModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("Block", "EvaBlock")
-    trunk: Any  # timm's class
+    trunk: Any  # a class of timm
 
     def __init__(self, config: OpenCLIPTimmConfig):
         super().__init__(config)
@@ -66,16 +66,16 @@ class OpenCLIPTimmModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """timm's constructor has initialised the trunk; only what no checkpoint holds must be made again."""
+        """Initialise only what no checkpoint holds: timm's constructor has initialised the weights."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`hidden_states` always holds the embeddings and every block's output: the LLaVA classes index them."""
+        """Return all hidden states, which LLaVA classes index: the embeddings and the output of each block."""
         trunk = self.trunk
         x = trunk._pos_embed(trunk.patch_embed(pixel_values.to(self.dtype)))
         options: dict[str, Any] = {}
-        if isinstance(x, tuple):  # EVA turns queries and keys by their place in every block
+        if isinstance(x, tuple):  # EVA applies rotary embeddings in every block
             x, rope = x
             options = {"rope": rope} if rope is not None else {}
         x = trunk.norm_pre(x)
@@ -94,8 +94,7 @@ class OpenCLIPTimmModel(PreTrainedModel):
         return self.trunk.patch_embed
 
     def to_siglip(self) -> PreTrainedModel:
-        """The same function as transformers' own SigLIP vision model. Raises UserError where SigLIP has no such
-        layer."""
+        """Return the equivalent SigLIP vision model of transformers. Raises UserError if SigLIP lacks a layer of it."""
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
         trunk, cfg = self.trunk, self.config
@@ -113,12 +112,12 @@ class OpenCLIPTimmModel(PreTrainedModel):
             vision_use_head=False,
         )
         siglip = SiglipVisionModel(config)
-        # Some transformers releases wrap the tower in `vision_model.`; the names below it are the same.
+        # Some releases of transformers wrap the tower in `vision_model.`; the names inside are the same.
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in siglip.state_dict()) else ""
         state = {prefix + key: tensor for key, tensor in _siglip_state(trunk.state_dict()).items()}
         same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in siglip.state_dict().items()}
         if act is None or not same:
-            raise UserError(f"the trunk {cfg.timm_model_name!r} has no equal in transformers' SiglipVisionModel")
+            raise UserError(f"the trunk {cfg.timm_model_name!r} has no equivalent in transformers' SiglipVisionModel")
         siglip.load_state_dict(state)
         return siglip.to(self.dtype).train(self.training)
 
@@ -136,8 +135,8 @@ _SIGLIP_NAMES = [
 def _siglip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        for ours, theirs in _SIGLIP_NAMES:
-            key = key.replace(ours, theirs)
+        for timm_name, siglip_name in _SIGLIP_NAMES:
+            key = key.replace(timm_name, siglip_name)
         if ".attn.qkv." in key:
             for name, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 out[key.replace(".attn.qkv.", f".self_attn.{name}_proj.")] = chunk.contiguous()
@@ -151,7 +150,7 @@ def _siglip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_trunk(timm_model_name: str) -> Any:
-    """The trunk with random weights and without heads. Raises UserError for one that is not a plain transformer."""
+    """Return the trunk with random weights and without heads. Raises UserError if it is no plain transformer."""
     import timm
 
     trunk = timm.create_model(timm_model_name, num_classes=0, global_pool="")
@@ -159,15 +158,15 @@ def build_trunk(timm_model_name: str) -> Any:
     if not plain or getattr(trunk, "rope_mixed", False):
         raise UserError(
             f"OpenCLIP's timm trunk {timm_model_name!r} ({type(trunk).__name__}) is not a plain vision transformer: "
-            "LLaVA classes read one sequence of patches per layer; take a ViT, SigLIP, EVA or ConvNeXt tower"
+            "LLaVA classes need one sequence of patches per layer; use a ViT, SigLIP, EVA or ConvNeXt tower"
         )
     return join_biases(trunk)
 
 
 def join_biases(trunk: Any) -> Any:
-    """EVA's query and value biases as the bias of the fused layer, in place.
+    """Move EVA's query and value biases into the bias of the fused `qkv` layer, in place.
 
-    With biases of its own, EVA's attention reads `qkv.weight` without calling the layer, and past an adapter on it.
+    With separate biases, EVA's attention reads `qkv.weight` without calling the layer, which bypasses an adapter on it.
     """
     for module in trunk.modules():
         if getattr(module, "qkv", None) is not None and getattr(module, "q_bias", None) is not None:
@@ -178,12 +177,12 @@ def join_biases(trunk: Any) -> Any:
 
 
 def timm_encoder(name: str, pretrained: str | None, timm_model_name: str) -> OpenCLIPTimmModel:
-    """The OpenCLIP tower `name`, whose trunk is timm's `timm_model_name`; null `pretrained`: random weights."""
+    """Return the OpenCLIP tower `name` with the timm trunk, with random weights if `pretrained` is None."""
     trunk = build_trunk(timm_model_name)
     height, width = trunk.patch_embed.img_size
     patch_height, patch_width = trunk.patch_embed.patch_size
     if height != width or patch_height != patch_width:
-        raise UserError(f"{name!r} reads pictures or patches that are not square; LLaVA classes need square ones")
+        raise UserError(f"{name!r}: its images or patches are not square; LLaVA classes need square ones")
     config = OpenCLIPTimmConfig(
         timm_model_name,
         image_size=height,

@@ -1,7 +1,7 @@
-"""SigLIP and SigLIP 2 image towers as transformers has them. They have no class token.
+"""The vision encoders `siglip` and `siglip2`: image towers of transformers without a class token.
 
-SigLIP 2's checkpoints of a fixed resolution are SigLIP models to transformers. The NaFlex ones (model type `siglip2`)
-take packed patches in place of pictures, which no LLaVA class gives them.
+SigLIP 2 checkpoints with a fixed resolution are SigLIP models in transformers. The NaFlex checkpoints (model type
+`siglip2`) take packed patches instead of images, which no LLaVA class provides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIGLIP = TowerFamily(
     model_types=("siglip", "siglip_vision_model"),
     image_mean=IMAGENET_STANDARD_MEAN,
     image_std=IMAGENET_STANDARD_STD,
-    overrides={"vision_use_head": False},  # the pooling head: nothing in a vision-language model reads it
+    overrides={"vision_use_head": False},  # the pooling head, which no vision-language model reads
 )
 
 
@@ -30,7 +30,7 @@ SIGLIP = TowerFamily(
 def siglip_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A `SiglipVisionModel` of a hub id or directory; `pretrained` is a revision of the hub. Raises UserError."""
+    """Load a `SiglipVisionModel` from a hub id or directory; `pretrained` is a hub revision. Raises UserError."""
     return load_tower(SIGLIP, name, pretrained, model_config)[0]
 
 
@@ -38,5 +38,5 @@ def siglip_encoder(
 def siglip2_encoder(
     name: str, pretrained: str | None = None, model_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The same for a SigLIP 2 checkpoint of a fixed resolution (not NaFlex). Raises UserError."""
+    """Load a SigLIP 2 checkpoint with a fixed resolution (not NaFlex) like `siglip`. Raises UserError."""
     return load_tower(replace(SIGLIP, type="siglip2"), name, pretrained, model_config)[0]
