@@ -114,7 +114,7 @@ class TwoProcesses:
         self._send(asdict(case))
         while not done.exists():
             assert self.process.poll() is None, f"{case.arguments} ended the processes:\n{self.output()[-6000:]}"
-            time.sleep(0.02)
+            time.sleep(0.1)
         return done.read_text(), self.output()[before:]
 
     def output(self) -> str:

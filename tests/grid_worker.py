@@ -143,7 +143,7 @@ def next_case(file: Path, parent: int) -> Case | None:
             os.kill(parent, 0)
         except ProcessLookupError:
             return None
-        time.sleep(0.02)
+        time.sleep(0.1)
     content = json.loads(file.read_text())
     return None if content is None else Case(**content)
 
