@@ -72,7 +72,7 @@ def recording(trainer_class: type, folder: Path) -> type:
 def run(case: Case) -> str:
     from mmdora.cli import main as command
 
-    train: Any = importlib.import_module("mmdora.cli.train")  # as an attribute it is the command
+    train: Any = importlib.import_module("mmdora.apps.train")
     plain = train.AdapterTrainer
     if case.record:
         train.AdapterTrainer = recording(plain, Path(case.output))

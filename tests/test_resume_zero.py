@@ -114,7 +114,7 @@ def test_sigterm_to_one_process_ends_all_after_the_same_step(world, tmp_path):
     run = tmp_path / "run"
     arguments = settings(world, run, "training.deepspeed=zero2", "training.max_steps=8", "plugins=[tests.killer]")
     printed = launch(tmp_path, [arguments], "forward 5 TERM")
-    assert printed.count("stopped by SIGTERM after step 5; a checkpoint of step 5 is written") == 1
+    assert printed.count("stopped by SIGTERM after step 5; checkpoint-5 is saved") == 1
     assert damage(run / "checkpoints" / "checkpoint-5") is None
     assert not (run / "checkpoints" / "checkpoint-6").exists()
 

@@ -304,6 +304,6 @@ def test_the_table_says_how_many_answers_could_not_be_parsed():
         [str(column.header) for column in results_table([(about | {"unparsed_rate": rate}, None)]).columns]
         for rate in (0.125, 0.0, None)
     ]
-    assert headers[0] == ["benchmark", "n", "score", "commonest", "unparsed"]
+    assert headers[0] == ["benchmark", "n", "score", "baseline", "unparsed"]
     assert headers[1] == headers[2] == headers[0][:-1]
     assert [list(c.cells) for c in results_table([(about | {"unparsed_rate": 0.125}, None)]).columns][-1] == ["12.5"]

@@ -22,6 +22,7 @@ from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.console import make_console, make_table, progress_bar
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches
@@ -45,6 +46,7 @@ class Problem:
 def examine(config: RunConfig, samples: int, html: Path | None) -> int:
     """Print what was found. Returns 1 where a problem is an error, else 0. Raises UserError for a config that no run
     could begin with."""
+    quiet_libraries()
     console = make_console()
     console.record = html is not None
     training = [read_source(source, config.training.seed) for source in config.data.train]

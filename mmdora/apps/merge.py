@@ -15,10 +15,12 @@ from mmdora.adapters.merging import export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
 from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 from mmdora.models.loading import needs_mmdora, save_model, to_plain_transformers
 
 
 def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:
+    quiet_libraries()
     console = make_console()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new directory")

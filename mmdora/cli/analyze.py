@@ -6,9 +6,11 @@ from mmdora.analysis.decomposition import analyze, correlation
 from mmdora.apps.load_target import load_target
 from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 
 
 def run(target: str, trust_remote_code: bool) -> None:
+    quiet_libraries()
     console = make_console()
     changes = analyze(load_target(target, trust_remote_code).model)
     if not changes:

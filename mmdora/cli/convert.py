@@ -7,10 +7,12 @@ from pathlib import Path
 from mmdora.conversion.llava import convert_llava
 from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 from mmdora.models.loading import save_model
 
 
 def run(folder: Path, out: Path, vision_tower: str, base: Path | None) -> None:
+    quiet_libraries()
     console = make_console()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give a new directory")

@@ -12,6 +12,7 @@ from mmdora.adapters.injection import inject_adapters
 from mmdora.core.config_files import load_config
 from mmdora.core.console import make_console, make_table
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 from mmdora.core.registry import import_plugins
 from mmdora.models.loading import load_shape
 from mmdora.planning.engine_memory import Memory, half, sizes_of
@@ -27,6 +28,7 @@ def run(name: str, overrides: list[str], gpus: int, gpu_memory: float, per_node:
     """Print the plan. Returns 0 where the run fits under some engine, else 1. Raises UserError."""
     config = load_config(name, overrides)
     import_plugins(config.plugins)
+    quiet_libraries()
     console = make_console()
     cluster = Cluster(gpus, min(gpus, per_node or 8), gpu_memory * 2**30)
     micro, _ = micro_batches(config.training, gpus)
