@@ -110,11 +110,12 @@ def test_each_stage_goes_on_exactly(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_ends_all_after_the_same_step(world, tmp_path):
+@pytest.mark.parametrize(("number", "cause"), [("TERM", "SIGTERM"), ("INT", "Ctrl-C")])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(world, tmp_path, number, cause):
     run = tmp_path / "run"
     arguments = settings(world, run, "training.deepspeed=zero2", "training.max_steps=8", "plugins=[tests.killer]")
-    printed = launch(tmp_path, [arguments], "forward 5 TERM")
-    assert printed.count("stopped by SIGTERM after step 5; checkpoint-5 is saved") == 1
+    printed = launch(tmp_path, [arguments], f"forward 5 {number}")
+    assert printed.count(f"stopped by {cause} after step 5; checkpoint-5 is saved") == 1
     assert damage(run / "checkpoints" / "checkpoint-5") is None
     assert not (run / "checkpoints" / "checkpoint-6").exists()
 

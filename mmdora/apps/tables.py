@@ -50,12 +50,13 @@ def results_table(reports: list[tuple[dict[str, Any], dict[str, Any] | None]]) -
 
 
 def show_adapters(console: Console, report: InjectionReport) -> None:
-    """Print the method of each part, its modules, and its trainable parameters."""
-    table = make_table("adapters", "part", "method", "modules", "skipped", "trainable params", "all params", "%")
+    """Print the method of each part, how many of its modules are adapted, and its trainable parameters."""
+    table = make_table("adapters", "part", "method", "adapted", "trainable params", "all params", "%")
     for part in report.parts:
-        counts = [str(len(part.modules)), str(len(part.skipped)), f"{part.trainable:,}", f"{part.total:,}"]
-        table.add_row(part.name, part.method, *counts, f"{100 * part.trainable / part.total:.2f}")
-    table.add_row("model", "", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}")
+        adapted = f"{len(part.modules)}/{len(part.modules) + len(part.skipped)}"
+        share = f"{100 * part.trainable / part.total:.2f}"
+        table.add_row(part.name, part.method, adapted, f"{part.trainable:,}", f"{part.total:,}", share)
+    table.add_row("model", "", "", f"{report.trainable:,}", f"{report.total:,}", f"{report.percent:.2f}")
     console.print(table)
 
 
