@@ -234,7 +234,7 @@ def test_a_runs_own_judge_is_asked_only_if_it_is_given_again(caplog):
     given = JudgeConfig(url="http://mine", model="m")
     entry = EvaluationConfig(name="m", benchmark="mmvet", data="d", judge=JudgeConfig(url="http://theirs", model="m"))
     assert as_requested(entry, Request("run")).judge is None
-    assert "its judge at http://theirs is not asked" in caplog.text
+    assert "the judge at http://theirs is not used" in caplog.text
     assert as_requested(entry, Request("run", judge=given)).judge == given
     recorded = entry.model_copy(update={"judge": JudgeConfig(verdicts="f")})
     assert as_requested(recorded, Request("run")).judge == recorded.judge

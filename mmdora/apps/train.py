@@ -59,11 +59,11 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
         with interruptible(lambda: start.outcome), start:
             checkpoint = find_checkpoint(run_dir) if resume else None
             data = read_data(config, arguments)
+            ledger = Ledger(run_dir.skipped, data.total, config.data.max_skipped)
+            ledger.check(data.rejected)
             model, processor = load_model(config.model)
             resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
             encoder = make_encoder(config, model, processor)
-            ledger = Ledger(run_dir.skipped, data.total, config.data.max_skipped)
-            ledger.check(data.rejected)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 

@@ -75,7 +75,7 @@ class RunLogs:
     def close(self) -> None:
         """Close the log file; later records are kept in memory again."""
         if self.file is not None:
-            self.memory.setTarget(None)  # type: ignore[arg-type]
+            self.memory.setTarget(None)
             self.memory.capacity = BUFFERED
             self.file.close()
             self.file = None
