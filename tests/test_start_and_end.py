@@ -280,9 +280,13 @@ def test_answers_of_the_base_model_survive_a_start_that_fails(data, asked, tmp_p
     holder.communicate("\n")
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("mmdora.training.signals.time", clock)
     with StopOnSignal("stop") as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, forwarded by a wrapper
+        clock.now = 1.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.received == signal.SIGINT

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from transformers import TrainerCallback
 
 from mmdora.core.distributed import any_rank_each, is_main
 
+# Seconds in which a second SIGINT is taken for the same Ctrl-C: wrappers such as `timeout` forward the signal that the
+# terminal has sent to the whole process group already.
+SAME_KEY_PRESS = 0.5
 NOTICE = b"\nCtrl-C: training stops after this step and saves a checkpoint; press it again to stop at once\n"
 
 
@@ -27,6 +31,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, on_sigterm: Literal["save", "stop"]):
         self.on_sigterm = on_sigterm
         self.received: signal.Signals | None = None  # by this process
+        self.interrupted_at: float | None = None  # time of the first Ctrl-C
         self.stopped: signal.Signals | None = None  # agreed by all processes
 
     def __enter__(self) -> StopOnSignal:
@@ -43,10 +48,14 @@ class StopOnSignal(TrainerCallback):
         return self.stopped == signal.SIGINT or self.on_sigterm == "save"
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            if is_main():
-                os.write(2, NOTICE)  # sys.stderr may be in the middle of a write
+            if self.interrupted_at is None:
+                self.interrupted_at = now
+                if is_main():
+                    os.write(2, NOTICE)  # sys.stderr may be in the middle of a write
+            elif now - self.interrupted_at > SAME_KEY_PRESS:
+                raise KeyboardInterrupt
         if self.received != signal.SIGINT:  # deepspeed's launcher sends SIGTERM after Ctrl-C
             self.received = signal.Signals(number)
 
