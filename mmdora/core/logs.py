@@ -72,6 +72,12 @@ class RunLogs:
         self.memory.capacity = 1  # write every later record at once
         log.info("process %d of %d, pid %d on %s", rank(), world_size(), os.getpid(), platform.node())
 
+    def descriptor(self) -> int:
+        """Return the file descriptor of the open log file."""
+        assert self.file is not None
+        assert self.file.stream is not None
+        return self.file.stream.fileno()
+
     def close(self) -> None:
         """Close the log file; later records are kept in memory again."""
         if self.file is not None:

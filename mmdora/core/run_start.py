@@ -118,9 +118,7 @@ class RunStart:
         except OSError as error:
             raise UserError(f"training.output: cannot create {path} ({error.strerror})") from error
         self.logs.open(path)
-        stream = self.logs.file and self.logs.file.stream
-        assert stream is not None
-        if try_lock(stream.fileno()) is False and not self.resume:
+        if try_lock(self.logs.descriptor()) is False and not self.resume:
             raise busy
         self.created = True
         clear_leftovers(path)
