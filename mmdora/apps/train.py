@@ -35,7 +35,7 @@ from mmdora.core.console import progress_bar
 from mmdora.core.distributed import is_main, run_on_main, to_local_device, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.interrupts import interruptible
-from mmdora.core.logs import RunLogs
+from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
 from mmdora.core.run_directory import RunDir, check_space
 from mmdora.core.run_start import RunStart
 from mmdora.models.loading import load_model
@@ -51,6 +51,8 @@ from mmdora.training.trainer import AdapterTrainer
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, logs: RunLogs) -> None:
+    quiet_libraries()
+    capture_libraries()
     run_dir = RunDir(Path(config.training.output))
     arguments = training_arguments(config, run_dir.path)  # first, because it starts the process group
     set_seed(config.training.seed)

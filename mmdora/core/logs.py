@@ -95,7 +95,6 @@ def log_file(run: Path, rank: int) -> Path:
 def logged() -> Iterator[RunLogs]:
     """Send logging and warnings, including those of libraries, to this process's RunLogs, and in rank 0 to the
     terminal."""
-    quiet_libraries()
     logs = RunLogs()
     root = logging.getLogger()
     handlers: list[logging.Handler] = [logs.memory] + ([TerminalHandler()] if is_main() else [])
@@ -104,8 +103,7 @@ def logged() -> Iterator[RunLogs]:
         root.addHandler(handler)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in LIBRARY_LOGGERS:
-        _restore(logging.getLogger(name), (logging.WARNING, True, []))
+    capture_libraries()
     logging.captureWarnings(True)
     try:
         yield logs
@@ -117,6 +115,13 @@ def logged() -> Iterator[RunLogs]:
             root.removeHandler(handler)
         logs.close()
         logs.memory.close()
+
+
+def capture_libraries() -> None:
+    """Pass warnings of libraries on to the handlers of `logged`. Call it again once the libraries are imported: they
+    set up their loggers then."""
+    for name in LIBRARY_LOGGERS:
+        _restore(logging.getLogger(name), (logging.WARNING, True, []))
 
 
 def _state(logger: logging.Logger) -> tuple[int, bool, list[Any]]:
