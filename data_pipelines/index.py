@@ -271,14 +271,21 @@ def measure(sample: Sample) -> tuple[int, int, int]:
 
 @contextmanager
 def _progress(path: Path, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on rank 0 for large files. Yields a function that sets the number of bytes read."""
+    """Show progress on rank 0's stderr, for large files; yields `update(done)` with the bytes parsed so far."""
     if total < LARGE or not is_main():
         yield lambda done: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("indexing {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(path.name, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    from mmdora.core.console import progress_bar
+
+    shown = 0
+
+    def update(done: int) -> None:
+        nonlocal shown
+        advance(done - shown)
+        shown = done
+
+    with progress_bar(Console(stderr=True), f"indexing {path.name}", total, in_bytes=True) as advance:
+        yield update
+        update(total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -83,6 +83,14 @@ class Ledger:
         for line in complete.decode("utf-8").split("\n")[:-1]:  # splitlines would split at U+2028 in a reason too
             entry = Entry(**json.loads(line))
             self.entries.setdefault(_key(entry), entry)
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Raise UserError if these entries alone exceed `max_skipped`. Writes nothing."""
+        if len(entries) > self.max_skipped * self.total:
+            raise UserError(
+                f"{len(entries)} of {self.total} samples skipped, more than data.max_skipped {self.max_skipped:.1%} "
+                f"allows: {most_common_reasons(entries)}"
+            )
 
 
 def _key(entry: Entry) -> tuple[str, str, bool, bool]:

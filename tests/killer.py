@@ -1,8 +1,8 @@
 """A plugin under which a run meets its end: `END=<when> <number> <how>`.
 
 `when` is `forward` (a forward pass of the whole model) or the name of a file that is opened to be written, `number`
-which time, and `how`: `KILL` (SIGKILL to the process) or `TERM` (SIGTERM from outside to its whole process group). Of
-several processes it is rank 0's end.
+which time, and `how`: `KILL` (SIGKILL to the process) or `TERM` or `INT` (the signal to its whole process group, as
+Slurm and terminals send it). With several processes, rank 0 meets it.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from mmdora.apps.load_target import load_target
 from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.core.resuming import check_resumable
-from mmdora.training.callbacks import RunLog
+from mmdora.training.callbacks import MetricsCallback
 from mmdora.training.reporting import MetricsFile, curves
-from mmdora.training.signals import StopOnSigterm
+from mmdora.training.signals import StopOnSignal
 from mmdora.training.validation import evaluating, rank_batches, validation_loss
 from tests.grid import run_in_two_processes
 from tests.test_runs import command, small
@@ -257,8 +257,8 @@ def test_sigterm_to_a_worker_does_not_interrupt_the_evaluation():
 
 
 def test_sigterm_in_an_evaluation_ends_the_run_after_it():
-    stop, control = StopOnSigterm("save"), TrainerControl()
-    stop.received = True
+    stop, control = StopOnSignal("save"), TrainerControl()
+    stop.received = signal.SIGTERM
     stop.on_evaluate(SimpleNamespace(device="cpu"), None, control)
     assert control.should_training_stop
     assert control.should_save
@@ -267,7 +267,7 @@ def test_sigterm_in_an_evaluation_ends_the_run_after_it():
 def test_figures_that_are_not_finite_are_null(tmp_path):
     log = SimpleNamespace(reports=MetricsFile(tmp_path / "metrics.jsonl"))
     state = SimpleNamespace(is_world_process_zero=True, global_step=3)
-    RunLog.on_evaluate(log, None, state, None, {"loss": math.nan, "counting": 50.0})
+    MetricsCallback.on_evaluate(log, None, state, None, {"loss": math.nan, "counting": 50.0})
     (line,) = lines_of(tmp_path)
     assert line == {"step": 3, "eval": {"loss": None, "counting": 50.0}}
     assert curves(line) == {"eval/counting": 50.0}

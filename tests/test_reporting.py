@@ -1,13 +1,15 @@
-"""What a run tells while it trains: its figures are true, of all processes, and reach every place asked for."""
+"""Metrics of a training run: they are correct, cover all processes, and reach the terminal, the files and W&B."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mmdora
 from data_pipelines.collator import Collator
+from data_pipelines.dataset import read_source
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, Text, Video
+from mmdora.core.config import SourceConfig
 from mmdora.core.config_files import load_config
+from mmdora.core.console import progress_bar
 from mmdora.core.logs import logged
 from mmdora.training.flops import flop_costs, peak_flops
 from mmdora.training.metrics import BatchCounts, ThroughputMeter
-from mmdora.training.progress import TrainingDisplay
+from mmdora.training.progress import LiveDisplay, PlainDisplay, training_display
 from mmdora.training.reporting import MetricsFile, curves
 from tests.conftest import ROOT
 from tests.test_evaluating import lines_of
@@ -44,7 +49,7 @@ LINE = {
 
 
 def rows(encoder: Encoder, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Two samples with a picture, one without."""
+    """Return two samples with an image and one without."""
     from PIL import Image as PILImage
 
     PILImage.new("RGB", (48, 48), "red").save(folder / "red.png")
@@ -73,14 +78,14 @@ def test_padding_and_fillers_do_not_count(tiny, tmp_path, pack):
     assert counts.pixels == sum(p.numel() for p in pixels)
 
 
-def test_frames_of_patches_are_told_from_their_grid():
+def test_frames_of_patch_rows_are_counted_from_their_grid():
     ids = torch.tensor([[5, 6]])
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     batch |= {"pixel_values": torch.zeros(32, 1176), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
     batch |= {"pixel_values_videos": torch.zeros(48, 1176), "video_grid_thw": torch.tensor([[3, 4, 4]])}
     counts = BatchCounts()
     counts.add(batch, {})
-    assert counts.frames == 2 + 6  # a clip's frames go in pairs
+    assert counts.frames == 2 + 6  # two frames of a video share a patch
 
 
 @pytest.mark.parametrize(
@@ -94,17 +99,17 @@ def test_frames_of_patches_are_told_from_their_grid():
         ("NVIDIA A10G", 70.0),
     ],
 )
-def test_a_devices_peak_is_known_by_its_name(name, tera):
+def test_peak_flops_by_device_name(name, tera):
     assert peak_flops(name) == tera * 1e12
 
 
-def test_an_unknown_device_has_no_utilization(tiny):
+def test_an_unknown_device_has_no_mfu(tiny):
     assert peak_flops("GeForce 256") is None
     meter = ThroughputMeter(torch.device("cpu"), flop_costs(tiny[0]))
     assert meter.read()["mfu"] is None
 
 
-def test_utilization_is_the_steps_arithmetic_over_the_peak(tiny, tmp_path):
+def test_mfu_is_the_flops_of_the_step_over_the_peak(tiny, tmp_path):
     model, processor = tiny
     meter = ThroughputMeter(torch.device("cpu"), flop_costs(model))
     meter.peak = 1e9
@@ -123,9 +128,8 @@ PARTS = {
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_the_formula_is_about_what_the_model_computes(tiny, tmp_path, parts):
-    """Against every matrix product that PyTorch runs, forward and backward; the formula leaves out norms and DoRA's
-    own products."""
+def test_the_flops_formula_is_close_to_what_pytorch_counts(tiny, tmp_path, parts):
+    """PyTorch counts every matrix product of forward and backward; the formula omits norms and DoRA's own products."""
     model, processor = tiny
     mmdora.inject_adapters(model, parts)
     batch = Collator(processor.tokenizer.pad_token_id)(rows(Encoder(processor), tmp_path)[:1])
@@ -138,7 +142,7 @@ def test_the_formula_is_about_what_the_model_computes(tiny, tmp_path, parts):
     assert told == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
-def test_a_frozen_model_costs_less_than_one_that_learns(tiny):
+def test_a_frozen_model_costs_a_third_of_a_trained_one(tiny):
     model, _ = tiny
     model.requires_grad_(False)
     frozen = flop_costs(model)
@@ -156,9 +160,9 @@ def test_a_frozen_model_costs_less_than_one_that_learns(tiny):
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
-def test_the_figures_fit_the_terminal(width):
+def test_metrics_fit_the_terminal(width):
     out = io.StringIO()
-    display = TrainingDisplay(Console(file=out, width=width), 100)
+    display = LiveDisplay(Console(file=out, width=width), 100)
     display.step(LINE)
     with display.bar("counting", 8) as advance:
         advance(3)
@@ -166,22 +170,71 @@ def test_the_figures_fit_the_terminal(width):
     shown = out.getvalue().splitlines()
     assert max(map(len, shown)) <= width
     text = " ".join(shown)
-    for figure in ("12/100", "loss 1.234", "vision 0.001, projector 0.002, language 0.001", "12,346 tokens/s"):
-        assert figure in text
-    for figure in ("123.5 samples/s", "456.7 frames/s", "MFU 43.2%", "71.2 GiB", "0.5% waiting for data"):
-        assert figure in text
+    for metric in ("12/100", "loss 1.234", "lr vision 1.0e-03, projector 2.0e-03, language 1.0e-03", "12,346 tokens/s"):
+        assert metric in text
+    for metric in ("123.5 samples/s", "456.7 frames/s", "MFU 43.2%", "71.2 GiB", "data wait 0.5%"):
+        assert metric in text
 
 
-def test_what_a_device_cannot_tell_is_not_shown():
+def test_unknown_mfu_and_equal_rates_are_not_shown_apart():
     out = io.StringIO()
-    display = TrainingDisplay(Console(file=out, width=100), 100)
+    display = LiveDisplay(Console(file=out, width=100), 100)
     display.step(LINE | {"mfu": None, "learning_rates": {"vision": 1e-3, "language": 1e-3}})
     display.close()
     assert "MFU" not in out.getvalue()
-    assert "rate 0.001 ·" in out.getvalue()
+    assert "lr 1.0e-03 ·" in out.getvalue()
 
 
-def test_a_line_has_flat_names_for_curves():
+def test_without_a_terminal_each_step_that_is_due_is_one_plain_line(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("mmdora.core.console.time", clock)
+    out = io.StringIO()
+    display = training_display(Console(file=out, width=40), steps=14, done=10)
+    assert isinstance(display, PlainDisplay)
+    line = LINE | {"learning_rates": {"vision": 1e-3, "language": 1e-3}}
+    for step, now in ((11, 8), (12, 16), (13, 24), (14, 32)):  # 12 comes 8 seconds after the last line
+        clock.now = now
+        display.step(line | {"step": step})
+    display.close()
+    speeds = "loss 1.234  lr 1.0e-03  12,346 tokens/s  123.5 samples/s"
+    assert out.getvalue().splitlines() == [
+        f"step 11/14  {speeds}  eta 0:24",
+        f"step 13/14  {speeds}  eta 0:08",
+        f"step 14/14  {speeds}  in 0:32",
+    ]
+
+
+def test_without_a_terminal_a_progress_bar_is_plain_lines(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("mmdora.core.console.time", clock)
+    out = io.StringIO()
+    with progress_bar(Console(file=out), "counting, before", 4000) as advance:
+        for now in (5, 12, 15, 3700):
+            clock.now = now
+            advance(1000)
+    assert out.getvalue().splitlines() == [
+        "counting, before  0/4,000",
+        "counting, before  2,000/4,000  eta 0:12",
+        "counting, before  4,000/4,000  in 1:01:40",
+    ]
+
+
+def test_indexing_a_large_file_prints_plain_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data_pipelines.index.LARGE", 0)
+    turns = [{"from": "human", "value": "What color?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": f"r{i}", "conversations": turns} for i in range(3)]))
+    read_source(SourceConfig(path=f"{tmp_path}/rows.json"))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("  ")[0] or line for line in lines] == ["indexing rows.json", "indexing rows.json  0/0 MB"]
+
+
+def test_the_console_imports_neither_torch_nor_transformers():
+    code = "import sys, mmdora.core.console; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_curves_have_flat_names():
     assert curves({"step": 3, "loss": 1.0, "mfu": None, "learning_rates": {"vision": 0.1}}) == {
         "loss": 1.0,
         "learning_rates/vision": 0.1,
@@ -189,7 +242,7 @@ def test_a_line_has_flat_names_for_curves():
     assert curves({"step": 3, "eval": {"loss": 1.0, "counting": 50.0}}) == {"eval/loss": 1.0, "eval/counting": 50.0}
 
 
-def test_what_came_after_a_checkpoint_is_taken_back(tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.rewind(0)  # none yet
     for step in (1, 2, 3):
@@ -201,41 +254,41 @@ def test_what_came_after_a_checkpoint_is_taken_back(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_speaks_and_every_rank_writes(rank, tmp_path, monkeypatch, capsys):
+def test_rank_0_prints_warnings_and_every_rank_logs(rank, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    hub, ours = logging.getLogger("transformers.models"), logging.getLogger("mmdora.training")
+    hub, own = logging.getLogger("transformers.models"), logging.getLogger("mmdora.training")
     handlers = list(logging.getLogger("transformers").handlers)
     with logged() as logs, warnings.catch_warnings():
         warnings.simplefilter("always")
-        ours.warning("before there is a run")
-        logs.into(tmp_path)
-        ours.warning("of ours")
-        ours.info("a note")
+        own.warning("before there is a run")
+        logs.open(tmp_path)
+        own.warning("our warning")
+        own.info("a note")
         hub.warning("a warning of the hub")
         hub.error("an error of the hub")
         warnings.warn("something old", stacklevel=1)
         (written,) = (tmp_path / "logs").iterdir()
         assert written.name == f"rank-{rank}.log"
-        told = (
+        texts = (
             "before there is a run",
-            "of ours",
+            "our warning",
             "a note",
             "a warning of the hub",
             "an error of the hub",
             "something old",
         )
-        assert [text in written.read_text() for text in told] == [True] * 6
+        assert [text in written.read_text() for text in texts] == [True] * 6
     shown = capsys.readouterr().err
-    assert [text in shown for text in told] == ([True, True, False, False, True, True] if rank == 0 else [False] * 6)
+    assert [text in shown for text in texts] == ([True, True, False, False, True, True] if rank == 0 else [False] * 6)
     assert logging.getLogger("transformers").handlers == handlers
-    ours.warning("after it")
+    own.warning("after it")
     assert "after it" not in written.read_text()
 
 
 @pytest.fixture(scope="module")
 def reported(world, tmp_path_factory) -> Path:
-    """A run that reports everywhere, stopped after two of four steps and resumed."""
+    """A run with all reports, of two steps, resumed for two more."""
     pytest.importorskip("tensorboard")
     output = tmp_path_factory.mktemp("reports") / "run"
     held_out = f"path: {world}/counting_held_out.json, format: shapes, take: first:5"
@@ -253,7 +306,7 @@ def reported(world, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_step_has_every_figure(reported):
+def test_a_step_has_every_documented_metric(reported):
     line = lines_of(reported)[0]
     assert set(line) == {
         *("step", "epoch", "loss", "grad_norm", "learning_rate", "learning_rates", "mfu", "memory_gib"),
@@ -274,8 +327,7 @@ def test_wandb_gets_config_curves_predictions_and_the_adapter(reported):
     runs = [next(r.run for r in rs if r.WhichOneof("record_type") == "run") for rs in found]
     assert runs[0].run_id == runs[1].run_id == (reported / "wandb" / "id").read_text().strip()
     config = {update.key: json.loads(update.value_json) for update in runs[1].config.update if update.key != "_wandb"}
-    said = load_config(str(reported / "config.yaml")).model_dump(mode="json", by_alias=True)
-    assert config == said
+    assert config == load_config(str(reported / "config.yaml")).model_dump(mode="json", by_alias=True)
     rows = [row for rs in found for row in history(rs)]
     for line in lines_of(reported):
         flat = curves(line)
@@ -298,11 +350,11 @@ def test_tensorboard_gets_the_same_curves(reported):
     events.Reload()
     for line in lines_of(reported):
         for name, value in curves(line).items():
-            told = {event.step: event.value for event in events.Scalars(name)}
-            assert told[line["step"]] == pytest.approx(value, rel=1e-5), name
+            values = {event.step: event.value for event in events.Scalars(name)}
+            assert values[line["step"]] == pytest.approx(value, rel=1e-5), name
 
 
-def test_the_picture_of_the_loss_shows_held_out_samples_too(reported, monkeypatch):
+def test_the_loss_plot_shows_the_validation_loss(reported, monkeypatch):
     from matplotlib.axes import Axes
 
     from mmdora.analysis.plots import plot_loss
@@ -316,7 +368,7 @@ def test_the_picture_of_the_loss_shows_held_out_samples_too(reported, monkeypatc
     assert drawn["held out"] == ((2, 4), tuple(line["eval"]["loss"] for line in lines if "eval" in line))
 
 
-def test_a_run_whose_every_loss_is_no_number_has_a_picture(tmp_path):
+def test_the_loss_plot_of_a_run_without_a_finite_loss(tmp_path):
     from mmdora.analysis.plots import plot_loss
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
@@ -325,10 +377,10 @@ def test_a_run_whose_every_loss_is_no_number_has_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_what_is_not_installed_is_told_before_training(name, world, tmp_path, monkeypatch, capsys):
+def test_a_report_that_is_not_installed_is_an_error_before_training(name, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
     assert command("train", *small(world, tmp_path / "run"), f"training.report_to={name}") == 2
     printed, error = capsys.readouterr()
     assert f"training.report_to: {name} is not installed; pip install" in error
     assert not (tmp_path / "run").exists()
-    assert "what is tuned" not in printed
+    assert "adapters" not in printed

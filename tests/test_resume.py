@@ -1,4 +1,4 @@
-"""A run that died goes on as if it had not: killed, terminated, with a damaged checkpoint or on a full disk."""
+"""Resuming a run that was killed, stopped by a signal, or met a damaged checkpoint or a full disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,20 @@ from tests.conftest import ROOT
 from tests.test_runs import command
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-STEPS, EPOCH = 7, 3  # steps of the run, and of an epoch
+STEPS, EPOCH = 7, 3  # steps of the run and of an epoch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_threads() -> Iterator[None]:
+    """Runs with and without workers use the same number of compute threads, which bit-exact equality needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield
 
 
 @pytest.fixture(scope="module")
 def settings(world, tmp_path_factory) -> Callable[..., list[str]]:
-    """A run of two epochs and a third, with dropout, pictures and a sample that cannot be used."""
+    """Settings of a run of two and a third epochs, with dropout, images and a sample that cannot be used."""
     read_source(SourceConfig(path=f"{world}/counting_held_out.json", format="shapes"))
     rows = json.loads((world / "counting_held_out.json").read_text())[:24]
     rows[5]["image"] = "gone.png"
@@ -59,14 +67,14 @@ def settings(world, tmp_path_factory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory) -> Path:
-    """The run that nothing happened to."""
+    """The uninterrupted run."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     assert command("train", *settings(output)) == 0
     return output
 
 
 def until(whole: Path, output: Path, step: int) -> None:
-    """A copy of the run as if it had died after a checkpoint: in the middle of writing metrics.jsonl."""
+    """Copy the run as if it had been killed after a checkpoint, in the middle of writing metrics.jsonl."""
     shutil.copytree(whole, output)
     for name in ("adapter", "eval", "report.html", "loss.png"):
         path = output / name
@@ -78,8 +86,8 @@ def until(whole: Path, output: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
-def apart(arguments: list[str], end: str = "", **more) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in a process group of its own."""
+def separate(arguments: list[str], end: str = "", **more) -> subprocess.CompletedProcess[str]:
+    """Run the command in its own process and process group. `end`: see killer.py."""
     plugin = ["plugins=[tests.killer]"] if end else []
     return subprocess.run(
         [sys.executable, "train.py", *arguments, *plugin],
@@ -103,10 +111,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def check_equal(run: Path, whole: Path) -> None:
-    """Weights bit for bit, and everything that was recorded: each step and each skipped sample once."""
-    ours, theirs = weights(run), weights(whole)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    """Assert equal weights, bit for bit, and equal records: each step and each skipped sample once."""
+    resumed, expected = weights(run), weights(whole)
+    assert resumed.keys() == expected.keys()
+    assert [name for name in resumed if not torch.equal(resumed[name], expected[name])] == []
     assert metrics(run) == metrics(whole)
     assert (run / "skipped.jsonl").read_text() == (whole / "skipped.jsonl").read_text()
     scores = "eval/counting/scores.jsonl"
@@ -116,24 +124,24 @@ def check_equal(run: Path, whole: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    """Of the checkpoints. Nothing else lies beside them."""
+    """Return the steps of the checkpoints, and assert that nothing else is beside them."""
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in (run / "checkpoints").iterdir())
 
 
 def test_killed_three_times(settings, whole, tmp_path):
-    """In a step's forward pass, while a checkpoint is written, and while answers are generated."""
+    """In the forward pass of a step, while a checkpoint is written, and while answers are generated."""
     run, arguments = tmp_path / "run", settings(tmp_path / "run", "training.keep=2")
     assert len((whole / "skipped.jsonl").read_text().splitlines()) == 1
-    for end, found in (
+    for end, expected in (
         ("forward 6 KILL", [2]),  # the second micro-batch of step 3
         ("trainer_state.json 1 KILL", [2, "aside"]),  # of checkpoint-4
         ("forward 16 KILL", [6, 7]),  # ten are of steps 3 to 7
     ):
-        done = apart([*arguments, *(["--resume"] if run.exists() else [])], end)
+        done = separate([*arguments, *(["--resume"] if run.exists() else [])], end)
         assert done.returncode == -9, done.stdout + done.stderr
         names = [p.name for p in (run / "checkpoints").iterdir()]
-        assert len(names) == len(found), names
-        assert {f"checkpoint-{n}" for n in found if n != "aside"} <= set(names)
+        assert len(names) == len(expected), names
+        assert {f"checkpoint-{n}" for n in expected if n != "aside"} <= set(names)
     assert not (run / "report.html").exists()
     assert list((run / "eval" / "counting").glob("responses*.jsonl"))
     assert command("train", *arguments, "--resume") == 0
@@ -142,21 +150,20 @@ def test_killed_three_times(settings, whole, tmp_path):
 
 
 def test_from_the_end_of_an_epoch_and_with_workers(settings, whole, tmp_path):
-    """With two workers, where the first run had none."""
+    """With two workers; the uninterrupted run had none."""
     until(whole, tmp_path / "run", 2 * EPOCH)
     assert command("train", *settings(tmp_path / "run", "data.num_workers=2"), "--resume") == 0
     check_equal(tmp_path / "run", whole)
 
 
-def test_nothing_left_to_do(settings, whole, tmp_path):
-    """A finished run stays what it is."""
+def test_resuming_a_finished_run_changes_nothing(settings, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "done")
     assert command("train", *settings(tmp_path / "done"), "--resume") == 0
     check_equal(tmp_path / "done", whole)
 
 
-def test_nothing_to_go_on_from(settings, whole, tmp_path):
-    """A run that died before its first checkpoint, or before it wrote its config, begins at its first step."""
+def test_resuming_without_a_checkpoint_begins_at_the_first_step(settings, whole, tmp_path):
+    """Killed before the first checkpoint, or before the config was written."""
     until(whole, tmp_path / "run", 0)
     (tmp_path / "run" / "config.yaml").unlink()
     assert command("train", *settings(tmp_path / "run"), "--resume") == 0
@@ -164,24 +171,33 @@ def test_nothing_to_go_on_from(settings, whole, tmp_path):
     assert RunDir(tmp_path / "run").config().training.max_steps == STEPS
 
 
-@pytest.mark.parametrize("action", ["save", pytest.param("stop", marks=pytest.mark.slow)])
-def test_sigterm_ends_the_run_after_a_whole_step(settings, whole, tmp_path, action):
-    """To the whole process group, as Slurm does it: the workers bring the step's samples all the same."""
+@pytest.mark.parametrize(
+    ("action", "number", "code", "line"),
+    [
+        ("save", "TERM", 143, "stopped by SIGTERM after step 3; checkpoint-3 is saved"),
+        ("stop", "INT", 130, "stopped by Ctrl-C after step 3; checkpoint-3 is saved"),
+        pytest.param(
+            "stop", "TERM", 143, "stopped by SIGTERM after step 3; no checkpoint is saved", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_signal_stops_the_run_after_the_step(settings, whole, tmp_path, action, number, code, line):
+    """The signal goes to the whole process group, as from Slurm or a terminal; the workers still deliver the samples of
+    the step, and print nothing."""
     run, more = tmp_path / "run", (f"training.on_sigterm={action}", "data.num_workers=2")
-    done = apart(settings(run, *more), "forward 5 TERM")
-    assert done.returncode == 143, done.stdout + done.stderr
-    assert "stopped by SIGTERM after step 3; " in done.stderr
-    assert "--resume" in done.stderr
+    done = separate(settings(run, *more), f"forward 5 {number}")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr.count(f"{line}. The same command with --resume continues") == 1
     assert "Traceback" not in done.stderr
     assert [row[0] for row in metrics(run)] == [1, 2, 3]
-    assert steps(run) == ([2, 3] if action == "save" else [2])
+    assert steps(run) == ([2, 3] if "checkpoint-3" in line else [2])
     assert not (run / "adapter").exists()
     if action == "save":
         assert command("train", *settings(run), "--resume") == 0
         check_equal(run, whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(settings, whole, tmp_path, capsys, caplog):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(settings, whole, tmp_path, capsys, caplog):
     run = tmp_path / "run"
     until(whole, run, 6)
     piece = run / "checkpoints" / "checkpoint-6" / "optimizer-00000.safetensors"
@@ -190,24 +206,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(settings, who
     piece.write_bytes(content)
     assert command("train", *settings(run, "data.num_workers=2"), "--resume") == 0  # from the middle of an epoch
     assert "checkpoint-6 is damaged: optimizer-00000.safetensors was changed" in caplog.text
-    assert "goes on from checkpoint-4" in caplog.text
+    assert "continues from checkpoint-4" in caplog.text
     check_equal(run, whole)
     for path in (run / "checkpoints").iterdir():
         (path / "trainer_state.json").unlink()
     capsys.readouterr()
     assert command("train", *settings(run), "--resume") == 2
     error = capsys.readouterr().err
-    assert "no checkpoint is whole" in error
+    assert "every checkpoint is damaged" in error
     assert "checkpoint-2: trainer_state.json is missing" in error
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(settings, whole, tmp_path):
-    """No file can grow beyond the adapter's size, which the optimizer's state does."""
+def test_a_full_disk_keeps_the_earlier_checkpoints(settings, whole, tmp_path):
+    """No file can grow beyond 1.2 times the adapter; the optimizer state would."""
     run = tmp_path / "run"
     until(whole, run, 4)
     most = int(1.2 * (whole / "adapter" / "adapter_model.safetensors").stat().st_size)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
-    done = apart([*settings(run), "--resume"], preexec_fn=limit)
+    done = separate([*settings(run), "--resume"], preexec_fn=limit)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "checkpoint-6 cannot be written" in done.stderr
     assert "--resume" in done.stderr
@@ -227,7 +243,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(settings, whole, tmp_path)
         (["training.max_steps=9"], ["training.max_steps: 7, now 9", "only with lr_scheduler constant"]),
     ],
 )
-def test_other_settings_are_refused(settings, whole, capsys, more, named):
+def test_settings_that_change_the_training_are_refused(settings, whole, capsys, more, named):
     before = (whole / "config.yaml").read_text()
     assert command("train", *settings(whole, *more), "--resume") == 2
     error = capsys.readouterr().err
@@ -235,8 +251,8 @@ def test_other_settings_are_refused(settings, whole, capsys, more, named):
     assert (whole / "config.yaml").read_text() == before
 
 
-def test_what_may_change(settings, tmp_path):
-    """A run of a steady learning rate is made longer, and checkpoints come as often as is said now."""
+def test_settings_that_may_change(settings, tmp_path):
+    """A run with a constant learning rate may become longer; save_every and micro_batch_size may change."""
     run = tmp_path / "run"
     arguments = settings(run, "training.lr_scheduler=constant", "training.warmup_ratio=0", "evaluation=[]")
     assert command("train", *arguments, "training.max_steps=2") == 0
@@ -248,7 +264,7 @@ def test_what_may_change(settings, tmp_path):
 
 
 def test_checkpoints_are_small(whole):
-    """Adapter and two moments, in files of names that are the adapter's; no frozen base."""
+    """They hold the adapter and AdamW's two moments, and no frozen weights."""
     folder = whole / "checkpoints" / f"checkpoint-{STEPS}"
     adapter = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     state = sum(path.stat().st_size for path in folder.glob("optimizer-*"))
@@ -256,7 +272,7 @@ def test_checkpoints_are_small(whole):
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) - adapter - state < 100_000
 
 
-def test_pieces_are_of_bounded_size(tmp_path):
+def test_pieces_have_a_bounded_size(tmp_path):
     tensors = {f"exp_avg.{i}": torch.full((1000,), float(i)) for i in range(10)}
     write_shards(tmp_path, iter(tensors.items()), max_bytes=10_000)
     files = sorted(tmp_path.iterdir())
@@ -265,18 +281,18 @@ def test_pieces_are_of_bounded_size(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_rotation_spares_the_best(tmp_path):
+def test_rotation_keeps_the_best(tmp_path):
     for step in (1, 2, 3, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-mine").mkdir()
-    rotate(tmp_path, newest=4, keep=2, best=1)  # 10: of before the run went back
+    rotate(tmp_path, newest=4, keep=2, best=1)  # 10 is later than the checkpoint that the run resumed from
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"checkpoint-{name}" for name in ("1", "3", "4", "mine")
     ]
 
 
-def test_folders_are_whole_or_not_there(tmp_path):
-    """Whichever of the moments around the renames a process is killed in."""
+def test_folders_are_replaced_atomically(tmp_path):
+    """Whenever around the renames a process is killed."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     folder = tmp_path / "adapter"
@@ -287,7 +303,7 @@ def test_folders_are_whole_or_not_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     folder.rename(tmp_path / f".adapter.{dead.pid}.old")  # between the two renames
     (tmp_path / f".adapter.{dead.pid}.new").mkdir()
-    (tmp_path / f".other.{os.getppid()}.new").mkdir()  # of one that lives
+    (tmp_path / f".other.{os.getppid()}.new").mkdir()  # of a live process
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".other.{os.getppid()}.new", "adapter"]
     assert (folder / "file").read_text() == "old"

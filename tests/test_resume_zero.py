@@ -88,13 +88,14 @@ def test_resuming_at_the_same_stage_is_exact(world, tmp_path, stage, offload, dt
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_ends_all_after_the_same_step(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("END", "forward 5 TERM")
+@pytest.mark.parametrize(("number", "cause"), [("TERM", "SIGTERM"), ("INT", "Ctrl-C")])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(world, tmp_path, monkeypatch, number, cause):
+    monkeypatch.setenv("END", f"forward 5 {number}")
     run = tmp_path / "run"
     arguments = settings(world, run, "training.deepspeed=zero2", "training.max_steps=8", "plugins=[tests.killer]")
     done = launch([*torchrun(), "train.py", *arguments], tmp_path, limit=500)
     assert done.returncode == 1
-    assert done.stderr.count("stopped by SIGTERM after step 5; a checkpoint of step 5 is written") == 1
+    assert done.stderr.count(f"stopped by {cause} after step 5; checkpoint-5 is saved") == 1
     assert damage(run / "checkpoints" / "checkpoint-5") is None
     assert not (run / "checkpoints" / "checkpoint-6").exists()
 

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: train, resume, evaluate, merge, chat; and what a user's mistake says."""
+"""Complete runs through the command line: train, resume, evaluate, merge, chat; and the errors of invalid input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(*arguments: str) -> int:
 
 
 def small(world: Path, output: Path, steps: int = 4) -> list[str]:
-    """The quickstart, with few steps and questions."""
+    """Return the arguments of the quickstart with few steps and questions."""
     motion, counting = (f"path: {world}/{task}_held_out.json, format: shapes" for task in ("motion", "counting"))
     benchmark = f"name: counting, benchmark: vqa, data: {world}/counting_held_out.json, format: shapes"
     return [
@@ -51,7 +51,7 @@ def trained(world, tmp_path_factory) -> Path:
     return output
 
 
-def test_a_run_directory_holds_what_the_contract_says(trained):
+def test_a_run_directory_holds_the_documented_files(trained):
     for name in ("config.yaml", "metrics.jsonl", "skipped.jsonl", "report.html", "loss.png", "checkpoints"):
         assert (trained / name).exists(), name
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (trained / "adapter").iterdir()}
@@ -70,7 +70,7 @@ def test_a_run_directory_holds_what_the_contract_says(trained):
     assert "data:image/jpeg;base64," in page
 
 
-def test_checkpoints_hold_no_base(trained):
+def test_checkpoints_hold_no_frozen_weights(trained):
     checkpoint = RunDir(trained).checkpoint()
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-4"
@@ -80,7 +80,7 @@ def test_checkpoints_hold_no_base(trained):
 
 
 def test_resumed_equals_uninterrupted(world, trained, tmp_path):
-    """Stopped after two of four steps and resumed, a run ends with the same adapter, bit for bit."""
+    """A run that is stopped after two of four steps and resumed ends with the same adapter, bit for bit."""
     output = tmp_path / "resumed"
     assert command("train", *small(world, output)) == 0
     for name in ("adapter", "checkpoints/checkpoint-4"):
@@ -94,7 +94,7 @@ def test_resumed_equals_uninterrupted(world, trained, tmp_path):
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_a_run_that_is_there_is_not_overwritten(world, trained, capsys):
+def test_an_existing_run_is_not_overwritten(world, trained, capsys):
     assert command("train", *small(world, trained)) == 2
     message = capsys.readouterr().err
     assert "--resume" in message
@@ -114,7 +114,7 @@ def test_overwrite_moves_the_old_run_aside(world, tmp_path):
 def test_eval_of_a_run(trained, tmp_path, capsys):
     responses = trained / "eval" / "counting" / "responses.jsonl"
     written = responses.stat().st_mtime_ns
-    assert command("eval", str(trained)) == 0  # finished: told again, not answered again
+    assert command("eval", str(trained)) == 0  # finished: the report is read, no question is answered
     assert "counting" in capsys.readouterr().out
     assert command("eval", str(trained), "--limit", "3") == 2
     assert "a finished result with other limit; --overwrite replaces it" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_eval_of_a_run(trained, tmp_path, capsys):
     assert "--benchmark NAME --data DIR --out DIR" in capsys.readouterr().err
 
 
-def test_merge_as_a_plain_lora_says_what_it_misses(trained, tmp_path, capsys):
+def test_merge_as_a_plain_lora_reports_the_error(trained, tmp_path, capsys):
     out = tmp_path / "lora"
     assert command("merge", str(trained), str(out), "--lora-rank", "4") == 0
     assert "% of the change to the weights" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_merge_loads_in_plain_transformers(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "largest logit difference" in printed
     assert float(printed.split("difference")[1].split()[0]) < 1e-3
-    # In a process that never imports mmdora.
+    # In a process that does not import mmdora.
     code = f"""
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -161,9 +161,9 @@ print(type(model).__name__, type(model.model.vision_tower).__name__)
 
 
 def test_chat_answers_from_a_pipe(world, trained, capsys, monkeypatch):
-    picture = next((world / "counting_held_out").glob("*.png"))
+    image = next((world / "counting_held_out").glob("*.png"))
     monkeypatch.setattr("sys.stdin", io.StringIO("What shape is the red thing?\nAnd what color is it?\n"))
-    assert command("chat", str(trained), "--image", str(picture), "--max-new-tokens", "4") == 0
+    assert command("chat", str(trained), "--image", str(image), "--max-new-tokens", "4") == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 2
     assert command("chat", str(trained), "--image", "gone.png") == 2
     assert "gone.png: no such file" in capsys.readouterr().err

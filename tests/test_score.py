@@ -318,6 +318,6 @@ def test_the_table_shows_the_rate_of_unparsed_answers():
         [str(column.header) for column in results_table([(report | {"unparsed_rate": rate}, None)]).columns]
         for rate in (0.125, 0.0, None)
     ]
-    assert headers[0] == ["benchmark", "n", "score", "commonest", "unparsed"]
+    assert headers[0] == ["benchmark", "n", "score", "baseline", "unparsed"]
     assert headers[1] == headers[2] == headers[0][:-1]
     assert [list(c.cells) for c in results_table([(report | {"unparsed_rate": 0.125}, None)]).columns][-1] == ["12.5"]

@@ -1,4 +1,4 @@
-"""`mmdora chat`: talk with a run or a model in the terminal, about pictures and videos."""
+"""`mmdora chat`: chat with a run or a model about images and videos in the terminal."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from eval.generation import generate
 from mmdora.apps.load_target import load_target
 from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
+from mmdora.core.logs import quiet_libraries
 
 
 def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int, trust_remote_code: bool) -> None:
-    """Reads questions from the terminal, or from a pipe until it ends. The media stand before the first question."""
+    """Answer questions from the terminal, or from a pipe until it ends. The media precede the first question.
+
+    Raises UserError for a file that does not exist.
+    """
     for path in (*images, *videos):
         if not path.is_file():
             raise UserError(f"{path}: no such file")
+    quiet_libraries()
     console = make_console()
     loaded = load_target(target, trust_remote_code)
     encoder = Encoder(loaded.processor, loaded.video)
     media: list[Part] = [*(Image(p) for p in images), *(Video(p) for p in videos)]
     sample = Sample("chat", (), "the terminal")
     if sys.stdin.isatty():
-        console.print("Ask; an empty line ends.")
-    while question := _read():
+        console.print("Type a question; an empty line ends the chat.")
+    while question := _read_line():
         parts = (*media, Text(question)) if not sample.messages else (Text(question),)
         sample = Sample("chat", (*sample.messages, Message("user", parts)), "the terminal")
         answer = reply(loaded.model, encoder, sample, max_new_tokens)
@@ -36,13 +41,13 @@ def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int
 
 
 def reply(model: Any, encoder: Encoder, sample: Sample, max_new_tokens: int) -> str:
-    """The model's greedy answer to a conversation that ends with the user: what evaluation would generate."""
+    """Return the model's greedy answer to a conversation that ends with a user message, as evaluation generates it."""
     question = Question(sample.id, sample, (), sample.id)
     ((_, answer),) = generate(model, encoder, [question], 1, max_new_tokens)
     return answer
 
 
-def _read() -> str:
+def _read_line() -> str:
     if sys.stdin.isatty():
         try:
             return input("> ").strip()

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: the loss on `data.validation`, and `evaluation` entries with `during: true`."""
+"""Evaluation during training: the loss on `data.validation`, and `evaluation` entries with `during: true`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmdora.core.deepspeed import release_gathered
 from mmdora.core.distributed import is_main, world_size
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
-from mmdora.training.callbacks import RunLog
+from mmdora.training.callbacks import MetricsCallback
 from mmdora.training.reporting import Prediction
 from mmdora.training.trainer import AdapterTrainer
 from mmdora.training.validation import evaluating, validation_loss
@@ -32,29 +32,30 @@ Questions = dict[str, list[Question]]  # by the name of the `evaluation` entry
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What the trainer calls to evaluate its model; every process calls it."""
+    """The trainer calls it to evaluate its model. A collective: every process calls it."""
 
     config: RunConfig
     run_dir: RunDir
     encoder: Encoder
     questions: Questions
-    held_out: HeldOutDataset | None
-    log: RunLog
+    validation: HeldOutDataset | None
+    metrics: MetricsCallback
 
     def __call__(self, trainer: AdapterTrainer) -> dict[str, float]:
-        """The figures of this step by name, as `training.best` names them: `loss`, and each benchmark's official score,
-        in percent. Training goes on as if nothing had been evaluated."""
+        """Return the metrics of this step by the names that `training.best` uses: `loss`, and each entry's official
+        score in percent. The state of the training, random numbers included, does not change."""
         start = time.perf_counter()
-        # As in training: `generate` makes pictures into features outside of the forward pass, which has it by itself.
+        # Autocast as in training: `generate` encodes images outside the forward pass, which applies autocast itself.
         with evaluating(trainer.model), trainer.accelerator.autocast():
-            metrics = self.loss(trainer) if self.held_out is not None else {}
+            metrics = self.loss(trainer) if self.validation is not None else {}
             metrics |= self.scores(trainer)
         return metrics | {"seconds": round(time.perf_counter() - start, 4)}
 
     def loss(self, trainer: AdapterTrainer) -> dict[str, float]:
-        assert self.held_out is not None
-        with self.log.bar("held-out loss", len(self.held_out)) as advance:
-            loss, _ = validation_loss(trainer, self.held_out, held_out_collator(self.encoder, self.held_out), advance)
+        assert self.validation is not None
+        collator = validation_collator(self.encoder, self.validation)
+        with self.metrics.bar("validation loss", len(self.validation)) as advance:
+            loss, _ = validation_loss(trainer, self.validation, collator, advance)
         release_gathered(trainer.model_wrapped)
         return {"loss": loss}
 
@@ -65,25 +66,24 @@ class Evaluator:
         step = trainer.state.global_step
         tensors, _, _ = adapter_contents(trainer.model, "default")
         origin = {"model": self.config.model.path, "adapter": f"step {step}"}
-        found = {}
+        weights = f"adapter {tensors_digest(tensors)}"  # the base model is frozen, and config.yaml names it
+        scores = {}
         for entry in entries:
-            asked, folder = self.questions[entry.name], self.run_dir.result(entry.name, step=step)
-            with self.log.bar(entry.name, len(asked)) as advance:
-                weights = f"adapter {tensors_digest(tensors)}"  # the base stays as config.yaml names it
-                report = evaluate(
-                    trainer.model, self.encoder, entry, asked, folder, advance, origin, overwrite=True, weights=weights
-                )
+            questions, folder = self.questions[entry.name], self.run_dir.result(entry.name, step=step)
+            with self.metrics.bar(f"{entry.name}, step {step}", len(questions)) as advance:
+                args = (entry, questions, folder, advance, origin)
+                report = evaluate(trainer.model, self.encoder, *args, overwrite=True, weights=weights)
             release_gathered(trainer.model_wrapped)
-            found[entry.name] = report["scores"]["official"]["value"]
+            scores[entry.name] = report["scores"]["official"]["value"]
             if is_main():
-                rows = sample_predictions(folder, self.config.data.video)
-                self.log.reports.predictions(step, entry.name, rows)
-        return found
+                predictions = sample_predictions(folder, self.config.data.video)
+                self.metrics.reports.predictions(step, entry.name, predictions)
+        return scores
 
 
 def check_scored(config: RunConfig, questions: Questions) -> None:
-    """Raise UserError for an entry that is to be scored during training and has no score: its answers are not public,
-    or are worth only what a judge says."""
+    """Raise UserError for an entry with `during: true` that has no score: its answers are not public, or only a judge
+    can score it."""
     for i, entry in enumerate(config.evaluation):
         if not entry.during:
             continue
@@ -91,39 +91,39 @@ def check_scored(config: RunConfig, questions: Questions) -> None:
             raise UserError(f"evaluation.{i}.during: {entry.benchmark} is scored by a judge alone; leave it out")
         if not all(question.references for question in questions[entry.name]):
             raise UserError(
-                f"evaluation.{i}.during: the answers of {entry.benchmark}'s questions in {entry.data} are not public, "
-                "so there is no score to follow; leave it out, or take another split"
+                f"evaluation.{i}.during: the answers to {entry.benchmark}'s questions in {entry.data} are not public, "
+                "so there is no score; leave it out, or use another split"
             )
 
 
-def held_out_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:
-    """Under several processes each runs the vision encoder in every batch, as in training."""
-    alone = world_size() == 1
-    fillers = {} if alone else encoder.fillers(dataset.media_kinds())
+def validation_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCollator:
+    """Return the collator. With several processes each batch gets blank media where it has none, so that every process
+    runs the vision encoder, as in training."""
+    fillers = {} if world_size() == 1 else encoder.fillers(dataset.media_kinds())
     return HeldOutCollator(Collator(encoder.pad_token_id, fillers=fillers), encoder.blank())
 
 
 def sample_predictions(folder: Path, video: VideoConfig) -> list[Prediction]:
-    """Some of a result's answers, with their pictures."""
+    """Return some of a result's answers, with their images."""
     return [
         Prediction(
             row["question"],
             " / ".join(dict.fromkeys(row["references"])),
             row["response"],
             row["official"],
-            beside([picture for path in row["media"] for picture in thumbnails(Path(path), video)]),
+            side_by_side([image for path in row["media"] for image in thumbnails(Path(path), video)]),
         )
         for row in select_examples(read_scores(folder))
     ]
 
 
-def beside(pictures: list[PILImage.Image]) -> PILImage.Image | None:
-    """Pictures in a row, as one; None where there is none."""
-    if not pictures:
+def side_by_side(images: list[PILImage.Image]) -> PILImage.Image | None:
+    """Join images horizontally; None if there are none."""
+    if not images:
         return None
-    strip = PILImage.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        strip.paste(picture, (left, 0))
-        left += picture.width
+    strip = PILImage.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    x = 0
+    for image in images:
+        strip.paste(image, (x, 0))
+        x += image.width
     return strip

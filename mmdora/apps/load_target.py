@@ -1,4 +1,4 @@
-"""A model ready to answer: from a run, an adapter directory or a plain model."""
+"""Load the TARGET of a command: a run, an adapter directory or a plain model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ from mmdora.models.loading import load_model
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer, from a run, an adapter directory or a plain model."""
+    """A model that is ready to generate, with what encodes its inputs."""
 
     model: Any
     processor: Any
     video: VideoConfig
-    config: RunConfig | None  # of a run
+    config: RunConfig | None  # if the target is a run
 
 
 def load_target(target: str, trust_remote_code: bool = False, dtype: str | None = None) -> Loaded:
-    """Load a run directory, an adapter directory (on the base that it names) or a model. Raises UserError."""
+    """Load a run directory, an adapter directory (on the base model that it names) or a model, onto the local device.
+
+    `dtype` is used unless the target is a run, whose config defines it. Raises UserError.
+    """
     run = RunDir(Path(target))
     if run.config_file.is_file():
         config = run.config(trust_remote_code)
         if not run.adapter.is_dir():
-            raise UserError(f"{target}: the run has no adapter yet; it did not finish (mmdora train … --resume)")
+            raise UserError(
+                f"{target}: the run is not finished and has no adapter yet; mmdora train CONFIG --resume continues it"
+            )
         model, _ = load_model(config.model)
         load_adapter(model, run.adapter)
         processor = AutoProcessor.from_pretrained(run.processor, trust_remote_code=trust_remote_code)
         return Loaded(to_local_device(model).eval(), processor, config.data.video, config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
     if (run.path / "adapter_config.json").is_file():
-        about = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
-        base = about.get("base_model_name_or_path")
+        adapter_config = json.loads((run.path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = adapter_config.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{target}: its adapter_config.json does not name the base model")
         tokens = list(read_adapter(run.path).new_tokens)

@@ -14,7 +14,6 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
 from mmdora.adapters.merging import LoRAExport, export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
-from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
 from mmdora.models.loading import needs_mmdora, save_card, save_model, to_plain_transformers
 
@@ -51,23 +50,6 @@ def merge_target(
     reloaded = AutoModelForImageTextToText.from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
     difference = (_logits(reloaded.to(model.device).eval(), probe) - adapted).abs().max().item()
     return MergeResult(out, model.dtype, difference, (adapted.min().item(), adapted.max().item()), needs_mmdora(model))
-
-
-def run(target: str, out: Path, lora_rank: int | None, trust_remote_code: bool) -> None:
-    """Merge and print the result."""
-    result = merge_target(target, out, lora_rank, trust_remote_code)
-    console = make_console()
-    if isinstance(result, LoRAExport):
-        worst = max(result.errors, key=lambda path: result.errors[path])
-        console.print(f"{out}: a plain LoRA of rank {lora_rank} in PEFT's layout", soft_wrap=True)
-        console.print(f"relative error of the weight change (Frobenius norm): {result.error:.1%}")
-        console.print(f"largest in {worst}: {result.errors[worst]:.1%}", soft_wrap=True)
-        return
-    low, high = result.logit_range
-    console.print(f"adapter against merged and reloaded: largest logit difference {result.max_difference:.2e}")
-    console.print(f"(logits from {low:.1f} to {high:.1f}, {result.dtype})")
-    how = "after `import mmdora.models`" if result.needs_mmdora else "without mmdora"
-    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, {how}", soft_wrap=True)
 
 
 @torch.inference_mode()

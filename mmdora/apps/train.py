@@ -1,22 +1,23 @@
-"""A training run on one page: config → model → adapters → data → trainer → adapter → evaluation."""
+"""`mmdora train`: config, data, model, adapters, trainer, adapter directory, evaluation."""
 
 from __future__ import annotations
 
 import gc
 import signal
 import sys
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from data_pipelines.collator import Collator
 from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutDataset
-from data_pipelines.ledger import Ledger, drop_incomplete_line, from_rejected
+from data_pipelines.ledger import Entry, Ledger, drop_incomplete_line, from_rejected
 from data_pipelines.sources import Source, ledger_names, read_source
 from eval.contamination import contamination_check
 from eval.digests import weights_digest
@@ -32,132 +33,154 @@ from mmdora.apps.tables import results_table, show_adapters, show_best, show_gro
 from mmdora.core.config import RunConfig
 from mmdora.core.console import progress_bar
 from mmdora.core.deepspeed import is_zero3_enabled
-from mmdora.core.distributed import from_main, is_main, to_local_device, world_size
+from mmdora.core.distributed import is_main, run_on_main, to_local_device, world_size
 from mmdora.core.errors import UserError
-from mmdora.core.logs import RunLogs
+from mmdora.core.interrupts import interruptible
+from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
 from mmdora.core.run_directory import RunDir, check_space
+from mmdora.core.run_start import RunStart
 from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches
-from mmdora.training.callbacks import EvaluateEvery, RunLog
+from mmdora.training.callbacks import EvaluateEvery, MetricsCallback
+from mmdora.training.loader_workers import limited_threads
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import check_packing, row_length
 from mmdora.training.reporting import Reports, open_reports
-from mmdora.training.signals import StopOnSigterm
+from mmdora.training.signals import StopOnSignal
 from mmdora.training.trainer import AdapterTrainer
 
 
 def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, logs: RunLogs) -> None:
+    quiet_libraries()
+    capture_libraries()
     run_dir = RunDir(Path(config.training.output))
-    arguments = training_arguments(config, run_dir.path)  # first: it starts the process group
+    arguments = training_arguments(config, run_dir.path)  # first, because it starts the process group
     set_seed(config.training.seed)
-    with arguments.main_process_first(local=False):
-        if is_main():
-            run_dir.begin(config, resume, overwrite)
-        logs.into(run_dir.path)
-        sources = [read_source(source, config.training.seed) for source in config.data.train]
-        # Read now: what evaluation will want is missed before training, not after.
-        held_out = [read_source(source, config.training.seed) for source in config.data.validation]
-        questions = {entry.name: read_questions(entry) for entry in config.evaluation}
-        check_scored(config, questions)
-    checkpoint = find_checkpoint(run_dir) if resume else None
-    ledger = open_ledger(config, sources, held_out, run_dir)
+    start = RunStart(run_dir, config, resume, overwrite, logs)
+    with ExitStack() as until_the_end:
+        with interruptible(lambda: start.outcome), start:
+            checkpoint = find_checkpoint(run_dir) if resume else None
+            data = read_data(config, arguments)
+            ledger = Ledger(run_dir.skipped, data.total, config.data.max_skipped)
+            ledger.check(data.rejected)
+            model, processor = load_model(config.model)
+            resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
+            encoder = make_encoder(config, model, processor)
+            dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
+            check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
-    model, processor = load_model(config.model)
-    resolve_parts(model, config.parts)  # a part that is not there is told now, not after the base has been scored
-    if config.data.packing:
-        check_packing(model.config)
-    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    encoder.check_stop(stop_tokens(model, processor))
-    dataset = TrainDataset(sources, encoder, ledger, config.training.seed, config.data.temperature)
-    check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
-    if is_main():
-        processor.save_pretrained(run_dir.processor)
-    evaluate_base(config, questions, model, encoder, run_dir, console)
+            start.create()
+            if is_main():
+                processor.save_pretrained(run_dir.processor)
+                drop_incomplete_line(run_dir.skipped)
+                ledger.record(*data.rejected)
+            evaluate_base(config, data.questions, model, encoder, run_dir, console)
 
-    report = inject_adapters(model, config.parts)
-    show_adapters(console, report)
-    check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
-    trainer = make_trainer(config, arguments, model, dataset)
-    show_groups(console, optimizer_groups(trainer.model, config))
-    with open_reports(config, run_dir.metrics, is_main()) as reports:
-        watched = HeldOutDataset(held_out, encoder, ledger) if held_out else None
-        log = watch(trainer, console, reports)
-        trainer.evaluator = Evaluator(config, run_dir, encoder, questions, watched, log)
-        try:
-            with StopOnSigterm(config.training.on_sigterm) as stop:
-                trainer.add_callback(stop)
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            log.close()
-        if stop.stopped:
-            tell_stopped(config, trainer.state.global_step)
+            report = inject_adapters(model, config.parts)
+            show_adapters(console, report)
+            check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
+            trainer = make_trainer(config, arguments, model, dataset)
+            show_groups(console, optimizer_groups(trainer.model, config))
+            reports = until_the_end.enter_context(open_reports(config, run_dir.metrics, is_main()))
+
+        metrics = add_callbacks(trainer, console, reports)
+        validation = HeldOutDataset(data.validation, encoder, ledger) if data.validation else None
+        trainer.evaluator = Evaluator(config, run_dir, encoder, data.questions, validation, metrics)
+        run_trainer(trainer, metrics, checkpoint)
         with trainer.averaged():
             save_adapter(trainer.model, run_dir.adapter)
 
         step = trainer.state.global_step
         trainer.end_workers()
-        del trainer, model, log
+        del trainer, model, metrics  # frees the memory for the model that is evaluated
         gc.collect()
         arguments.distributed_state.wait_for_everyone()
-        finish(config, questions, run_dir, ledger, console)
-        hand_over(config, run_dir, reports, step)
+        hint = f"the adapter is in {run_dir.adapter}; the same command with --resume finishes the evaluation"
+        with interruptible(lambda: hint):
+            evaluate_adapter(config, data.questions, run_dir, ledger, console)
+        report_predictions(config, run_dir, reports, step)
 
 
-def find_checkpoint(run_dir: RunDir) -> Path | None:
-    """The checkpoint that all processes go on from, as rank 0 finds it.
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, opened but not encoded."""
 
-    Raises UserError where none is whole, or where this process cannot see it.
-    """
-    found: Path | None = from_main(run_dir.checkpoint() if is_main() else None)
-    if found is not None and not found.is_dir():
-        raise UserError(f"--resume: {found} is not on this machine; training.output must be a folder that all share")
-    return found
+    train: list[Source]
+    validation: list[Source]
+    questions: Questions
+
+    @property
+    def total(self) -> int:
+        """Number of rows, rejected ones included."""
+        return sum(source.total for source in self.train + self.validation)
+
+    @property
+    def rejected(self) -> list[Entry]:
+        """Ledger entries of the rows that are not valid samples."""
+        names = ledger_names(self.train) + ledger_names(self.validation, "validation")
+        sources = zip(self.train + self.validation, names, strict=True)
+        return [replace(from_rejected(row), source=name) for source, name in sources for row in source.rejected]
 
 
-def tell_stopped(config: RunConfig, step: int) -> None:
-    """End the command after SIGTERM, with the exit code that shells tell of it."""
-    saved = f"a checkpoint of step {step} is written" if config.training.on_sigterm == "save" else "nothing is written"
-    if is_main():
-        sys.stderr.write(f"stopped by SIGTERM after step {step}; {saved}. The same command with --resume goes on\n")
-    sys.exit(128 + signal.SIGTERM)
+def read_data(config: RunConfig, arguments: TrainingArguments) -> RunData:
+    """Open the training data and everything that is evaluated later, so that missing files are reported before
+    training. Rank 0 goes first, because it builds the indexes that the others read."""
+    seed = config.training.seed
+    with arguments.main_process_first(local=False):
+        train = [read_source(source, seed) for source in config.data.train]
+        validation = [read_source(source, seed) for source in config.data.validation]
+        questions = {entry.name: read_questions(entry) for entry in config.evaluation}
+        check_scored(config, questions)
+    return RunData(train, validation, questions)
+
+
+def make_encoder(config: RunConfig, model: Any, processor: Any) -> Encoder:
+    """Return the encoder for this model's inputs. Raises UserError if the data settings do not fit the model."""
+    if config.data.packing:
+        check_packing(model.config)
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
+    encoder.check_stop(stop_tokens(model, processor))
+    return encoder
 
 
 def stop_tokens(model: Any, processor: Any) -> set[int]:
-    """Tokens at which the model's generation ends."""
+    """Return the tokens that end generation."""
     ids = model.generation_config.eos_token_id
-    found = set(ids if isinstance(ids, list) else [ids]) | {processor.tokenizer.eos_token_id}
-    return {token for token in found if token is not None}
+    stop = set(ids if isinstance(ids, list) else [ids]) | {processor.tokenizer.eos_token_id}
+    return {token for token in stop if token is not None}
+
+
+def find_checkpoint(run_dir: RunDir) -> Path | None:
+    """Return the checkpoint that rank 0 resumes from, in every process; None if there is none.
+
+    Raises UserError if every checkpoint is damaged, or if this process cannot see the one that rank 0 found.
+    """
+    checkpoint = run_on_main(run_dir.checkpoint)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(f"--resume: {checkpoint} is not on this machine; all machines must share training.output")
+    return checkpoint
 
 
 def evaluate_base(
     config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
 ) -> None:
-    """Score the model as it is, for the entries that say `before: true`. Only for these is a model on the GPU as a
-    whole that ZeRO-3 is to partition: it need not fit there."""
+    """Evaluate the base model on the entries with `before: true`.
+
+    The model moves to the GPU as a whole. Under ZeRO-3 that happens only if an entry needs it, since the model may not
+    fit there before it is partitioned.
+    """
     partitioned = is_zero3_enabled()
     if not partitioned or any(entry.before for entry in config.evaluation):
         to_local_device(model)
     for entry in config.evaluation:
-        folder = run_dir.result(entry.name, before=True)
         if entry.before:
-            asked, origin = questions[entry.name], {"model": config.model.path, "adapter": None}
-            with progress_bar(console, f"{entry.name}, before", len(asked)) as advance:
-                evaluate(model, encoder, entry, asked, folder, advance, origin)
+            folder, origin = run_dir.result(entry.name, before=True), {"model": config.model.path, "adapter": None}
+            with progress_bar(console, f"{entry.name}, before", len(questions[entry.name])) as advance:
+                # Overwrites the report of a start that was corrected. Answers whose key is the same are kept.
+                evaluate(model, encoder, entry, questions[entry.name], folder, advance, origin, overwrite=True)
     if partitioned:
         model.to("cpu")
-
-
-def open_ledger(config: RunConfig, sources: list[Source], held_out: list[Source], run_dir: RunDir) -> Ledger:
-    """The ledger with the rows that are no samples. Raises UserError where these alone are too many."""
-    total = sum(source.total for source in sources + held_out)
-    ledger = Ledger(run_dir.skipped, total, config.data.max_skipped)
-    if is_main():
-        drop_incomplete_line(run_dir.skipped)
-        names = ledger_names(sources) + ledger_names(held_out, "validation")
-        named = zip(sources + held_out, names, strict=True)
-        ledger.record(*(replace(from_rejected(row), source=name) for source, name in named for row in source.rejected))
-    return ledger
 
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
@@ -174,17 +197,44 @@ def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDa
     return trainer
 
 
-def watch(trainer: AdapterTrainer, console: Console, reports: Reports) -> RunLog:
-    """Tell what the trainer does, and have it evaluated where the config says so."""
-    log = RunLog(trainer, console, reports)
-    trainer.add_callback(log)
+def add_callbacks(trainer: AdapterTrainer, console: Console, reports: Reports) -> MetricsCallback:
+    """Record metrics, show progress, and evaluate every `training.evaluate_every` steps."""
+    metrics = MetricsCallback(trainer, console, reports)
+    trainer.add_callback(metrics)
     if (steps := trainer.run_config.training.evaluate_every) is not None:
         trainer.add_callback(EvaluateEvery(steps))
-    return log
+    return metrics
 
 
-def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Ledger, console: Console) -> None:
-    """Score the tuned model as anyone would who has the run, then write the report and say what to do next."""
+def run_trainer(trainer: AdapterTrainer, metrics: MetricsCallback, checkpoint: Path | None) -> None:
+    """Train to the end. Exits with 130 after Ctrl-C and with 143 after SIGTERM, once the step in progress is done."""
+    settings = trainer.run_config
+    hint = "stopped at once; the same command with --resume continues from the last checkpoint"
+    with interruptible(lambda: hint), limited_threads(settings.data.num_workers):
+        try:
+            with StopOnSignal(settings.training.on_sigterm) as stop:
+                trainer.add_callback(stop)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            metrics.close()
+    if stop.stopped is not None:
+        exit_stopped(stop, trainer.state.global_step)
+
+
+def exit_stopped(stop: StopOnSignal, step: int) -> None:
+    """Say how to resume, and exit with the code that shells use for the signal."""
+    assert stop.stopped is not None
+    saved = f"checkpoint-{step} is saved" if stop.saves else "no checkpoint is saved"
+    cause = "Ctrl-C" if stop.stopped == signal.SIGINT else "SIGTERM"
+    if is_main():
+        sys.stderr.write(f"stopped by {cause} after step {step}; {saved}. The same command with --resume continues\n")
+    sys.exit(128 + stop.stopped)
+
+
+def evaluate_adapter(
+    config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Ledger, console: Console
+) -> None:
+    """Load the finished run as `mmdora eval` does, evaluate it, write the report, and print the results."""
     results = []
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
@@ -192,12 +242,12 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
     contamination = contamination_check(config.data.train, config.training.seed, config.evaluation, questions)
     weights = weights_digest(loaded.model) if config.evaluation else None
     for entry in config.evaluation:
-        asked = questions[entry.name]
-        with progress_bar(console, f"{entry.name}, after", len(asked)) as advance:
-            folder = run_dir.result(entry.name)  # a run that was resumed may hold results of fewer steps
-            evaluate(loaded.model, encoder, entry, asked, folder, advance, origin, True, weights, contamination)
-        before = run_dir.result(entry.name, before=True)
-        results.append((run_dir.result(entry.name), before if (before / "report.json").exists() else None))
+        after, before = run_dir.result(entry.name), run_dir.result(entry.name, before=True)
+        with progress_bar(console, f"{entry.name}, after", len(questions[entry.name])) as advance:
+            # A resumed run may hold the results of fewer steps: overwrite them.
+            args = (entry, questions[entry.name], after, advance, origin, True, weights, contamination)
+            evaluate(loaded.model, encoder, *args)
+        results.append((after, before if (before / "report.json").exists() else None))
     if not is_main():
         return
     loss = run_dir.path / "loss.png"
@@ -207,18 +257,22 @@ def finish(config: RunConfig, questions: Questions, run_dir: RunDir, ledger: Led
         console.print(results_table([(read_report(a), read_report(b) if b else None) for a, b in results]))
     console.print(f"{ledger.summary()}" + (f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""))
     show_best(console, run_dir)
+    show_next_commands(console, run_dir)
+
+
+def show_next_commands(console: Console, run_dir: RunDir) -> None:
     console.print(
         f"\nThe run is in {run_dir.path}. Next:\n"
-        f"  open {run_dir.path}/report.html          pictures, questions, answers before and after\n"
-        f"  mmdora eval {run_dir.path}               its scores again\n"
-        f"  mmdora chat {run_dir.path} --image FILE  talk with it\n"
-        f"  mmdora merge {run_dir.path} OUT          a plain Hugging Face model",
+        f"  open {run_dir.path}/report.html          images, questions, answers before and after\n"
+        f"  mmdora eval {run_dir.path}               evaluate it again\n"
+        f"  mmdora chat {run_dir.path} --image FILE  chat with the model\n"
+        f"  mmdora merge {run_dir.path} OUT          write a plain Hugging Face model",
         soft_wrap=True,
     )
 
 
-def hand_over(config: RunConfig, run_dir: RunDir, reports: Reports, step: int) -> None:
-    """Sample predictions of the tuned model, and its adapter, to where the run reports to."""
+def report_predictions(config: RunConfig, run_dir: RunDir, reports: Reports, step: int) -> None:
+    """Send sample predictions of the fine-tuned model, and the adapter, to the run's reports (W&B)."""
     if not is_main():
         return
     for entry in config.evaluation:

@@ -20,7 +20,9 @@ def analyze(run: Target, trust_remote_code: Trust = False) -> None:
     from mmdora.apps.load_target import load_target
     from mmdora.core.console import make_console, make_table
     from mmdora.core.errors import UserError
+    from mmdora.core.logs import quiet_libraries
 
+    quiet_libraries()
     console = make_console()
     changes = decompose(load_target(run, trust_remote_code).model)
     if not changes:

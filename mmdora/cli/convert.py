@@ -37,8 +37,10 @@ def convert(
 
     from mmdora.conversion.llava import convert_llava
     from mmdora.core.console import make_console
+    from mmdora.core.logs import quiet_libraries
     from mmdora.models.loading import save_model
 
+    quiet_libraries()
     console = make_console()
     converted = convert_llava(folder, vision_tower, base)
     save_model(converted.model, converted.processor, out)

@@ -45,7 +45,9 @@ def doctor(
 
     from mmdora.apps.doctor import examine
     from mmdora.core.console import make_console, progress_bar
+    from mmdora.core.logs import quiet_libraries
 
+    quiet_libraries()
     console = make_console()
     console.record = html is not None
     diagnosis = examine(settings, samples, partial(progress_bar, console))

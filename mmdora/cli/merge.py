@@ -27,6 +27,21 @@ def merge(
     check_new_directory(out)
     check_target(run)
 
-    from mmdora.apps.merge import run as merge_run
+    from mmdora.apps.merge import MergeResult, merge_target
+    from mmdora.core.console import make_console
+    from mmdora.core.logs import quiet_libraries
 
-    merge_run(run, out, lora_rank, trust_remote_code)
+    quiet_libraries()
+    result = merge_target(run, out, lora_rank, trust_remote_code)
+    console = make_console()
+    if not isinstance(result, MergeResult):
+        worst = max(result.errors, key=lambda path: result.errors[path])
+        console.print(f"{out}: a plain LoRA of rank {lora_rank} in PEFT's layout", soft_wrap=True)
+        console.print(f"relative error of the weight change (Frobenius norm): {result.error:.1%}")
+        console.print(f"largest in {worst}: {result.errors[worst]:.1%}", soft_wrap=True)
+        return
+    low, high = result.logit_range
+    console.print(f"adapter against merged and reloaded: largest logit difference {result.max_difference:.2e}")
+    console.print(f"(logits from {low:.1f} to {high:.1f}, {result.dtype})")
+    how = "after `import mmdora.models`" if result.needs_mmdora else "without mmdora"
+    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, {how}", soft_wrap=True)

@@ -38,8 +38,10 @@ def plan(
     check_config(settings, needs_data=False)
 
     from mmdora.core.console import make_console
+    from mmdora.core.logs import quiet_libraries
     from mmdora.planning.plan_run import plan_run
 
+    quiet_libraries()
     console = make_console()
     planned = plan_run(settings, gpus, gpu_memory, gpus_per_node)
     console.print(

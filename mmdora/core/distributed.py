@@ -9,11 +9,16 @@ torch.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mmdora.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -27,6 +32,17 @@ def world_size() -> int:
 def local_rank() -> int:
     """Return the rank on this machine, which is also the index of this process's GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return the number of processes on this machine, as torchrun (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) set it.
+
+    Launchers that set neither, such as srun, start a process per task: SLURM_NTASKS_PER_NODE, if Slurm was given it.
+    """
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return min(int(os.environ[name]), world_size())
+    return 1
 
 
 def is_main() -> bool:
@@ -55,6 +71,20 @@ def all_gather_objects(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """Return rank 0's value in every process."""
     return all_gather_objects(value)[0]
+
+
+def run_on_main(action: Callable[[], T]) -> T:
+    """Run `action` in rank 0 and return its result in every process. A UserError or OSError is raised in every one."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (action(), None)
+        except (UserError, OSError) as raised:
+            outcome = (None, raised)
+    result, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return result
 
 
 def all_gather_numbers(values: list[float], device: torch.device) -> Tensor:

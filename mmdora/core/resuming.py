@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed."""
+"""Settings that may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from mmdora.core.config import RunConfig
 from mmdora.core.errors import UserError
 
-# What may change when a run is resumed, since the trained weights stay the same: keys, with all that is below them.
-NEUTRAL = (
+# Keys, with all keys below them, that may change because the trained weights do not depend on them.
+NEUTRAL_KEYS = (
     "evaluation",
     "plugins",
     "model.trust_remote_code",
@@ -29,33 +29,34 @@ NEUTRAL = (
     "training.deepspeed",
     "training.report_to",
 )
-LENGTH = ("training.epochs", "training.max_steps")
+LENGTH_KEYS = ("training.epochs", "training.max_steps")
 
 
 def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
-    """Raise UserError that names the keys with which a resumed run would not be the one that was begun.
+    """Raise UserError that names the keys in which `config` must not differ from the config the run was begun with.
 
-    A run may be made longer where its learning rate does not depend on its length.
+    A run may become longer if its learning rate does not depend on its length.
     """
     old, new = flat_keys(begun.model_dump(mode="json")), flat_keys(config.model_dump(mode="json"))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    compared = "data.validation" if begun.training.best == "loss" else "evaluation"
-    neutral = [name for name in NEUTRAL if name != compared or measure(begun) == measure(config)]
+    best_key = "data.validation" if begun.training.best == "loss" else "evaluation"
+    neutral = [key for key in NEUTRAL_KEYS if key != best_key or best_measure(begun) == best_measure(config)]
     changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in neutral)]
-    steady = config.training.lr_scheduler == "constant" and config.training.warmup_ratio == 0
-    if steady and all(old[key] is not None and new[key] is not None for key in changed if key in LENGTH):
-        changed = [key for key in changed if key not in LENGTH or new[key] < old[key]]
+    is_constant = config.training.lr_scheduler == "constant" and config.training.warmup_ratio == 0
+    if is_constant and all(old[key] is not None and new[key] is not None for key in changed if key in LENGTH_KEYS):
+        changed = [key for key in changed if key not in LENGTH_KEYS or new[key] < old[key]]
     if changed:
         listed = "\n".join(f"  {key}: {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
-        longer = "; only with lr_scheduler constant and warmup_ratio 0 may a run be made longer"
+        longer = "; a run can be made longer only with lr_scheduler constant and warmup_ratio 0"
         raise UserError(
-            f"--resume: {run} was begun with other settings, without which it would not be the same run:\n{listed}\n"
-            f"Give them as they were, or another training.output{longer if set(changed) & {*LENGTH} else ''}"
+            f"--resume: {run} was begun with other settings, which change the training:\n{listed}\n"
+            f"Restore them, or give another training.output{longer if set(changed) & {*LENGTH_KEYS} else ''}"
         )
 
 
-def measure(config: RunConfig) -> Any:
-    """By what `training.best` compares models: the best so far says nothing about a loss or a score on other data."""
+def best_measure(config: RunConfig) -> Any:
+    """Return the data or the `evaluation` entry that `training.best` compares models on; other data would make the best
+    value so far meaningless."""
     best = config.training.best
     if best == "loss":
         return config.data.validation
@@ -63,11 +64,11 @@ def measure(config: RunConfig) -> Any:
 
 
 def flat_keys(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of plain values by dotted keys, as they are given on the command line."""
+    """Flatten a tree of plain values into dotted keys, as on the command line."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     if not items:
         return {prefix: tree}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in items:
-        found |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        flat |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

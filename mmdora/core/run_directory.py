@@ -1,22 +1,23 @@
-"""A run directory: where its files are, and how a new one begins."""
+"""The run directory: where its files are, and what it holds."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from mmdora.core.atomic import clear_leftovers, damage
+from mmdora.core.atomic import damage
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import dump_config, parse_config
+from mmdora.core.config_files import parse_config
 from mmdora.core.errors import UserError
-from mmdora.core.resuming import check_resumable
 
 log = logging.getLogger(__name__)
+
+# What a run directory holds before its first optimizer step.
+START_FILES = {"config.yaml", "skipped.jsonl", "processor", "logs", "eval", "checkpoints", "wandb", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RunDir:
 
     @property
     def best(self) -> Path:
-        """Where `training.best` keeps the best adapter so far, and which step it is of."""
+        """The best adapter so far (`training.best`), and `best.json`, which names its step."""
         return self.path / "best"
 
     @property
@@ -53,58 +54,52 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     def result(self, name: str, before: bool = False, step: int | None = None) -> Path:
-        """Of an `evaluation` entry: before training, at a step of it, or after."""
+        """Return the result directory of an `evaluation` entry: after training, before it, or at a training step."""
         if step is not None:
             return self.path / "eval" / "during" / f"step-{step}" / name
         return self.path / "eval" / "before" / name if before else self.path / "eval" / name
 
-    def begin(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
-        """Make the directory and write its config. Raises UserError where a run is there already."""
-        if resume and overwrite:
-            raise UserError("--resume goes on with the run that is there, --overwrite moves it aside: give one of them")
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"training.output: {self.path} is a file")
-        taken = self.path.is_dir() and any(self.path.iterdir())
-        if taken and overwrite:
-            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            self.path.rename(aside)
-        elif taken and not resume:
-            raise UserError(
-                f"{self.path} already holds a run; --resume goes on with it, --overwrite moves it aside, "
-                "or give another training.output"
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"training.output: cannot make {self.path} ({error.strerror})") from error
-        clear_leftovers(self.path)
-        clear_leftovers(self.checkpoints)
-        if self.config_file.exists():
-            tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-            check_resumable(parse_config(tree, str(self.config_file)), config, self.path)
-        aside = self.config_file.with_suffix(".new")
-        aside.write_text(dump_config(config), encoding="utf-8")
-        aside.replace(self.config_file)
-        self.skipped.touch()
+    def is_empty(self) -> bool:
+        """Return whether nothing is there: no directory, or an empty one."""
+        return not self.path.is_dir() or not any(self.path.iterdir())
+
+    def has_trained(self) -> bool:
+        """Return whether the directory holds more than a start that failed before its first optimizer step.
+
+        Files that no start writes count too: they may be the user's.
+        """
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        if not names:
+            return False
+        if "config.yaml" not in names or not names <= START_FILES:
+            return True
+        results = {path.name for path in (self.path / "eval").glob("*")}
+        return any(self.checkpoints.glob("*")) or not results <= {"before"}
+
+    def has_base_answers(self) -> bool:
+        """Return whether the base model has answered questions (`before: true`)."""
+        return any(path.stat().st_size for path in self.path.glob("eval/before/*/responses*.jsonl"))
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole; None where there is none at all. One that is damaged is named in a
-        warning. Raises UserError where all of them are."""
+        """Return the newest undamaged checkpoint, or None if there is no checkpoint at all.
+
+        Logs a warning for each damaged checkpoint that is skipped. Raises UserError if all are damaged.
+        """
         faults: dict[Path, str] = {}
         for _, path in sorted(checkpoints_in(self.checkpoints).items(), reverse=True):
             fault = damage(path)
             if fault is None:
-                for other, reason in faults.items():
-                    log.warning("%s is damaged: %s. The run goes on from %s", other, reason, path.name)
+                for damaged, reason in faults.items():
+                    log.warning("%s is damaged: %s. The run continues from %s", damaged, reason, path.name)
                 return path
             faults[path] = fault
         if faults:
             listed = "\n".join(f"  {path}: {reason}" for path, reason in faults.items())
-            raise UserError(f"no checkpoint is whole:\n{listed}\n--overwrite moves the run aside and begins anew")
+            raise UserError(f"every checkpoint is damaged:\n{listed}\n--overwrite moves the run aside and starts anew")
         return None
 
     def config(self, trust_remote_code: bool = False) -> RunConfig:
-        """The run's config as data: its plugins are not imported, and remote code is trusted only if said so again."""
+        """Return the run's config as data: plugins are not imported, and remote code needs `trust_remote_code` anew."""
         tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         config = parse_config(tree, str(self.config_file))
         model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
@@ -112,13 +107,13 @@ class RunDir:
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Checkpoints by their step, whole or not."""
-    found = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
-    return {int(step): path for step, path in found if step.isdigit()}
+    """Return all checkpoints by step, damaged ones included."""
+    steps = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    return {int(step): path for step, path in steps if step.isdigit()}
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise UserError where the disk under `path` has less than `needed` bytes free."""
+    """Raise UserError if the disk under `path` has less than `needed` bytes free."""
     free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(

@@ -32,7 +32,7 @@ from mmdora.training.batches import MicroBatches, batch_spec
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
 from mmdora.training.ema import Average
 from mmdora.training.flops import flop_costs
-from mmdora.training.loader_workers import as_workers_said, start_worker
+from mmdora.training.loader_workers import start_worker, unwrapped_worker_errors
 from mmdora.training.metrics import ThroughputMeter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
@@ -152,7 +152,7 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of a step; measure the data loading time and count the tokens."""
         start = time.perf_counter()
-        with as_workers_said():
+        with unwrapped_worker_errors():
             batches, items = super().get_batch_samples(*args, **kwargs)
         self.meter.waited += time.perf_counter() - start
         self.meter.count(batches, getattr(self.data_collator, "fillers", {}))

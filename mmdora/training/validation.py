@@ -16,7 +16,7 @@ from data_pipelines.encoding import IGNORED
 from mmdora.adapters.ops.norm_cache import weights_fixed
 from mmdora.core.distributed import all_gather_numbers, rank, world_size
 from mmdora.core.errors import UserError
-from mmdora.training.loader_workers import as_workers_said, start_worker
+from mmdora.training.loader_workers import start_worker, unwrapped_worker_errors
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def validation_loss(
         worker_init_fn=start_worker,
     )
     total, tokens, global_batch = 0.0, 0, args.per_device_train_batch_size * world_size()
-    with as_workers_said():
+    with unwrapped_worker_errors():
         for done, batch in enumerate(loader):
             supervised = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = summed_loss(trainer, batch, supervised)
