@@ -223,7 +223,7 @@ def test_each_worker_has_a_child_of_its_own(video, start):
         workers = [context.Process(target=send_item, args=(videos, results), daemon=True) for _ in range(2)]
         for worker in workers:
             worker.start()
-        items = [results.get(timeout=60) for _ in workers]
+        items = [results.get(timeout=120) for _ in workers]
         for worker in workers:
             worker.join()
     assert all(right for _, _, right in items)
