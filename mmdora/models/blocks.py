@@ -52,7 +52,7 @@ def rate_factors(model: nn.Module, part: str, region: Region, decay: float) -> d
     """
     blocks = blocks_of(model, region)
     if not blocks:
-        raise UserError(f"parts.{part}.layer_decay: the part has no repeated blocks; remove the key")
+        raise UserError(f"parts.{part}.layer_decay: the part has no blocks; remove the key")
     factors: dict[str, float] = {}
     steps = len(blocks) + 1  # powers of decay for the next parameter
     for name, _ in region.named_parameters(model):
