@@ -51,3 +51,15 @@ def test_every_yaml_in_the_readme_is_a_config():
 def test_the_base_model_is_small():
     size = sum(f.stat().st_size for f in (ROOT / "assets" / "tiny-llava").iterdir())
     assert size <= 8 * 2**20
+
+
+def test_no_text_installs_mmdora_from_a_package_index():
+    """The package is not published."""
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "mmdora").rglob("*.py"),
+        *(ROOT / "eval").rglob("*.py"),
+    ]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    assert [page for page, text in texts.items() if re.search(r"pip install ['\"]?mmdora", text)] == []

@@ -22,7 +22,7 @@ from mmdora.core.errors import UserError
 # A name in `training.report_to` -> the module that it needs, and how to install it.
 REQUIRED = {
     "wandb": ("wandb", "pip install wandb"),
-    "tensorboard": ("tensorboard", "pip install 'mmdora[tensorboard]'"),
+    "tensorboard": ("tensorboard", "pip install tensorboard"),
 }
 
 
