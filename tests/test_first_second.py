@@ -62,6 +62,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         [*TRAIN, CLIP % ("siglip", "./tower", "./lm")],
         ["model.vision_encoder.name: no such directory './tower'", "language_model.path: no such directory './lm'"],
     ),
+    "existing run": (
+        [*TRAIN, "training.output={tmp}/run"],
+        ["run already holds a run; --resume continues it, --overwrite moves it aside"],
+    ),
+    "resume and overwrite": ([*TRAIN, "--resume", "--overwrite"], ["give one of them"]),
     "missing plugin": ([*TRAIN, "plugins=[no_such_plugin]"], ["plugins: cannot import 'no_such_plugin'"]),
     "all problems at once": (
         [*TRAIN, "parts.vision.method=dorra", "data.video.reader=decrod", "model.path=./nowhere"],

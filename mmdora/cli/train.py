@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,8 +22,11 @@ def train(
     The config names the model, the method of each of its parts, the data and the benchmarks.
     """
     from mmdora.core.config_files import load_config
+    from mmdora.core.distributed import world_size
     from mmdora.core.logs import logged
     from mmdora.core.registry import import_plugins
+    from mmdora.core.run_directory import RunDir
+    from mmdora.core.run_start import RunStart
 
     settings = load_config(config, overrides)
 
@@ -35,6 +39,9 @@ def train(
         from mmdora.training.reporting import check_reports
 
         check_reports(settings)
+
+        if world_size() == 1:  # several processes check together, once they can communicate
+            RunStart(RunDir(Path(settings.training.output)), settings, resume, overwrite, logs).check()
 
         from mmdora.apps.train import train as run_training
         from mmdora.core.console import make_console

@@ -52,9 +52,7 @@ class RunStart:
         self.previous_config: str | None = None  # of the run that is resumed
 
     def __enter__(self) -> RunStart:
-        if self.resume and self.overwrite:
-            raise UserError("--resume continues an existing run and --overwrite moves it aside: give one of them")
-        run_on_main(self._check)
+        run_on_main(self.check)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -72,8 +70,10 @@ class RunStart:
             self.created = True
             self.logs.open(self.run.path)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise UserError if the run may not begin. A resumed run is only repaired (`clear_leftovers`)."""
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues an existing run and --overwrite moves it aside: give one of them")
         path = self.run.path
         if path.exists() and not path.is_dir():
             raise UserError(f"training.output: {path} is a file")
@@ -100,7 +100,7 @@ class RunStart:
             return try_lock(file.fileno()) is True
 
     def _create(self) -> None:
-        self._check()  # again: another process may have begun a run here since
+        self.check()  # again: another process may have begun a run here since
         run, path = self.run, self.run.path
         self.was_empty, exists = run.is_empty(), path.exists()
         if self.resume:
