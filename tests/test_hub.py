@@ -27,8 +27,9 @@ from tests.tiny_models import write_language_model, write_tower
 
 # Each line of the input is a model's config; each line of the output is the result of loading it.
 LOAD = """
-import json, sys, time
+import functools, json, ssl, sys, time
 time.sleep = lambda seconds: None  # the hub's client waits before it retries
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # it loads the certificates at every retry
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_model
