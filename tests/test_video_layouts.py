@@ -194,5 +194,5 @@ def test_answers_that_are_no_text(clip, tmp_path):
 
 
 def test_a_zip_file_is_called_one(tmp_path):
-    with pytest.raises(UserError, match=r"takes a zip file, as .*tvc\.zip"):
+    with pytest.raises(UserError, match=r"takes a zip file, such as .*tvc\.zip"):
         write_zip(tmp_path / "tvc.json", {"tvc/tvc_val_predictions.jsonl": []})
