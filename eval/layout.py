@@ -173,7 +173,7 @@ def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         duplicates = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise UserError(f"{path}: {len(duplicates)} duplicate ids or fields in an object, such as {duplicates[0]!r}")
+        raise UserError(f"{path}: {len(duplicates)} keys occur twice in an object, such as {duplicates[0]!r}")
     return unique
 
 

@@ -194,5 +194,5 @@ def test_predictions_must_be_text(video_file, tmp_path):
 
 
 def test_zip_submissions_need_the_suffix_zip(tmp_path):
-    with pytest.raises(UserError, match=r"takes a zip file, as .*tvc\.zip"):
+    with pytest.raises(UserError, match=r"takes a zip file, such as .*tvc\.zip"):
         write_zip(tmp_path / "tvc.json", {"tvc/tvc_val_predictions.jsonl": []})
