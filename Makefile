@@ -26,9 +26,9 @@ docs: .venv/ready
 tiny-base: .venv/ready
 	$(BIN)/python assets/tiny-llava/recipe.py configs/tiny_base.yaml
 
-# Bytecode is compiled once here: compiling torch and transformers takes 18 s of CPU, in every process if Python may not
-# write it. The lock holds names, versions and hashes, and no URLs. uv installs torch and torchvision as a matching pair, which plain
-# pip does not do on every machine.
+# The lock holds names, versions and hashes, and no URLs. uv installs torch and torchvision as a matching pair, which plain
+# pip does not do on every machine. Bytecode is compiled here, once: importing torch and transformers without it takes
+# 18 s of CPU more, in every process if Python may not write it.
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mmdora needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv

@@ -1,1 +1,1 @@
-"""What needs several rooms: training runs, evaluation, the doctor, chat, merging."""
+"""Whole workflows that combine the folders below: training runs, evaluation, the doctor, chat, merging."""
