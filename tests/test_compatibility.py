@@ -20,21 +20,12 @@ from safetensors.torch import load_file
 import mmdora
 from mmdora._moved import MOVED
 from mmdora.apps.load_target import load_target
-from mmdora.cli import main
 from mmdora.core.config import ModelConfig
 from mmdora.models.loading import load_model
 from tests.conftest import ROOT
+from tests.test_runs import command
 
 OLD = Path(__file__).parent / "data" / "v0.1.0"
-
-
-def command(*arguments: str) -> int:
-    """Run the command line in this process; returns its exit code."""
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture
