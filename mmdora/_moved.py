@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 # Old path -> the modules that now hold its names.
@@ -41,6 +41,23 @@ MOVED: dict[str, tuple[str, ...]] = {
     "mmdora.blocks": ("mmdora.models.blocks",),
     "mmdora.checkpoint": ("mmdora.adapters.save_load",),
     "mmdora.commands": ("mmdora.cli",),
+    "mmdora.commands.__main__": ("mmdora.cli.__main__",),
+    "mmdora.commands.analyze": ("mmdora.cli.analyze",),
+    "mmdora.commands.chat": ("mmdora.apps.chat",),
+    "mmdora.commands.compare": ("eval.compare_results",),
+    "mmdora.commands.console": ("mmdora.core.console", "mmdora.apps.tables", "mmdora.core.registry"),
+    "mmdora.commands.convert": ("mmdora.cli.convert",),
+    "mmdora.commands.doctor": ("mmdora.apps.doctor",),
+    "mmdora.commands.eval": ("mmdora.apps.evaluate", "mmdora.apps.evaluation_request"),
+    "mmdora.commands.evaluating": ("mmdora.apps.during_training",),
+    "mmdora.commands.leaderboard": ("mmdora.cli.leaderboard",),
+    "mmdora.commands.list_names": ("mmdora.cli.list_names",),
+    "mmdora.commands.logs": ("mmdora.core.logs",),
+    "mmdora.commands.merge": ("mmdora.apps.merge",),
+    "mmdora.commands.plan": ("mmdora.planning.planner",),
+    "mmdora.commands.score": ("eval.predictions",),
+    "mmdora.commands.submit": ("eval.submission",),
+    "mmdora.commands.train": ("mmdora.apps.train", "mmdora.apps.check_config"),
     "mmdora.composed_processor": ("mmdora.models.composed_processor",),
     "mmdora.composing": ("mmdora.models.composing",),
     "mmdora.config": ("mmdora.core.config",),
@@ -90,7 +107,7 @@ class MovedFinder(MetaPathFinder, Loader):
         if fullname not in MOVED:
             return None
         is_package = any(other.startswith(f"{fullname}.") for other in MOVED)
-        return ModuleSpec(fullname, self, is_package=is_package)
+        return ModuleSpec(fullname, self, origin=__file__, is_package=is_package)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
@@ -99,6 +116,10 @@ class MovedFinder(MetaPathFinder, Loader):
         old, modules = module.__name__, MOVED[module.__name__]
         warnings.warn(f"{old} moved to {' and '.join(modules)}", DeprecationWarning, stacklevel=2)
         module.__dict__["__getattr__"] = partial(_forward, old, modules)
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of `python -m mmdora.commands`."""
+        return compile("from mmdora.cli import main\n\nmain()\n", fullname, "exec")
 
 
 def _forward(old: str, modules: tuple[str, ...], name: str) -> Any:

@@ -286,7 +286,7 @@ def test_grouping_and_packing_do_not_change_the_losses(whole_runs):
     ("overrides", "message"),
     [
         (["data.packing=true"], "'packing' needs 'max_length'"),
-        (["data.packing=true", "data.max_length=9", "data.group_by=length"], "'group_by: length' saves padding"),
+        (["data.packing=true", "data.max_length=9", "data.group_by=length"], "'group_by: length' reduces padding"),
         (["data.max_tokens=8", "data.max_length=9"], "'max_tokens' 8 is less than 'max_length' 9"),
     ],
 )
