@@ -86,7 +86,7 @@ def test_nlvr_official_rule(tmp_path):
     assert report["metrics"]["consistency"] == 0
     assert report["metrics"]["pictures_of_official"] == "4 of 12"
     assert report["majority_baseline"] == 50
-    with pytest.raises(UserError, match=r"NLVR's layout is <split>/<split>\.json"):
+    with pytest.raises(UserError, match=r"expected layout: <split>/<split>\.json"):
         BENCHMARKS["nlvr"]().questions(config.model_copy(update={"data": str(tmp_path / "images")}))
 
 
@@ -214,4 +214,4 @@ def test_a_split_without_public_answers_is_evaluated_but_not_during_training(uns
         "model.path=nobody/nothing",
     ]
     assert command("train", "quickstart", *settings) == 2
-    assert "evaluation.0.during: the answers of unscored's questions" in capsys.readouterr().err
+    assert "evaluation.0.during: the answers to unscored's questions" in capsys.readouterr().err
