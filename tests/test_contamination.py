@@ -221,7 +221,7 @@ def test_doctor_warns_and_receipts_report_contamination(leaky, capsys):
     assert f"1 of its 5 files are training data too, such as {leaky}/copy.png ({leaky}/train0.png)" in printed
     assert f"2 of its 5 files look like training data, such as {leaky}/again.mp4 ({leaky}/train.mp4)" in printed
     assert "3 of its questions are in the training data about the same media, such as 'copy'  [evaluation.0]" in printed
-    assert "Looks were compared with 4 of 4 training files, bytes with all." in printed
+    assert "Perceptual hashes compared for 4 of 4 training files; byte hashes for all." in printed
     assert command("train", *settings(leaky)) == 0
     report = json.loads((leaky / "run" / "eval" / "mine" / "report.json").read_text())
     assert report["receipt"]["contamination"]["near"] == 2

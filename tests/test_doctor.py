@@ -172,7 +172,7 @@ def test_supervised_text_is_marked(tiny, tmp_path):
     sample = Sample("s", (Message("user", (picture, Text("What?"))), Message("assistant", (Text("red"),))), "t")
     encoder = Encoder(tiny[1])
     pieces = decode_pieces(encoder, encoder.encode(sample))
-    assert [text for text, learnt in pieces if learnt] == [" red</s>"]
+    assert [text for text, supervised in pieces if supervised] == [" red</s>"]
     assert any(text.startswith("[<image> × ") for text, _ in pieces)
 
 

@@ -306,11 +306,11 @@ def test_evaluating_restores_modes_and_random_states(tiny):
         ),
         (
             ["training.evaluate_every=2", "evaluation.0={name: loss, benchmark: vqa, data: x, during: true}"],
-            r"with 'during' is named 'loss'",
+            r"with 'during' cannot be named 'loss'",
         ),
         (
             ["training.evaluate_every=2", "data.validation=[{path: x.json, weight: 2}]"],
-            r"'weight' is of training data",
+            r"'weight' is for training data",
         ),
     ],
 )
