@@ -136,7 +136,7 @@ def test_eval_of_a_run(trained, tmp_path, capsys):
 def test_merge_as_a_plain_lora_reports_the_error(trained, tmp_path, capsys):
     out = tmp_path / "lora"
     assert command("merge", str(trained), str(out), "--lora-rank", "4") == 0
-    assert "% of the change to the weights" in capsys.readouterr().out
+    assert "relative error of the weight change (Frobenius norm): " in capsys.readouterr().out
     assert not json.loads((out / "adapter_config.json").read_text())["use_dora"]
 
 
