@@ -295,7 +295,7 @@ def test_submit_refuses_incomplete_results_and_benchmarks_without_a_leaderboard(
     assert "no leaderboard" in capsys.readouterr().err
     edit(out / "report.json", receipt={"limit": 12})
     assert command("submit", out, "--out", tmp_path / "file") == 2
-    assert "only the first 12 questions were asked" in capsys.readouterr().err
+    assert "only the first 12 questions were evaluated" in capsys.readouterr().err
     assert not (tmp_path / "file").exists()
 
 
