@@ -186,7 +186,10 @@ FAILURES = {
     "targets that match nothing": (["parts.language.targets=[no_such_proj]"], "no_such_proj"),
     "a model that does not load": (["model.path=EMPTY"], "EMPTY"),
     "data that cannot be parsed": (["data.train.0.path=TORN"], "TORN"),
-    "too many invalid samples": (["data.train=[{path: INVALID, format: llava}]"], "more than data.max_skipped"),
+    "too many invalid samples": (
+        ["data.train=[{path: INVALID, format: llava, media: MEDIA}]"],
+        "more than data.max_skipped",
+    ),
     "questions whose images are missing": (["evaluation.0.data=IMAGELESS"], "media files are missing"),
     "no disk space": (["evaluation=[]"], "no disk space"),
 }
@@ -201,7 +204,8 @@ def faulty(data, tmp_path, monkeypatch) -> dict[str, Path]:
     paths["TORN"].write_text('[{"id": 1, "conversations"')
     rows = json.loads(data.read_text())
     paths["INVALID"] = paths["INVALID"].with_suffix(".json")
-    paths["INVALID"].write_text(json.dumps([rows[0] | {"image": str(data.parent / "0.png")}, {"id": "x"}, {"id": "y"}]))
+    paths["INVALID"].write_text(json.dumps([rows[0], {"id": "x"}, {"id": "y"}]))
+    paths["MEDIA"] = data.parent
     paths["IMAGELESS"].mkdir()
     shutil.copy(data, paths["IMAGELESS"] / "rows.json")
     paths["IMAGELESS"] /= "rows.json"
