@@ -28,7 +28,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(world, batc
 
 def test_a_batch_that_cannot_be_split_is_an_error():
     with pytest.raises(UserError, match=r"batch_size 32 cannot be split over 3 processes.*a multiple of 30"):
-        micro_batches(load_config("quickstart", ["training.batch_size=32"]).training, 3)
+        micro_batches(load_config("quickstart", ["training.batch_size=32", "training.micro_batch_size=16"]).training, 3)
 
 
 def test_one_process_uses_one_gpu(caplog):
