@@ -326,7 +326,7 @@ def test_a_reader_whose_package_is_missing_is_an_error(monkeypatch):
         ({"sampling": "fps"}, "'fps' and 'sampling: fps' go together"),
         ({"fps": 2}, "'fps' and 'sampling: fps' go together"),
         ({"start": 3, "end": 2}, "'start' 3 must be before 'end' 2"),
-        ({"reader": "pyav", "frames_fps": 2}, "'frames_fps' is of directories of pictures"),
+        ({"reader": "pyav", "frames_fps": 2}, "'frames_fps' is for folders of images"),
         ({"timeout": 0}, "greater than 0"),
     ],
 )

@@ -73,6 +73,8 @@ def test_threads_are_limited_during_training_only(monkeypatch):
 
 def test_processes_on_this_machine_are_counted(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):  # an earlier test may have set them
+        monkeypatch.delenv(name, raising=False)
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun, deepspeed
         with monkeypatch.context() as patch:
             patch.setenv(name, "8")

@@ -74,7 +74,8 @@ def test_mme_uses_llavas_prompt_and_counts_pairs(tmp_path, caplog):
     data = mme_files(tmp_path, ("existence", "code_reasoning"))
     with caplog.at_level("WARNING"):
         questions = questions_of("mme", data)
-    assert "no count, position" in caplog.text
+    assert "count, position" in caplog.text
+    assert "is missing" in caplog.text
     assert questions[0].sample.messages[0].text == 'Is "it" a cat?\nAnswer the question using a single word or phrase.'
     llava = [
         {"question_id": f"{q.details['task']}/0001.png", "prompt": q.sample.messages[0].text, "text": "nope"}
