@@ -54,7 +54,8 @@ a Llama (width 128, 3 layers, tied embeddings) in a stock `LlavaOnevisionForCond
 parameters in fp16. It answers questions about the colours, shapes and places of up to three objects in an image, or of
 one object that moves in a video of four frames. It was not trained to count objects or to name directions of motion.
 
-The vision encoder is a class of mmdora: write `import mmdora.models` before `AutoModelForImageTextToText.from_pretrained`.
+The vision encoder is a class of mmdora: write `import mmdora.models` before
+`AutoModelForImageTextToText.from_pretrained`.
 
 `recipe.py` builds it from a seed with `configs/tiny_base.yaml` (`make tiny-base`, @MINUTES@ minutes on two CPU cores).
 Floating-point order differs between machines, so a rebuilt model is equivalent but not bit-identical.
