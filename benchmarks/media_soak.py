@@ -126,7 +126,7 @@ def soak(media: Media, start: str, workers: int) -> dict[str, Any]:
     early, late = samples[fifth : 2 * fifth], samples[-fifth:]
     memory = [statistics.mean(row[0] for row in rows) for rows in (early, late)]
     return {
-        "pictures": int(counts[0]),
+        "images": int(counts[0]),
         "videos": int(counts[1]),
         "refused": int(counts[2]),
         "seconds": round(seconds, 1),

@@ -40,7 +40,7 @@ Affixes = tuple[str, str]  # a prompt's words before and after the question
 
 @dataclass
 class Overlap:
-    """What one benchmark shares with the training data."""
+    """The overlap of one benchmark with the training data."""
 
     files: int  # the benchmark's files
     files_compared: int  # those that were compared by fingerprint

@@ -22,7 +22,7 @@ else:
     )
     model = AutoModelForCausalLM.from_config(config)
 
-# As in Table 6 of the DoRA paper: directions in q, k and v only, magnitudes in every linear layer.
+# Table 6 of the DoRA paper: directions in q, k and v only, magnitudes in every linear layer.
 report = mmdora.inject_adapters(
     model,
     {

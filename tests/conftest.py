@@ -1,4 +1,4 @@
-"""What the tests share: the shipped tiny model, and files that they make themselves."""
+"""Fixtures of all tests: the shipped tiny model, and files that the tests make themselves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """Remove the launcher's variables after each test: `prepare_deepspeed_config` sets them for its whole process."""
+    yield
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,6 @@ from tests.conftest import ROOT
 from tests.grid_worker import Case
 from tests.media import write_image, write_video
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 KINDS = ("image", "video", "text", "both")
 WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "three"]
 ANSWERS = (1, 2, 5, 40)  # words; they differ enough for a mean of means to be noticed
@@ -242,14 +241,13 @@ def launch_environment(folder: Path) -> dict[str, str]:
         (hidden / tool).write_text("#!/bin/sh\nexit 1\n")
         (hidden / tool).chmod(0o755)
     venv = str(Path(sys.executable).parent)
-    # An earlier test may have used DeepSpeed in this process, which sets the variables of a launcher.
-    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    environment = {**own, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": f"{hidden}:{venv}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return environment | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
 
-def torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+def torchrun(processes: int = 2) -> list[str]:
+    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
 def free_port() -> str:

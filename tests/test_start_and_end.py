@@ -82,7 +82,7 @@ def asked():
 
 @dataclass
 class Command:
-    """What a command printed, its exit code, and the questions that it asked the model."""
+    """A command's output, its exit code, and the questions that it asked the model."""
 
     code: int
     out: str

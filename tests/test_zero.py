@@ -66,6 +66,16 @@ def test_two_processes_train_every_pair_of_media_kinds_like_one(grid, engine):
     grid.check_gradients(name, "pairs", steps=16)
 
 
+def test_one_process_under_torchrun_trains_like_one_without_a_launcher(grid, tmp_path):
+    """Accelerate wraps the model in DDP then, which fails after a batch that leaves a parameter out."""
+    output = tmp_path / "run"
+    arguments = ["quickstart", *grid.settings, "training.micro_batch_size=2", f"training.output={output}"]
+    done = launch([*torchrun(processes=1), "train.py", *arguments], tmp_path, limit=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").open()]
+    assert losses == pytest.approx(grid.metrics("pairs", "loss"), rel=1e-4)
+
+
 def test_zero3_with_accumulation_and_checkpointing_trains_and_answers_like_one_process(grid):
     """The processes have different numbers of questions, with other media and answers of different lengths."""
     assert grid.largest_difference("mixed-zero3", "mixed") <= 1e-4

@@ -22,7 +22,7 @@ Where = Mapping[str, Sequence[str | int]]  # a row is selected if each field has
 
 @dataclass(frozen=True)
 class Place:
-    """What a format needs besides the row itself: the row's id, its file and the media folder."""
+    """The inputs of a format besides the row itself: the row's id, its file and the media folder."""
 
     id: str
     source: str

@@ -24,7 +24,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the linear layers of
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where the tensors of an adapter directory go in one model."""
+    """The modules of one model that receive the tensors of an adapter directory."""
 
     adapter: Adapter
     attentions: dict[str, ExplicitAttention]  # by path: replacements of `nn.MultiheadAttention`

@@ -31,7 +31,7 @@ def resolve_targets(model: nn.Module, part: str, region: Region, config: PartCon
     choice: Choice = getattr(config, key)
     path, inside = region.path, layers_inside(model, region)
     if choice == "all-linear":
-        # As in PEFT, without the output embeddings, which are often tied to the input embeddings.
+        # PEFT also leaves out the output embeddings, which are often tied to the input embeddings.
         head = getattr(model, "get_output_embeddings", lambda: None)()
         selected = [p for p, m in inside.items() if is_linear(m) and m is not head]
         if not selected and is_linear(model.get_submodule(path)):

@@ -1,4 +1,4 @@
-"""What `mmdora eval` was asked to run, resolved against the run's config. Nothing here imports torch."""
+"""The arguments of `mmdora eval`, resolved against the run's config. Nothing here imports torch."""
 
 from __future__ import annotations
 

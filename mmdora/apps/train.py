@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.training_args import ParallelMode
 
 from data_pipelines.collator import Collator
 from data_pipelines.dataset import TrainDataset
@@ -33,7 +34,7 @@ from mmdora.apps.tables import results_table, show_adapters, show_best, show_gro
 from mmdora.core.config import RunConfig
 from mmdora.core.console import progress_bar
 from mmdora.core.deepspeed import is_zero3_enabled
-from mmdora.core.distributed import is_main, run_on_main, to_local_device, world_size
+from mmdora.core.distributed import is_main, run_on_main, to_local_device
 from mmdora.core.errors import UserError
 from mmdora.core.interrupts import interruptible
 from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
@@ -185,7 +186,9 @@ def evaluate_base(
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
-    fillers = encoder.fillers(dataset.media_kinds()) if world_size() > 1 else {}
+    # DDP fails after a batch that leaves a parameter out. Accelerate uses it even with one process under torchrun.
+    distributed = arguments.parallel_mode == ParallelMode.DISTRIBUTED
+    fillers = encoder.fillers(dataset.media_kinds()) if distributed else {}
     trainer = AdapterTrainer(
         config,
         model=model,

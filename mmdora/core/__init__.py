@@ -1,1 +1,1 @@
-"""What everything stands on: the config schema, registries, errors, atomic directories, processes, DeepSpeed."""
+"""The modules that all other packages use: config, registries, errors, atomic directories, processes, DeepSpeed."""

@@ -16,7 +16,7 @@ from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What a run directory holds before its first optimizer step.
+# The files that a run directory may have before its first optimizer step.
 START_FILES = {"config.yaml", "skipped.jsonl", "processor", "logs", "eval", "checkpoints", "wandb", "tensorboard"}
 
 

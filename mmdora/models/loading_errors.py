@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from mmdora.core.errors import UserError
 
-# What `from_pretrained` raises for files that are missing, damaged or of another model.
+# The errors that `from_pretrained` raises for files that are missing, damaged or of another model.
 LOADING_ERRORS = (
     OSError,
     ValueError,

@@ -54,7 +54,7 @@ class MergeUndo:
 
 @dataclass
 class ModelState:
-    """What mmdora remembers of one model."""
+    """The state that mmdora keeps for one model."""
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)  # by name
     merge_undo: MergeUndo | None = None  # set while the model is merged reversibly

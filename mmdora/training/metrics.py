@@ -20,7 +20,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")  # of images, of videos
 
 @dataclass
 class BatchCounts:
-    """What micro-batches hold, without padding and without the blank rows that a collator adds (its `fillers`).
+    """Sizes of micro-batches, without padding and without the blank rows that a collator adds (its `fillers`).
 
     `frames` counts images and frames as the vision encoder takes them: each crop of an image counts.
     """

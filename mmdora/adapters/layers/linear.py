@@ -39,7 +39,7 @@ class LinearLayer(AdapterLayer):
     def adapted(self, x: Tensor, name: str) -> Tensor:
         spec = self.specs[name]
         if spec.dropout and self.training and spec.peft_dropout and spec.use_dora:
-            # As PEFT: y = W(x − x') + b + g ⊙ (Wx' + sBAx'), where x' is x after dropout.
+            # PEFT computes the same: y = W(x − x') + b + g ⊙ (Wx' + sBAx'), where x' is x after dropout.
             x = _autocast(x)
             dropped = F.dropout(x, spec.dropout)
             with _no_autocast(x.device.type):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """What a method does to one part. All paths are full module paths."""
+    """The changes that a method makes to one part. All paths are full module paths."""
 
     layers: dict[str, LowRankSpec] = field(default_factory=dict)  # layers that get an adapter
     whole: list[str] = field(default_factory=list)  # modules that are trained in full

@@ -1,4 +1,4 @@
-"""What all sections share: they are frozen, refuse unknown keys, and bound their numbers with the same few types."""
+"""The base class of all sections, which is frozen and refuses unknown keys, and the types of bounded numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine and optimizers hold: fp32 master weights, Adam's moments, the loss scale.
+"""The state of DeepSpeed's engine and optimizers: fp32 master weights, Adam's moments, the loss scale.
 
 A parameter's state maps a kind to a tensor of the parameter's full shape. Kinds are the optimizer's own (`exp_avg`,
 `exp_avg_sq`, `step`), and `master`: the fp32 weights of a parameter that is itself of lower precision.
