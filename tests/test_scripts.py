@@ -62,7 +62,7 @@ def test_the_soak_counts_what_it_reads(tmp_path):
     out = tmp_path / "result.json"
     script("benchmarks/media_soak.py", "--videos=6", "--images=24", "--workers=2", f"--out={out}")
     for figures in json.loads(out.read_text())["figures"].values():
-        assert (figures["pictures"], figures["videos"], figures["refused"]) == (24, 5, 1)
+        assert (figures["images"], figures["videos"], figures["refused"]) == (24, 5, 1)
         assert figures["processes_left"] == figures["descriptors_left"] == 0
 
 
