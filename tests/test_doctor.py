@@ -123,6 +123,17 @@ def test_batches_that_training_rejects_are_errors(messy, capsys):
     assert not (messy / "run" / "eval").exists()  # reported before the base model was evaluated
 
 
+def test_a_vision_encoder_is_not_trained_on_text_alone(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([row(str(i), None, "What?", "a thing") for i in range(16)]))
+    assert command("doctor", *config(tmp_path, "evaluation=[]")) == 1
+    assert "error: parts.vision: no sample of data.train has an image or a video" in capsys.readouterr().out
+    assert command("train", *config(tmp_path, "evaluation=[]")) == 2
+    assert "parts.vision: no sample of data.train has an image or a video" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    parts = "parts={language: {method: dora, rank: 4}, vision: {method: frozen}}"
+    assert command("train", *config(tmp_path, "evaluation=[]", parts, "training.max_steps=1")) == 0
+
+
 def test_too_many_invalid_rows_stop_a_run_before_the_model_is_loaded(messy, capsys):
     assert command("train", *config(messy, "data.max_skipped=0.01", "model.path=nobody/nothing")) == 2
     assert "1 of 21 samples skipped, more than data.max_skipped" in capsys.readouterr().err

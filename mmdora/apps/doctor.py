@@ -24,7 +24,7 @@ from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
-from mmdora.training.batches import check_batches
+from mmdora.training.batches import check_batches, check_media
 from mmdora.training.metrics import PIXELS, frames_of
 from mmdora.training.packing import check_packing
 
@@ -168,12 +168,16 @@ def _template_problems(config: RunConfig, encoder: Encoder) -> list[Problem]:
 
 
 def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Encoder) -> list[Problem]:
-    """Check the batches and packing that the config asks for, as a run in one process would."""
+    """Check the media, batches and packing that the config asks for, as a run in one process would."""
     problems = []
+    dataset = TrainDataset(training, encoder, Ledger(Path(os.devnull), 0, 1.0), 0, config.data.temperature)
+    try:
+        check_media(config, dataset)
+    except UserError as error:
+        problems.append(Problem("error", str(error), "parts"))
     try:
         micro, _ = micro_batches(config.training, 1)
-        ledger = Ledger(Path(os.devnull), 0, 1.0)
-        check_batches(config, micro, 1, TrainDataset(training, encoder, ledger, 0, config.data.temperature))
+        check_batches(config, micro, 1, dataset)
     except UserError as error:
         problems.append(Problem("error", str(error), "data.max_tokens"))
     if config.data.packing and config.model.path is not None:

@@ -42,7 +42,7 @@ from mmdora.core.run_directory import RunDir, check_space
 from mmdora.core.run_start import RunStart
 from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
-from mmdora.training.batches import check_batches
+from mmdora.training.batches import check_batches, check_media
 from mmdora.training.callbacks import EvaluateEvery, MetricsCallback
 from mmdora.training.loader_workers import limited_threads
 from mmdora.training.optimizer import optimizer_groups
@@ -69,6 +69,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
+            check_media(config, dataset)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
             start.create()

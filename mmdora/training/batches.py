@@ -179,6 +179,20 @@ def check_batches(config: RunConfig, micro_batch_size: int, world_size: int, dat
     check_budgets(spec, epochs)
 
 
+def check_media(config: RunConfig, dataset: Any) -> None:
+    """Raise UserError if the vision encoder or projector is trained, but no sample has an image or a video.
+
+    One process would leave the part as it is, and DDP would stop with an error about unused parameters.
+    """
+    trained = [name for name, part in config.parts.items() if part.method != "frozen"]
+    unused = [name for name in trained if name in ("vision", "projector")]
+    if unused and not dataset.media_kinds():
+        raise UserError(
+            f"parts.{unused[0]}: no sample of data.train has an image or a video, so this part would not be trained; "
+            "remove it from parts, or add samples with images or videos"
+        )
+
+
 def batch_spec(config: RunConfig, micro_batch_size: int, world_size: int, dataset: Any) -> BatchSpec:
     """Return how the run's batches are formed from the dataset, with up to `micro_batch_size` samples per process.
 
