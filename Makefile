@@ -9,11 +9,14 @@ setup: .venv/ready
 quickstart: .venv/ready
 	$(BIN)/mmdora train configs/quickstart.yaml --overwrite
 
+# A test process per core; tests of one file stay together, because they share fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

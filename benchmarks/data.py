@@ -43,7 +43,6 @@ from mmdora.training.loader_workers import start_worker
 
 Candidates = dict[str, Callable[[], object]]
 
-NUM_IMAGES = 320  # per candidate and round
 # name: (width, height), frames in the video, frames to sample
 VIDEOS = {
     "320p, 8 of 300": ((426, 320), 300, 8),
@@ -104,19 +103,19 @@ def encode_like_llava(processor: LlavaProcessor, number: int, path: Path | None 
 
 
 class Images(Dataset[torch.Tensor]):
-    """The pixel values of a few images, prepared repeatedly."""
+    """The pixel values of a few images, prepared repeatedly, `count` in total."""
 
-    def __init__(self, paths: Sequence[Path], prepare: Callable[[int, Path], Mapping[str, torch.Tensor]]):
-        self.paths, self.prepare = paths, prepare
+    def __init__(self, paths: Sequence[Path], count: int, prepare: Callable[[int, Path], Mapping[str, torch.Tensor]]):
+        self.paths, self.count, self.prepare = paths, count, prepare
 
     def __len__(self) -> int:
-        return NUM_IMAGES
+        return self.count
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self.prepare(number, self.paths[number % len(self.paths)])["pixel_values"]
 
 
-def measure_images(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure_images(folder: Path, count: int, rounds: int) -> dict[str, dict[str, float]]:
     processor, paths = make_processor(), write_images(folder)
     encoder = Encoder(processor)
     text = encoder.render(sample(0, paths[0]))
@@ -132,7 +131,7 @@ def measure_images(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         return encode_like_llava(processor, number, path)
 
     def load(prepare: Callable[[int, Path], Mapping[str, torch.Tensor]], start: Callable[[int], None] | None) -> None:
-        images = Images(paths, prepare)
+        images = Images(paths, count, prepare)
         for _ in DataLoader(images, batch_size=8, num_workers=1, collate_fn=torch.cat, worker_init_fn=start):
             pass
 
@@ -143,7 +142,7 @@ def measure_images(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         "mmdora, memory not kept": lambda: load(encode, None),
         "LLaVA's way": lambda: load(encode_llava, None),
     }
-    return compare(time_candidates(candidates, rounds), NUM_IMAGES, to="limit")
+    return compare(time_candidates(candidates, rounds), count, to="limit")
 
 
 def measure_conversations(rounds: int) -> dict[str, dict[str, float]]:
@@ -206,6 +205,7 @@ def measure_frames(path: Path, clip: str, rounds: int) -> dict[str, dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--images", type=int, default=320, help="images per candidate and round")
     parser.add_argument(
         "--clips", nargs="*", choices=VIDEOS, default=list(VIDEOS), metavar="NAME", help="only these videos"
     )
@@ -213,7 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        figures = {"images": measure_images(Path(folder), args.rounds)}
+        figures = {"images": measure_images(Path(folder), args.images, args.rounds)}
         figures["conversations"] = measure_conversations(4 * args.rounds)  # short, so they vary more
         for clip in args.clips:
             figures[f"frames, {clip}"] = measure_frames(Path(folder) / "clip.mp4", clip, args.rounds)

@@ -53,8 +53,7 @@ if __name__ == "__main__":
     watch(plan)
     codes = [exit_code(plan.arguments)]
     for source, destination, port in plan.reruns:
-        # The processes meet again in a new store: torchrun's still holds their addresses of the run before.
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port}
+        os.environ["MASTER_PORT"] = port  # the processes meet again in a new store
         if os.environ["RANK"] == "0":
             shutil.copy(source, destination)
         codes.append(exit_code(plan.arguments))

@@ -26,6 +26,7 @@ from tests import grid_worker
 from tests.conftest import ROOT
 from tests.grid_worker import Case
 from tests.media import write_image, write_video
+from tests.processes import ranks, wait_for_all
 
 KINDS = ("image", "video", "text", "both")
 WORDS = ["red", "blue", "green", "circle", "square", "triangle", "left", "right", "up", "down", "two", "three"]
@@ -87,20 +88,14 @@ def deepspeed_file(folder: Path, name: str, stage: int, **settings: Any) -> Path
 
 
 class TwoProcesses:
-    """Two processes under torchrun that run one case after another (tests/grid_worker.py)."""
+    """Two processes that run one case after another (tests/grid_worker.py)."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mmdora-processes-"))
         self.number = 0
         arguments = ["-m", "tests.grid_worker", str(self.folder), str(os.getpid())]
-        with (self.folder / "output.txt").open("w") as output:
-            self.process = subprocess.Popen(
-                [*torchrun(), *arguments],
-                cwd=ROOT,
-                env=launch_environment(self.folder),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        environment = launch_environment(self.folder)
+        self.processes = ranks(arguments, free_port(), environment=environment, output=self.folder / "output.txt")
 
     def run(self, case: Case) -> tuple[str, str]:
         """Run a case; return its outcome ("ok" or the errors) and what it printed.
@@ -112,20 +107,20 @@ class TwoProcesses:
         done = self.folder / f"{self.number}.done"
         self._send(asdict(case))
         while not done.exists():
-            assert self.process.poll() is None, f"{case.arguments} ended the processes:\n{self.output()[-6000:]}"
+            assert self.running(), f"{case.arguments} ended the processes:\n{self.output()[-6000:]}"
             time.sleep(0.1)
         return done.read_text(), self.output()[before:]
 
+    def running(self) -> bool:
+        return all(process.running() for process in self.processes)
+
     def output(self) -> str:
+        """Return what both processes printed."""
         return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            self._send(None)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        self._send(None)
+        wait_for_all(self.processes, limit=30)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _send(self, content: dict[str, Any] | None) -> None:
@@ -145,7 +140,7 @@ def _start_two_processes(attempt: int) -> TwoProcesses:
 def two_processes() -> TwoProcesses:
     """Return the test session's two processes; start new ones if the last case ended them."""
     attempt = 0
-    while (processes := _start_two_processes(attempt)).process.poll() is not None:
+    while not (processes := _start_two_processes(attempt)).running():
         attempt += 1
     return processes
 
@@ -245,8 +240,8 @@ def launch_environment(folder: Path) -> dict[str, str]:
     return environment | {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
 
 
-def torchrun(processes: int = 2) -> list[str]:
-    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+def torchrun() -> list[str]:
+    options = ["--nproc_per_node=2", f"--master_port={free_port()}"]
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmdora
 from mmdora.adapters.ops import norm_cache as norms
+from tests.processes import python
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
 
@@ -208,8 +207,7 @@ for stage in (0, 1, 2, 3):
 @pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
 def test_no_norm_is_stale_with_deepspeeds_bf16_optimizers(tmp_path):
     """They change parameters without increasing `Parameter._version`, at every ZeRO stage."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", DEEPSPEED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = python("-c", DEEPSPEED, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("stage")] == [f"stage {i}" for i in range(4)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from mmdora.core.atomic import clear_leftovers, damage, write_manifest, written_
 from mmdora.core.config import SourceConfig
 from mmdora.core.run_directory import RunDir
 from mmdora.training.checkpoints import rotate, write_shards
-from tests.conftest import ROOT
+from tests.processes import python
 from tests.test_runs import command
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -86,19 +85,10 @@ def until(whole: Path, output: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
-def separate(arguments: list[str], end: str = "", **more) -> subprocess.CompletedProcess[str]:
+def separate(arguments: list[str], end: str = "", **settings) -> subprocess.CompletedProcess[str]:
     """Run the command in its own process and process group. `end`: see killer.py."""
     plugin = ["plugins=[tests.killer]"] if end else []
-    return subprocess.run(
-        [sys.executable, "train.py", *arguments, *plugin],
-        cwd=ROOT,
-        env={**os.environ, "END": end},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        start_new_session=True,
-        **more,
-    )
+    return python("train.py", *arguments, *plugin, environment={"END": end}, **settings)
 
 
 def metrics(run: Path) -> list[tuple]:
@@ -176,9 +166,7 @@ def test_resuming_without_a_checkpoint_begins_at_the_first_step(settings, whole,
     [
         ("save", "TERM", 143, "stopped by SIGTERM after step 3; checkpoint-3 is saved"),
         ("stop", "INT", 130, "stopped by Ctrl-C after step 3; checkpoint-3 is saved"),
-        pytest.param(
-            "stop", "TERM", 143, "stopped by SIGTERM after step 3; no checkpoint is saved", marks=pytest.mark.slow
-        ),
+        ("stop", "TERM", 143, "stopped by SIGTERM after step 3; no checkpoint is saved"),
     ],
 )
 def test_a_signal_stops_the_run_after_the_step(settings, whole, tmp_path, action, number, code, line):
@@ -222,8 +210,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(settings, whole, tmp_path):
     run = tmp_path / "run"
     until(whole, run, 4)
     most = int(1.2 * (whole / "adapter" / "adapter_model.safetensors").stat().st_size)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
-    done = separate([*settings(run), "--resume"], preexec_fn=limit)
+    done = separate([*settings(run), "--resume"], max_file_size=most)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "checkpoint-6 cannot be written" in done.stderr
     assert "--resume" in done.stderr

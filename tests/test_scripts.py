@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -14,12 +13,11 @@ import torch
 from mmdora.core.config import ModelConfig
 from mmdora.models.loading import load_model
 from tests.conftest import ROOT
+from tests.processes import python
 
 
 def script(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = python(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -69,7 +67,7 @@ def test_the_soak_counts_what_it_reads(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord has no wheel for this machine")
 def test_the_data_benchmark_measures_every_way(tmp_path):
     out = tmp_path / "result.json"
-    script("benchmarks/data.py", "--rounds=1", f"--out={out}", "--clips", "320p, 8 of 300")
+    script("benchmarks/data.py", "--rounds=1", "--images=16", f"--out={out}", "--clips", "320p, 8 of 300")
     figures = json.loads(out.read_text())["figures"]
     kept = {"limit, memory kept", "mmdora, memory not kept"}
     assert set(figures["images"]) == {"limit", "mmdora", "LLaVA's way"} | kept
@@ -82,8 +80,9 @@ def test_the_recipe_builds_a_base_model_with_its_card(world, tmp_path):
     overrides = [
         f"training.output={tmp_path}/run",
         f"model.language_model.path={tmp_path}/run/language_model",
-        f"data.train=[{{path: {world}/retained_train.json, format: shapes}}]",
+        f"data.train=[{{path: {world}/retained_train.json, format: shapes, take: first:64}}]",
         f"evaluation.0.data={world}/retained_held_out.json",
+        "evaluation.0.limit=60",
         "training.max_steps=2",
     ]
     out = tmp_path / "model"

@@ -259,7 +259,8 @@ def evaluate_adapter(
     write_report(run_dir.path / "report.html", f"mmdora · {run_dir.path.name}", results, config.data.video, loss)
     if results:
         console.print(results_table([(read_report(a), read_report(b) if b else None) for a, b in results]))
-    console.print(f"{ledger.summary()}" + (f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""))
+    see = f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""
+    console.print(f"{ledger.summary()}{see}", soft_wrap=True)
     show_best(console, run_dir)
     show_next_commands(console, run_dir)
 
