@@ -48,6 +48,8 @@ class Started:
         self.arguments = arguments
         self.files = tempfile.TemporaryDirectory(prefix="mmdora-process-")
         self.printed = [output or Path(self.files.name, name) for name in ("stdout", "stderr")]
+        for path in self.printed:
+            path.touch()
         variables = {**os.environ, **(environment or {})}
         self.process = CONTEXT.Process(target=_run, args=(arguments, variables, folder, self.printed, max_file_size))
         self.process.start()
