@@ -34,8 +34,9 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         raise UserError("training.ema: cannot average weights that are offloaded to NVMe; use zero3_offload or no ema")
     micro_batch_size, accumulation_steps = micro_batches(settings, world_size())
     dtype = config.model.dtype
-    if dtype == "float16" and not deepspeed and not torch.cuda.is_available():
-        dtype = "float32"  # autocast on a CPU supports bfloat16 only
+    if dtype == "float16" and not torch.cuda.is_available():
+        log.warning("model.dtype: float16 training needs a GPU; on this CPU the model is trained in float32")
+        dtype = "float32"  # neither accelerate's loss scaling nor DeepSpeed's fp16 engine runs on a CPU
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro_batch_size,

@@ -36,6 +36,7 @@ from mmdora.training.loader_workers import start_worker, unwrapped_worker_errors
 from mmdora.training.metrics import ThroughputMeter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
+from mmdora.training.precision import to_training_precision
 
 # Versions of transformers without `loss_is_scaled_for_ga` divide the loss of some model families by the number of
 # gradient accumulation steps, even if `compute_loss` has scaled it.
@@ -104,10 +105,9 @@ class AdapterTrainer(Trainer):
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
         if self.average is not None:
             self.add_callback(self.average)
-        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:  # DeepSpeed keeps fp32 copies
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()  # bf16 would round AdamW's small updates away
+        half_precision = self.args.bf16 or self.args.fp16
+        if not (half_precision and self.is_deepspeed_enabled):  # that engine keeps fp32 copies
+            to_training_precision(self.model, autocast=half_precision)
         self.add_callback(ZeroMissingGradients)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
