@@ -45,7 +45,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.lr_scheduler, settings.lr_scheduler),
-        warmup_steps=settings.warmup_ratio,  # a value below 1 is a share of the steps
+        # A value below 1 is a share of the steps.
+        warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
