@@ -394,7 +394,7 @@ def test_a_4_bit_layer_that_was_used_before_injection():
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_unusual_inputs_work_as_with_a_plain_layer(method):
-    """Empty batches, a single vector, strides, an image without a batch, and an output that is changed in place."""
+    """Empty batches, a single vector, strides, and an image without a batch."""
     base, _ = build("linear")
     net = adapted(base, method)
     for x in (torch.zeros(0, 12), torch.zeros(2, 0, 12), torch.randn(12), torch.randn(12, 5).T):
@@ -402,22 +402,10 @@ def test_unusual_inputs_work_as_with_a_plain_layer(method):
         out = net(x)
         assert out.shape == base(x).shape
         out.sum().backward()
-    x = torch.randn(5, 12)
-    expected = torch.relu(net(x))
-    torch.relu_(net(x)).sum().backward()
-    assert torch.equal(torch.relu_(net(x)), expected)
     for kind in ("conv2d", "grouped"):
         base, x = build(kind)
         net = adapted(base, method)
         torch.testing.assert_close(net(x[0]), net(x)[0])
-
-
-def test_an_in_place_change_of_an_output_without_bias_is_an_error():
-    """The gradient of DoRA's magnitude is computed from the output itself there."""
-    base, x = build("linear without bias")
-    out = adapted(base)(x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.relu_(out).sum().backward()
 
 
 def test_pickled_layers_have_their_own_norms():

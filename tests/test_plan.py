@@ -24,6 +24,7 @@ from mmdora.planning.engine_memory import (
     model_sizes,
 )
 from mmdora.planning.planner import hidden_size, longest_sample, placeholder_sample
+from mmdora.training.precision import to_training_precision
 from tests.families import FAMILIES
 from tests.test_composed import TOWERS
 from tests.test_runs import command
@@ -291,8 +292,9 @@ def test_each_stage_divides_its_share_among_processes(sizes):
     assert {estimates[n].disk for n in estimates if n != "zero3_nvme"} == {0}
 
 
-def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_fp32():
-    model, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_fp32(dtype):
+    model, _ = load_model(ModelConfig(path="assets/tiny-llava", dtype=dtype))
     mmdora.inject_adapters(model, {"projector": {"method": "full"}})
     sizes = model_sizes(model, hidden_size(model))
     assert sizes.trained == 2 * sizes.trained_parameters
@@ -300,6 +302,8 @@ def test_without_deepspeed_a_full_part_of_a_half_precision_model_is_trained_in_f
     assert estimate.weights == sizes.frozen + 4 * sizes.trained_parameters
     assert (estimate.gradients, estimate.optimizer) == (4 * sizes.trained_parameters, 8 * sizes.trained_parameters)
     assert estimate.activations == 2 * sizes.trained_parameters
+    to_training_precision(model, autocast=True)
+    assert estimate.weights == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
 def test_the_peak_is_in_the_backward_pass_or_in_the_optimizer_step(sizes):

@@ -22,6 +22,7 @@ NEUTRAL_KEYS = (
     "training.micro_batch_size",
     "training.gradient_checkpointing",
     "training.evaluate_every",
+    "training.patience",
     "training.max_bad_steps",
     "training.save_every",
     "training.keep",
@@ -42,12 +43,14 @@ def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
     best_key = "data.validation" if begun.training.best == "loss" else "evaluation"
     neutral = [key for key in NEUTRAL_KEYS if key != best_key or best_measure(begun) == best_measure(config)]
     changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in neutral)]
-    is_constant = config.training.lr_scheduler == "constant" and config.training.warmup_ratio == 0
+    training = config.training
+    fixed_warmup = training.warmup_steps is not None or training.warmup_ratio == 0
+    is_constant = training.lr_scheduler == "constant" and fixed_warmup
     if is_constant and all(old[key] is not None and new[key] is not None for key in changed if key in LENGTH_KEYS):
         changed = [key for key in changed if key not in LENGTH_KEYS or new[key] < old[key]]
     if changed:
         listed = "\n".join(f"  {key}: {old.get(key)!r}, now {new.get(key)!r}" for key in changed)
-        longer = "; a run can be made longer only with lr_scheduler constant and warmup_ratio 0"
+        longer = "; a run can be made longer only with lr_scheduler constant, and warmup_ratio 0 or warmup_steps"
         raise UserError(
             f"--resume: {run} was begun with other settings, which change the training:\n{listed}\n"
             f"Restore them, or give another training.output{longer if set(changed) & {*LENGTH_KEYS} else ''}"

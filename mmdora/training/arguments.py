@@ -34,8 +34,9 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         raise UserError("training.ema: cannot average weights that are offloaded to NVMe; use zero3_offload or no ema")
     micro_batch_size, accumulation_steps = micro_batches(settings, world_size())
     dtype = config.model.dtype
-    if dtype == "float16" and not deepspeed and not torch.cuda.is_available():
-        dtype = "float32"  # autocast on a CPU supports bfloat16 only
+    if dtype == "float16" and not torch.cuda.is_available():
+        log.warning("model.dtype: float16 training needs a GPU; on this CPU the model is trained in float32")
+        dtype = "float32"  # neither accelerate's loss scaling nor DeepSpeed's fp16 engine runs on a CPU
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         per_device_train_batch_size=micro_batch_size,
@@ -44,7 +45,8 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.lr_scheduler, settings.lr_scheduler),
-        warmup_steps=settings.warmup_ratio,  # a value below 1 is a share of the steps
+        # A value below 1 is a share of the steps.
+        warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,

@@ -3,7 +3,8 @@
     adapter/                      the weights, as `save_adapter` writes them
     optimizer-00000.safetensors   optimizer state by parameter name (optimizer_state.py), in shards, with the moving
                                   average of `training.ema`
-    state.json                    scheduler, loss scale, step, count of bad steps, number of processes
+    state.json                    scheduler, loss scale, step, number of processes, counts of bad steps and of
+                                  evaluations since the best one
     rng-00000.json                random states, one file per process
     trainer_state.json            the state of transformers' Trainer
     manifest.json                 size and SHA-256 of all these files
@@ -241,6 +242,7 @@ def _run_state(trainer: Any) -> dict[str, Any]:
     return {
         "step": trainer.state.global_step,
         "bad_steps": trainer.bad_steps.count,
+        "evaluations_since_best": trainer.patience.count,
         "processes": world_size(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "loss_scale": _loss_scale(trainer),

@@ -36,6 +36,8 @@ from mmdora.training.loader_workers import start_worker, unwrapped_worker_errors
 from mmdora.training.metrics import ThroughputMeter
 from mmdora.training.optimizer import optimizer_groups
 from mmdora.training.packing import packed_inputs
+from mmdora.training.patience import Patience
+from mmdora.training.precision import to_training_precision
 
 # Versions of transformers without `loss_is_scaled_for_ga` divide the loss of some model families by the number of
 # gradient accumulation steps, even if `compute_loss` has scaled it.
@@ -99,20 +101,23 @@ class AdapterTrainer(Trainer):
             lambda indices, reason: dataset.record_untrained(indices, reason),
         )
         self.resumed: Resumed | None = None
+        self.patience = Patience(config.training.patience)
         self.add_callback(NormsOncePerStep)
         self.add_callback(self.bad_steps)
         self.average = Average(self.model, config.training.ema) if config.training.ema is not None else None
         if self.average is not None:
             self.add_callback(self.average)
-        if (self.args.bf16 or self.args.fp16) and not self.is_deepspeed_enabled:  # DeepSpeed keeps fp32 copies
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()  # bf16 would round AdamW's small updates away
+        half_precision = self.args.bf16 or self.args.fp16
+        if not (half_precision and self.is_deepspeed_enabled):  # that engine keeps fp32 copies
+            to_training_precision(self.model, autocast=half_precision)
         self.add_callback(ZeroMissingGradients)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            self.resumed = Resumed(self, Path(resume_from_checkpoint))
+            self.patience.count = self.resumed.state.get("evaluations_since_best", 0)
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
         finally:
             fix_weights(False)  # an error may occur within a step
         if self.audit is not None and self.state.global_step >= AUDITED_STEPS:
@@ -237,12 +242,19 @@ class AdapterTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save the adapter as the run's best if `training.best` improved: the lowest loss, or the highest score."""
+        """Save the adapter as the run's best if `training.best` improved: the lowest loss, or the highest score.
+
+        End the training, with a checkpoint, when `training.patience` ends.
+        """
         best = self.run_config.training.best
-        if best is None or math.isnan(value := metrics[best]):
+        if best is None:
             return False
-        known = self.state.best_metric
-        if known is not None and (value >= known if best == "loss" else value <= known):
+        value, known = metrics[best], self.state.best_metric
+        improved = not math.isnan(value) and (known is None or (value < known if best == "loss" else value > known))
+        self.patience.add(improved, self.state.global_step)
+        if self.patience.ended:
+            self.control.should_training_stop = self.control.should_save = True
+        if not improved:
             return False
         self.state.best_metric, self.state.best_global_step = value, self.state.global_step
         about = {"step": self.state.global_step, "metric": best, "value": value}
@@ -268,12 +280,13 @@ class AdapterTrainer(Trainer):
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         epochs_trained, steps_skipped = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # save_steps of this config, not of the checkpoint
-        if self.state.global_step >= max_steps:  # otherwise the Trainer would take one more step
+        # Otherwise the Trainer would take one more step.
+        if self.state.global_step >= max_steps or self.patience.ended:
             return self.state.num_train_epochs, 0
         return epochs_trained, steps_skipped
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.resumed = Resumed(self, Path(resume_from_checkpoint))
+        assert self.resumed is not None
         self.resumed.load_weights()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

@@ -56,7 +56,7 @@ class LinearLayer(AdapterLayer):
 
     def settings(self, name: str) -> LinearSettings:
         """Return the adapter's scale, norm key and weight reader for the autograd function."""
-        return LinearSettings(self.specs[name].scale, self.norm_keys[name], self.read)
+        return LinearSettings(self.specs[name].scale, self.norm_keys[name], torch.is_grad_enabled(), self.read)
 
     def terms(self, x: Tensor, name: str) -> LinearTerms:
         """Return the adapter's tensors for the autograd function, with dropout applied to x if it is on."""

@@ -18,7 +18,7 @@ from mmdora.adapters.ops import norm_cache
 from mmdora.adapters.ops.functional import dora_gain, has_triton
 
 CHUNK_ROWS = 256  # rows of an activation that are processed at once where temporaries are needed
-# A gain of exactly zero is replaced by this, since the magnitude's gradient is computed from the scaled output.
+# `MergedWeightFunction` replaces a gain of exactly zero by this, since it computes the magnitude's gradient from W'.
 LEAST_GAIN = 1e-20
 
 
@@ -48,6 +48,7 @@ class LinearSettings(NamedTuple):
 
     scale: float
     norm_key: int  # key of the layer's norm in the norm cache
+    has_backward: bool  # whether a backward pass may follow; without gradients, nothing is kept for it
     read: Callable[[Tensor], Tensor] = as_is  # returns the weight as [out, in]
 
 
@@ -55,9 +56,13 @@ class AdaptedLinearFunction(torch.autograd.Function):
     """LoRA or DoRA on one or several linear layers that read the same x, with gradients for x and each A, B and m.
 
     One product multiplies x by the A of all layers, in the forward and in the backward pass, and the gradients of x
-    are accumulated in place. Saved for the backward pass: x, h = xAᵀ and, for the gradient of m, either the output (if
-    the layer has no bias, u = y / g) or the pre-bias u. xWᵀ and hBᵀ are never saved separately. Apart from the base
-    layers' own two products, all matrix products have r as one dimension.
+    are accumulated in place. Saved for the backward pass: x, h = xAᵀ and, for the gradient of m, u = xWᵀ + shBᵀ. xWᵀ
+    and hBᵀ are never saved separately. Apart from the base layers' own two products, all matrix products have r as one
+    dimension.
+
+    An output is never saved, because the model may change it in place, and not every such change is visible to autograd
+    (`y.data`, kernels that write into their input). u = y / g could be recovered from the output of a layer without
+    bias. That would save memory where a later operation saves y too, but a changed y would give a wrong gradient.
 
     With `merged`, x is multiplied by W + sBA instead. That matrix is built in the forward pass and again in the
     backward pass, and is not saved.
@@ -83,13 +88,12 @@ class AdaptedLinearFunction(torch.autograd.Function):
             if t.magnitude is not None:
                 norm = norm_cache.norm(weight, a, b, own.scale, own.norm_key)
                 gain = dora_gain(t.magnitude, norm)
-                gain.masked_fill_(gain == 0, LEAST_GAIN)
             b = None if b is None else (own.scale * b).to(dtype)
-            bias, keep = None if t.bias is None else t.bias.to(dtype), _keeps_u(t, dtype)
+            bias, keep = None if t.bias is None else t.bias.to(dtype), gain is not None and own.has_backward
             y = kernels.epilogue(u, h, b, gain, bias, keep)
             # Autograd must not see a view: the outputs of a function that are views cannot be changed in place.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
-            kept.append((None if gain is None else u if keep else outputs[-1], gain, norm))
+            kept.append((u if keep else None, gain, norm))
         us, gains, all_norms = zip(*kept, strict=True)
         ctx.save_for_backward(x if _reading_x(layers) else None, *flat, *hs, *us, *gains, *all_norms)
         ctx.settings, ctx.merged, ctx.shape = settings, merged, x.shape
@@ -117,8 +121,7 @@ class AdaptedLinearFunction(torch.autograd.Function):
             du, dhs[i], dm = kernels.gradients(dy, u, gain, b, not ctx.merged)
             if dm is not None:
                 zero = norm == 0  # the gain of such a row is the constant 1
-                divisor = (norm if _keeps_u(t, dtype) else norm * gain).masked_fill(zero, 1.0)
-                grads[i]["magnitude"] = (dm / divisor).masked_fill(zero, 0.0)
+                grads[i]["magnitude"] = (dm / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
             if ctx.needs_input_grad[0]:
                 weight = own.read(t.weight).to(dtype)
                 if ctx.merged and t.lora_a is not None:
@@ -135,11 +138,6 @@ class AdaptedLinearFunction(torch.autograd.Function):
 def _terms(flat: Sequence[Tensor | None]) -> list[LinearTerms]:
     width = len(LinearTerms._fields)
     return [LinearTerms(*flat[i : i + width]) for i in range(0, len(flat), width)]  # type: ignore[arg-type]
-
-
-def _keeps_u(layer: LinearTerms, dtype: torch.dtype) -> bool:
-    """Return whether the pre-bias u is saved beside y. fp16's range is too small to recover u from y = u * g."""
-    return layer.magnitude is not None and (layer.bias is not None or dtype == torch.float16)
 
 
 def _reading_x(layers: list[LinearTerms]) -> dict[int, Tensor]:
@@ -193,11 +191,11 @@ def epilogue(
     """
     if h is not None and b is not None:
         u.addmm_(h, b.T)
-    y = u.clone() if keep else u
-    if gain is not None:
-        g = gain.to(u.dtype)
-        return y.mul_(g) if bias is None else torch.addcmul(bias, u, g, out=y)
-    return y if bias is None else y.add_(bias)
+    if gain is None:
+        y = u.clone() if keep else u
+        return y if bias is None else y.add_(bias)
+    g, y = gain.to(u.dtype), torch.empty_like(u) if keep else u
+    return torch.mul(u, g, out=y) if bias is None else torch.addcmul(bias, u, g, out=y)
 
 
 def gradients(

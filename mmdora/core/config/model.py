@@ -56,7 +56,8 @@ class ModelConfig(Section):
         default=-2, description="Composed models: the hidden state of the vision encoder that the projector reads."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="The dtype of the frozen weights."
+        default="bfloat16",
+        description="The dtype of the frozen weights; trained ones are in fp32. On a CPU, float16 trains in float32.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None, description="The attention implementation; null takes the model's default."

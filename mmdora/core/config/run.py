@@ -53,6 +53,8 @@ class RunConfig(Section):
                 "'training.evaluate_every' has nothing to evaluate: give 'data.validation', or an 'evaluation' entry "
                 "with 'during: true'"
             )
+        if self.training.patience is not None and best is None:
+            raise ValueError("'training.patience' needs 'training.best', the metric that has to improve")
         if best is not None and best not in metrics:
             raise ValueError(
                 f"'training.best' {best!r} is not evaluated during training.{nearest(best, metrics)} Available: "

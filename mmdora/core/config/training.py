@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmdora.core.config.section import NonNegativeFloat, PositiveInt, Section
+from mmdora.core.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
 class TrainingConfig(Section):
@@ -31,6 +31,9 @@ class TrainingConfig(Section):
     )
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.03, description="The share of the steps in which the learning rate rises from 0 to its peak."
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        default=None, description="The number of these steps, instead of `warmup_ratio`; null means that share."
     )
     weight_decay: NonNegativeFloat = Field(
         default=0.0, description="For matrices; norms, biases, magnitudes and new tokens are not decayed."
@@ -60,6 +63,10 @@ class TrainingConfig(Section):
         default=None,
         description="Keep the best adapter in `best/`, by `loss` (of `data.validation`) or by the score of an "
         "`evaluation` entry, given by its name.",
+    )
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="Stop the run once this many evaluations in a row have not improved `best`; null means never.",
     )
     save_every: PositiveInt | None = Field(
         default=None, description="Write a checkpoint every N steps; null means only after the last step."
