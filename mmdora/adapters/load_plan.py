@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -67,6 +67,10 @@ def plan_load(model: nn.Module, adapter: Adapter) -> LoadPlan:
     _check_full_tensors(adapter, tensors)
     modules_to_save = _modules_to_save(model, adapter, attentions)
     trained = [name for name in adapter.full_tensors if any(is_inside(name, path) for path in modules_to_save)]
+    others = {name: tensor for name, tensor in adapter.full_tensors.items() if name not in trained}
+    if others and all(_is_close(tensors[name], tensor).all() for name, tensor in others.items()):
+        # PEFT has saved the embeddings of the base model too.
+        adapter = replace(adapter, full_tensors={name: adapter.full_tensors[name] for name in trained})
     untied = _weights_to_untie(model, adapter, trained)
     modules_in_full = list(dict.fromkeys([*modules_to_save, *_other_modules(adapter, trained)]))
     return LoadPlan(
@@ -166,13 +170,17 @@ def _check_base(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
         weight = tensors.get(f"{path}.weight")
         same = weight is not None and weight.shape == expected.shape
         if weight is not None and same:
-            differs = ~torch.isclose(weight.cpu().float(), expected.float())
+            differs = ~_is_close(weight, expected)
             differs[list(adapter.token_rows.get(path, ()))] = False  # these rows are not used
             same = not differs.any()
         if not same:
             raise UserError(
                 f"{adapter.folder}: tensor {PREFIX}{path}.base_layer.weight belongs to another base model than this one"
             )
+
+
+def _is_close(weight: Tensor, expected: Tensor) -> Tensor:
+    return torch.isclose(weight.cpu().float(), expected.float())
 
 
 def _check_full_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
@@ -212,7 +220,10 @@ def _weights_to_untie(model: nn.Module, adapter: Adapter, trained: list[str]) ->
 
 
 def _other_modules(adapter: Adapter, trained: list[str]) -> list[str]:
-    """Return the modules of full tensors that are not trained: PEFT saves embeddings that were resized."""
+    """Return the modules of full tensors that are not trained, but are not those of the base model either.
+
+    PEFT saves embeddings that were resized.
+    """
     others = [name for name in adapter.full_tensors if name not in trained]
     if top := next((name for name in others if not holder_of(name)), None):
         raise UserError(f"{adapter.folder}: tensor {PREFIX}{top} belongs to no module that 'modules_to_save' names")
