@@ -166,7 +166,7 @@ def _probe(encoder: Encoder) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    device = next(model.parameters()).device
+    moved = {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # diffusion models draw noise
-        return model(**{k: v.to(device) for k, v in inputs.items() if k != "labels"}).logits.float().cpu()
+        return model(**{key: value for key, value in moved.items() if key != "labels"}).logits.float().cpu()
