@@ -262,25 +262,47 @@ def test_four_tied_tables(part, method, tmp_path):
     close(logits(reloaded(mmdora.merge_adapters(model), tmp_path / "tokens"), ids), expected)
 
 
+def make_old(folder: Path, *dropped: str) -> None:
+    """Rewrite a directory as version 0.1.0 would have: a tied weight under one of its names."""
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["mmdora"])
+    assert about.pop("version") == 2
+    tensors = {key: t for key, t in load_file(file).items() if key not in [f"base_model.model.{d}" for d in dropped]}
+    save_file(tensors, file, metadata={"format": "pt", "mmdora": json.dumps(about)})
+    settings = json.loads(config.read_text())
+    settings["modules_to_save"] = [m for m in settings["modules_to_save"] if f"{m}.weight" not in dropped]
+    config.write_text(json.dumps(settings))
+
+
 def test_an_old_directory_keeps_weights_tied(tmp_path):
-    """Version 1 wrote a tied weight under one of its names and trained it as one."""
+    """It was trained as one weight."""
     model = make(True)
     mmdora.inject_adapters(model, {"lm_head": FULL, "model.layers": DORA})
     expected = logits(changed(model))
     mmdora.save_adapter(model, tmp_path)
-    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    with safe_open(file, "pt") as opened:
-        about = json.loads(opened.metadata()["mmdora"])
-    assert about.pop("version") == 2
-    tensors = {key: tensor for key, tensor in load_file(file).items() if "embed_tokens" not in key}
-    save_file(tensors, file, metadata={"format": "pt", "mmdora": json.dumps(about)})
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["lm_head"]}))
+    make_old(tmp_path, "model.embed_tokens.weight")
     old = make(True)
     mmdora.load_adapter(old, tmp_path)
     close(logits(old), expected)
     assert old.lm_head.weight is old.model.embed_tokens.weight
     load_weights(model, tmp_path)
     close(logits(model), expected)
+
+
+def test_an_old_adapter_on_a_weight_that_was_trained_in_full_is_merged_but_not_saved(tmp_path):
+    model = make(True)
+    mmdora.inject_adapters(model, {"lm_head": DORA, "embeddings": FULL})
+    mmdora.save_adapter(changed(model), tmp_path / "adapter")
+    model.lm_head.weight = model.model.embed_tokens.weight  # as it was in version 0.1.0
+    expected = logits(model)
+    make_old(tmp_path / "adapter")
+    old = make(True)
+    mmdora.load_adapter(old, tmp_path / "adapter")
+    close(logits(old), expected)
+    with pytest.raises(UserError, match="lm_head has a low-rank adapter, and its weight is tied to one that was"):
+        mmdora.save_adapter(old, tmp_path / "again")
+    close(logits(reloaded(mmdora.merge_adapters(old), tmp_path / "merged")), expected)
 
 
 def test_weights_that_a_swap_would_untie_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention, convert_attention
-from mmdora.models.new_tokens import fold_token_rows
+from mmdora.models.new_tokens import fold_token_rows, token_rows
 from mmdora.models.tied_weights import holder_of, tied_weights, untie, with_tied_modules
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the linear layers of an explicit attention
@@ -94,7 +94,8 @@ def apply_plan(model: nn.Module, plan: LoadPlan, name: str) -> None:
     for path, attention in plan.attentions.items():
         convert_attention(cast(nn.MultiheadAttention, model.get_submodule(path)), attention)
     untie(model, plan.untied)
-    fold_token_rows(model, [holder_of(name) for name in plan.adapter.full_tensors])  # the whole tables are loaded
+    # Tables that are loaded as a whole need no rows of their own.
+    fold_token_rows(model, [path for path, _ in token_rows(model) if f"{path}.weight" in plan.adapter.full_tensors])
     pairs: dict[str, SharedVeRA] = {}
     for path, spec in plan.specs.items():
         layer, tensors = wrap(model, path), plan.adapter.layers[path]

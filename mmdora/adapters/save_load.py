@@ -31,6 +31,7 @@ from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import full_parameter
 from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention
 from mmdora.models.model_state import AdapterRecord, state_of
 from mmdora.models.new_tokens import new_tokens, train_token_rows
@@ -69,8 +70,16 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Return the tensors, config and metadata of one adapter, gathered and on the CPU."""
+    """Return the tensors, config and metadata of one adapter, gathered and on the CPU.
+
+    Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
+    """
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
+    if both := [path for path in layers if any(is_inside(path, module) for module in record.modules_in_full)]:
+        raise UserError(
+            f"{both[0]} has a low-rank adapter, and its weight is tied to one that was trained in full. An adapter "
+            "directory cannot hold this any more: merge the adapter instead"
+        )
     specs = {path: layer.specs[name] for path, layer in layers.items()}
     in_peft = all(is_in_peft(model, *item) and not item[1].specs[name].use_vera for item in layers.items())
     dora = in_peft and any(spec.use_dora for spec in specs.values())

@@ -53,8 +53,7 @@ def untie(model: nn.Module, names: Iterable[str]) -> None:
         shared = module._parameters[leaf]
         assert shared is not None
         module._parameters[leaf] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-    if names:
-        clear_tied_flags(model)
+    if names and clear_tied_flags(model):
         state_of(model).untied = True
 
 
