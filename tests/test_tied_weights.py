@@ -27,9 +27,11 @@ from transformers import (
 
 import mmdora
 from mmdora.adapters.save_load import load_weights
+from mmdora.core.config_files import load_config
 from mmdora.core.errors import UserError
 from mmdora.models.new_tokens import token_rows
 from mmdora.models.tied_weights import tied_weights
+from mmdora.training.optimizer import optimizer_groups
 from tests.families import FAMILIES
 from tests.tiny_models import write_tokenizer
 
@@ -260,6 +262,23 @@ def test_four_tied_tables(part, method, tmp_path):
     mmdora.inject_adapters(model, {"model.decoder.layers": DORA})
     expected = logits(changed(model), ids := torch.tensor([[3, 281, 5]]))
     close(logits(reloaded(mmdora.merge_adapters(model), tmp_path / "tokens"), ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "rate"),
+    [
+        ("{lm_head: {method: full, learning_rate: 1e-5}}", 1e-5),
+        ("{lm_head: {method: full, learning_rate: 1e-5}, embeddings: {method: frozen}}", 1e-5),
+        ("{lm_head: {method: full, learning_rate: 1e-5}, model: {method: dora}}", 1e-5),
+        ("{lm_head: {method: full, learning_rate: 1e-5}, model.layers: {method: dora}}", 1e-5),
+        ("{lm_head: {method: full}, embeddings: {method: full, learning_rate: 1e-4}}", 1e-4),
+    ],
+)
+def test_a_tied_weight_has_the_rate_of_the_part_that_trains_it(parts, rate):
+    model, config = make(True), load_config("quickstart", [f"parts={parts}"])
+    mmdora.inject_adapters(model, config.parts)
+    groups = optimizer_groups(model, config)
+    assert [group["lr"] for group in groups for p in group["params"] if p is model.lm_head.weight] == [rate]
 
 
 def make_old(folder: Path, *dropped: str) -> None:
