@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from mmdora.models.attention import ExplicitAttention, explicit_attention, explicit_state_dict, multihead_state_dict
+from mmdora.models.attention import (
+    ExplicitAttention,
+    convert_attention,
+    explicit_attention,
+    explicit_state_dict,
+    multihead_state_dict,
+    restore_multihead,
+)
 from mmdora.models.vision_encoders import VISION_ENCODERS
 from mmdora.models.vision_encoders.open_clip import OpenCLIPVisionModel
 
@@ -107,3 +114,61 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_an_unknown_architecture_is_an_error():
     with pytest.raises(ValueError, match="open_clip has no architecture 'ViT-Z'"):
         VISION_ENCODERS["open_clip"]("ViT-Z")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bias": False}, {"kdim": 24, "vdim": 40}, {"batch_first": True}, {"dropout": 0.1}]
+)
+def test_an_explicit_attention_becomes_multihead_attention_again(settings):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 4, **settings).eval()
+    names, state = list(attention.state_dict()), attention.state_dict()
+    widths = (32, settings.get("kdim", 32), settings.get("vdim", 32))
+    inputs = [torch.randn(5, 2, width) for width in widths]
+    before = attention(*inputs, need_weights=False)[0]
+    convert_attention(attention, ExplicitAttention.from_multihead(attention))
+    assert type(attention) is ExplicitAttention
+    assert not attention.training
+    restore_multihead(attention)
+    assert type(attention) is nn.MultiheadAttention
+    assert list(attention.state_dict()) == names
+    assert all(torch.equal(attention.state_dict()[name], state[name]) for name in names)
+    assert torch.equal(attention(*inputs, need_weights=False)[0], before)
+    assert attention.dropout == settings.get("dropout", 0.0)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_explicit_attention_takes_inputs_without_a_batch(heads, batch_first):
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(32, heads, batch_first=batch_first).eval()
+    explicit = ExplicitAttention.from_multihead(reference)
+    x, padding = torch.randn(5, 32), torch.tensor([False, False, False, True, False])
+    expected = reference(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    torch.testing.assert_close(explicit(x, x, x, key_padding_mask=padding)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_explicit_attention_works_in_torchs_transformer_layers():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = layer(x)
+        assert explicit_attention(layer) == 1
+        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_that_two_modules_share_stays_shared():
+    attention = nn.MultiheadAttention(32, 4)
+    net = nn.ModuleList([nn.Sequential(attention), nn.Sequential(attention)])
+    assert explicit_attention(net) == 1
+    assert net[0][0] is net[1][0]
+
+
+def test_an_attention_with_another_forward_is_not_made_explicit():
+    class Other(nn.MultiheadAttention):
+        def forward(self, query):
+            return 2 * query
+
+    with pytest.raises(ValueError, match="Other has a forward of its own"):
+        ExplicitAttention.from_multihead(Other(32, 4))

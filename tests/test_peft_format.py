@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,7 +49,9 @@ def change(folder: Path, config: dict | None = None, tensors=None) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
     if tensors is not None:
         file = folder / "adapter_model.safetensors"
-        save_file(tensors(load_file(file)), file)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        save_file(tensors(load_file(file)), file, metadata=metadata)
 
 
 def renamed(old: str, new: str):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from torch import nn
@@ -19,9 +19,10 @@ from mmdora.core.config import PartConfig
 from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, architecture_of, find_parts, is_inside
-from mmdora.models.attention import explicit_attention
+from mmdora.models.attention import ExplicitAttention, convert_attention, restore_multihead
 from mmdora.models.model_state import AdapterRecord, state_of
 from mmdora.models.new_tokens import NEW_TOKENS, VALUES, fold_token_rows, token_rows, train_token_rows
+from mmdora.models.tied_weights import holder_of, tied_weights, untie, with_tied_modules
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def inject_adapters(
     """Put an adapter on the parts of `model`, in place, and make it the active one.
 
     All other parameters are frozen, except the rows of new tokens (`add_tokens`). The model's output does not change
-    until it is trained.
+    until it is trained. Training one of two tied weights in full trains both, unless the other one has a low-rank
+    adapter: then the two are no longer tied.
 
     Args:
         parts: Settings by part, as in a run's YAML. A part is `vision`, `projector`, `language`, `lm_head`,
@@ -77,16 +79,16 @@ def inject_adapters(
             f"parts.{full[0]}: cannot be trained in full, since the adapter {next(iter(adapters))!r} uses the same "
             "base weights; put this adapter on a base model of its own"
         )
-    modules_in_full: list[str] = []
+    whole = [path for plan in plans.values() for path in plan.whole]
+    _untie_adapted(model, whole, [path for plan in plans.values() for path in plan.layers])
     # Full training of a table trains the rows of new tokens too.
-    fold_token_rows(model, [path for plan in plans.values() for path in plan.whole])
+    fold_token_rows(model, whole)
     model.requires_grad_(False)
     for part, config in configs.items():
         for module in plans[part].whole:
             model.get_submodule(module).requires_grad_(True)
-        modules_in_full += plans[part].whole
         ADAPTERS[config.method]().apply(model, regions[part], plans[part].layers, name)
-    adapters[name] = AdapterRecord(configs, modules_in_full, train_token_rows(model))
+    adapters[name] = AdapterRecord(configs, with_tied_modules(model, whole), train_token_rows(model))
     set_adapter(model, name)
     return _report(model, configs, regions, plans)
 
@@ -119,24 +121,28 @@ def check_has_adapters(model: nn.Module, names: Sequence[str]) -> None:
 def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[dict[str, Region], dict[str, PartPlan]]:
     """Return the region of every part and the plan for it. Raises UserError.
 
-    Nothing is adapted yet, so mistakes are reported before, for example, a long evaluation of the base model. But
-    `nn.MultiheadAttention` is made explicit, which does not change its output.
+    Nothing is adapted yet, so mistakes are reported before, for example, a long evaluation of the base model. But an
+    `nn.MultiheadAttention` that gets an adapter is made explicit, which does not change its output.
     """
     regions = find_parts(model, configs)
-    plans = {}
-    for part, config in configs.items():
-        method = ADAPTERS[config.method]()
-        if "targets" in method.settings:
-            _explicit(model, regions[part])
-        plans[part] = method.plan(model, part, regions[part], config)
-    _check_disjoint(plans)
-    tables = [path for path, _ in token_rows(model)]
-    for part, plan in plans.items():
-        if both := sorted(set(tables) & set(plan.layers)):
-            raise UserError(
-                f"parts.{part}: {both[0]} holds rows of new tokens, which a low-rank adapter on the whole table would "
-                "change too; exclude it, or train it in full"
-            )
+    plans: dict[str, PartPlan] = {}
+    converted: dict[str, ExplicitAttention] = {}
+    try:
+        for part, config in configs.items():
+            method = ADAPTERS[config.method]()
+            if "targets" in method.settings:
+                converted |= _convert_attentions(model, regions[part])
+            plans[part] = method.plan(model, part, regions[part], config)
+        _check_disjoint(plans)
+        _check_token_tables(model, plans)
+    except BaseException:
+        plans.clear()
+        raise
+    finally:
+        adapted = {holder_of(layer) for plan in plans.values() for layer in plan.layers}
+        for path, attention in converted.items():
+            if path not in adapted:
+                restore_multihead(attention)
     return regions, plans
 
 
@@ -209,14 +215,44 @@ def _part_config(part: str, value: PartConfig | Mapping[str, Any]) -> PartConfig
     return value
 
 
-def _explicit(model: nn.Module, region: Region) -> None:
-    """Make `nn.MultiheadAttention` inside the part explicit, so that q, k, v and out are linear layers. Raises
-    UserError."""
-    for path in region.roots:
-        module = model.get_submodule(path)
-        if isinstance(module, nn.MultiheadAttention):
-            raise UserError(f"{path!r} is an nn.MultiheadAttention; name the module that contains it")
-        explicit_attention(module)
+def _convert_attentions(model: nn.Module, region: Region) -> dict[str, ExplicitAttention]:
+    """Make `nn.MultiheadAttention` inside the part explicit, so that q, k, v and out are linear layers.
+
+    Returns the new attentions by path. An attention that cannot be made explicit stays as it is. Raises UserError if
+    the part is an attention itself.
+    """
+    attentions = {p: m for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention) and region.holds(p)}
+    if root := next((path for path in attentions if path in region.roots), None):
+        raise UserError(f"{root!r} is an nn.MultiheadAttention; name the module that contains it")
+    converted: dict[str, ExplicitAttention] = {}
+    for path, module in attentions.items():
+        try:
+            explicit = ExplicitAttention.from_multihead(module)
+        except ValueError:
+            continue  # a target inside of it is then reported as a layer that cannot have an adapter
+        convert_attention(module, explicit)
+        converted[path] = cast(ExplicitAttention, module)
+    return converted
+
+
+def _untie_adapted(model: nn.Module, whole: list[str], layers: list[str]) -> None:
+    """Untie the weights of layers that get an adapter from weights that are trained in full.
+
+    An adapter needs a frozen weight, and PEFT reads the two as separate weights.
+    """
+    names = [f"{layer}.weight" for layer in layers]
+    tied = tied_weights(model)
+    untie(model, [n for n in names if any(is_inside(other, path) for other in tied.get(n, ()) for path in whole)])
+
+
+def _check_token_tables(model: nn.Module, plans: dict[str, PartPlan]) -> None:
+    tables = [path for path, _ in token_rows(model)]
+    for part, plan in plans.items():
+        if both := sorted(set(tables) & set(plan.layers)):
+            raise UserError(
+                f"parts.{part}: {both[0]} holds rows of new tokens, which a low-rank adapter on the whole table would "
+                "change too; exclude it, or train it in full"
+            )
 
 
 def _check_disjoint(plans: dict[str, PartPlan]) -> None:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from mmdora.adapters import AdapterLayer, LowRankSpec, tensor_shapes, wrap
 from mmdora.adapters.layers.base import SharedVeRA
 from mmdora.adapters.peft_format import PREFIX, Adapter
-from mmdora.adapters.token_rows import check_token_rows, load_token_rows, token_tables
+from mmdora.adapters.token_rows import check_token_rows, load_token_rows, row_owners
 from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
-from mmdora.models.attention import ExplicitAttention
+from mmdora.models.architectures import is_inside
+from mmdora.models.attention import ExplicitAttention, convert_attention
+from mmdora.models.new_tokens import fold_token_rows, token_rows
+from mmdora.models.tied_weights import holder_of, tied_weights, untie, with_tied_modules
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the linear layers of an explicit attention
 
@@ -30,8 +34,15 @@ class LoadPlan:
     attentions: dict[str, ExplicitAttention]  # by path: replacements of `nn.MultiheadAttention`
     specs: dict[str, LowRankSpec]  # by layer path: low-rank adapters
     modules_in_full: list[str]  # full paths of the modules trained in full
-    token_tables: list[str]  # paths of the tables with token rows; for tied tables only that of the input
+    trained: list[str]  # names of the full tensors that are trained
+    untied: list[str]  # names of tied parameters that get a tensor of their own
+    row_owners: dict[str, str]  # by path of each table with token rows: the table whose rows it uses
     vera_owners: dict[str, str]  # by layer path: the layer whose `vera_A` and `vera_B` it shares
+
+    @property
+    def token_tables(self) -> list[str]:
+        """Paths of the tables with token rows; for tables that share them only the first."""
+        return [path for path, owner in self.row_owners.items() if path == owner]
 
 
 def plan_load(model: nn.Module, adapter: Adapter) -> LoadPlan:
@@ -54,12 +65,22 @@ def plan_load(model: nn.Module, adapter: Adapter) -> LoadPlan:
         tensors |= named_state(attention, path)
     _check_base(adapter, tensors)
     _check_full_tensors(adapter, tensors)
+    modules_to_save = _modules_to_save(model, adapter, attentions)
+    trained = [name for name in adapter.full_tensors if any(is_inside(name, path) for path in modules_to_save)]
+    others = {name: tensor for name, tensor in adapter.full_tensors.items() if name not in trained}
+    if others and all(_is_close(tensors[name], tensor).all() for name, tensor in others.items()):
+        # PEFT has saved the embeddings of the base model too.
+        adapter = replace(adapter, full_tensors={name: adapter.full_tensors[name] for name in trained})
+    untied = _weights_to_untie(model, adapter, trained)
+    modules_in_full = list(dict.fromkeys([*modules_to_save, *_other_modules(adapter, trained)]))
     return LoadPlan(
         adapter=adapter,
         attentions=attentions,
         specs=adapter.specs,
-        modules_in_full=_modules_in_full(model, adapter, attentions),
-        token_tables=token_tables(model, adapter),
+        modules_in_full=with_tied_modules(model, modules_in_full, untied),
+        trained=trained,
+        untied=untied,
+        row_owners=row_owners(model, adapter, untied),
         vera_owners={path: adapter.vera_owners[path] for path, spec in adapter.specs.items() if spec.use_vera},
     )
 
@@ -71,8 +92,10 @@ def apply_plan(model: nn.Module, plan: LoadPlan, name: str) -> None:
     Otherwise it gets new ones, with the same `requires_grad`.
     """
     for path, attention in plan.attentions.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, attention)
+        convert_attention(cast(nn.MultiheadAttention, model.get_submodule(path)), attention)
+    untie(model, plan.untied)
+    # Tables that are loaded as a whole need no rows of their own.
+    fold_token_rows(model, [path for path, _ in token_rows(model) if f"{path}.weight" in plan.adapter.full_tensors])
     pairs: dict[str, SharedVeRA] = {}
     for path, spec in plan.specs.items():
         layer, tensors = wrap(model, path), plan.adapter.layers[path]
@@ -89,9 +112,7 @@ def apply_plan(model: nn.Module, plan: LoadPlan, name: str) -> None:
     named = named_state(model)
     for key, tensor in plan.adapter.full_tensors.items():
         _copy(named[key], tensor)
-        if isinstance(named[key], nn.Parameter):
-            named[key].requires_grad_(True)
-    load_token_rows(model, plan.adapter.token_rows)
+    load_token_rows(model, plan.adapter.token_rows, plan.row_owners)
 
 
 def named_state(module: nn.Module, path: str = "") -> dict[str, Tensor]:
@@ -148,11 +169,19 @@ def _check_base(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     """Check that base weights which the directory contains are those of the model."""
     for path, expected in adapter.base_weights.items():
         weight = tensors.get(f"{path}.weight")
-        same_shape = weight is not None and weight.shape == expected.shape
-        if weight is None or not same_shape or not torch.allclose(weight.cpu().float(), expected.float()):
+        same = weight is not None and weight.shape == expected.shape
+        if weight is not None and same:
+            differs = ~_is_close(weight, expected)
+            differs[list(adapter.token_rows.get(path, ()))] = False  # these rows are not used
+            same = not differs.any()
+        if not same:
             raise UserError(
                 f"{adapter.folder}: tensor {PREFIX}{path}.base_layer.weight belongs to another base model than this one"
             )
+
+
+def _is_close(weight: Tensor, expected: Tensor) -> Tensor:
+    return torch.isclose(weight.cpu().float(), expected.float())
 
 
 def _check_full_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
@@ -165,7 +194,44 @@ def _check_full_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _modules_in_full(model: nn.Module, adapter: Adapter, attentions: dict[str, ExplicitAttention]) -> list[str]:
+def _weights_to_untie(model: nn.Module, adapter: Adapter, trained: list[str]) -> list[str]:
+    """Return the names of tied parameters that need a tensor of their own.
+
+    PEFT trains a copy of each module in `modules_to_save`, so the other modules that hold the weight keep that of the
+    base model. The weight stays tied if the directory has the same tensor under all of its names.
+    """
+    tied = tied_weights(model)
+    given: dict[str, str] = {}  # names in the directory, by the first name of the same parameter of the same module
+    for key in adapter.full_tensors:
+        holder = model.get_submodule(holder_of(key)) if key in tied else None
+        given |= {name: key for name in tied.get(key, ()) if model.get_submodule(holder_of(name)) is holder}
+    untied: list[str] = []
+    for names in {tuple(group) for group in tied.values()}:
+        tensors = {name: adapter.full_tensors[given[name]] for name in names if name in given}
+        copies = [name for name in tensors if given[name] in trained]
+        in_base = [name for name in tensors if name not in copies]
+        first = next(iter(tensors.values()), None)
+        same = all(torch.equal(tensor, first) for tensor in tensors.values() if first is not None)
+        if same and (adapter.version == 1 or not copies or len(tensors) == len(names)):
+            continue
+        keeps_shared = 0 if in_base or len(tensors) < len(names) else 1
+        untied += copies[keeps_shared:]
+        untied += [name for name in in_base[1:] if not torch.equal(tensors[name], tensors[in_base[0]])]
+    return untied
+
+
+def _other_modules(adapter: Adapter, trained: list[str]) -> list[str]:
+    """Return the modules of full tensors that are not trained, but are not those of the base model either.
+
+    PEFT saves embeddings that were resized.
+    """
+    others = [name for name in adapter.full_tensors if name not in trained]
+    if top := next((name for name in others if not holder_of(name)), None):
+        raise UserError(f"{adapter.folder}: tensor {PREFIX}{top} belongs to no module that 'modules_to_save' names")
+    return [holder_of(name) for name in others]
+
+
+def _modules_to_save(model: nn.Module, adapter: Adapter, attentions: dict[str, ExplicitAttention]) -> list[str]:
     """Return the full paths of the modules that `modules_to_save` names by the ends of their paths."""
     paths = [path for path, _ in model.named_modules()]
     paths += [f"{path}.{name}" for path, attention in attentions.items() for name, _ in attention.named_children()]

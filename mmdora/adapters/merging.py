@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,18 @@ from torch import Tensor, nn
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.injection import check_has_adapters, check_new_name, set_adapter
 from mmdora.adapters.layers.experts import AdaptedExperts
+from mmdora.adapters.layers.linear import LinearLayer
 from mmdora.adapters.layers.shared_input import share_inputs
+from mmdora.adapters.layers.wrapping import dequantize
 from mmdora.adapters.ops.functional import dora_gain
 from mmdora.adapters.peft_format import PREFIX, VALUES, metadata, peft_config
-from mmdora.adapters.save_load import write_adapter
+from mmdora.adapters.save_load import is_in_peft, write_adapter
 from mmdora.adapters.token_rows import token_row_contents
 from mmdora.core.errors import UserError
+from mmdora.models.attention import ExplicitAttention, restore_multihead
 from mmdora.models.model_state import AdapterRecord, MergeUndo, Snapshot, state_of
-from mmdora.models.new_tokens import fold_token_rows, new_tokens, tied_embeddings, token_rows
+from mmdora.models.new_tokens import fold_token_rows, new_tokens, token_rows
+from mmdora.models.tied_weights import FLAG, clear_tied_flags, holder_of, tied_weights, untie_all
 
 # `combine_adapters` refuses a sum that scales a row of W by less than this: the row has no direction left.
 MIN_ROW_SCALE = 1e-3
@@ -36,7 +39,9 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
         reversible: Keep the adapters and the original weights on the model, so that `unmerge_adapters` can restore
             them exactly. Needs as much memory again as the adapted layers.
 
-    If only one of two tied embeddings was adapted, the two are no longer tied, and the model's config says so.
+    The model can then be saved with the names and kinds of weights that its class expects: `nn.MultiheadAttention` is
+    restored, and layers that bitsandbytes quantized are dequantized, unless the merge is reversible. If only one of two
+    tied weights was adapted, the two are no longer tied, and the model's config says so.
 
     Raises:
         UserError: If the model is merged reversibly already, or has no adapter `name`.
@@ -46,21 +51,23 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
         raise UserError("the model is merged already; call unmerge_adapters(model) first")
     if name is not None:
         set_adapter(model, name)
-    tied = tied_embeddings(model)
-    snapshots: list[Snapshot] = []
+    ties, snapshots = tied_weights(model), _snapshots(model) if reversible else []
     for _, layer in list(adapter_layers(model)):
-        changed = [layer, layer.block] if isinstance(layer, AdaptedExperts) else [layer]
-        snapshots += [_snapshot(module) for module in changed] if reversible else []
         if layer.active is not None:
             layer.merge(layer.active)
         else:
             layer.unwrap()
-    snapshots += [_snapshot(model.get_submodule(path)) for path, _ in token_rows(model)] if reversible else []
+    for module in list(model.modules()):
+        if isinstance(module, ExplicitAttention) and module.converted:
+            restore_multihead(module)
     fold_token_rows(model)
+    tied_configs = clear_tied_flags(model) if tied_weights(model) != ties else []
+    if tied_configs or state.untied:
+        untie_all(model)  # with this config, the model's class ties no other weights either
     if reversible:
-        state.merge_undo = MergeUndo(snapshots, state.adapters, tied)
-    if tied and not tied_embeddings(model):
-        _set_tied(model, False)
+        state.merge_undo = MergeUndo(snapshots, state.adapters, tied_configs)
+    else:
+        dequantize(model)
     state.adapters = {}
     return model
 
@@ -77,21 +84,28 @@ def unmerge_adapters(model: nn.Module) -> nn.Module:
         module.train(training)
     state.adapters = state.adapters | undo.adapters
     share_inputs(model)
-    if undo.tied_embeddings:
-        _set_tied(model, True)
+    for config in undo.tied_configs:
+        setattr(config, FLAG, True)
     return model
+
+
+def _snapshots(model: nn.Module) -> list[Snapshot]:
+    """Return snapshots of all modules that a merge may change."""
+    changed: list[nn.Module] = []
+    for _, layer in adapter_layers(model):
+        changed += [layer, layer.block] if isinstance(layer, AdaptedExperts) else [layer]
+        if isinstance(layer, LinearLayer) and layer.shared_input is not None:
+            layer.shared_input.dissolve()  # `unmerge_adapters` makes new groups
+    changed += [module for module in model.modules() if isinstance(module, ExplicitAttention)]
+    changed += [model.get_submodule(holder_of(name)) for name in tied_weights(model)]
+    changed += [model.get_submodule(path) for path, _ in token_rows(model)]
+    return [_snapshot(module) for module in {id(module): module for module in changed}.values()]
 
 
 def _snapshot(module: nn.Module) -> Snapshot:
     copied = ("_parameters", "_modules", "_buffers", "_forward_hooks")
     attributes = {key: value.copy() if key in copied else value for key, value in module.__dict__.items()}
     return Snapshot(module, type(module), attributes)
-
-
-def _set_tied(model: nn.Module, tied: bool) -> None:
-    config: Any = model.config
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = tied
 
 
 @torch.no_grad()
@@ -184,7 +198,7 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
     specs: dict[str, LowRankSpec] = {}
     norms: dict[str, tuple[float, float]] = {}  # ‖ΔW − BA‖ and ‖ΔW‖
     for path, layer in adapter_layers(model, name):
-        if not layer.in_peft:
+        if not is_in_peft(model, path, layer):
             raise UserError(f"{path}: PEFT has no plain LoRA for this {type(layer).__name__}")
         change = layer.merged(name) - layer.matrix().float()
         a, b = best_low_rank(change, rank)

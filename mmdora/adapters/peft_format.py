@@ -4,6 +4,8 @@
 `.lora_magnitude_vector` [out] (embeddings: `.lora_embedding_A` and `_B`), and the weights of modules trained in full as
 PEFT's `modules_to_save`. Settings that PEFT's config cannot express are in the file's metadata. A directory that PEFT
 cannot compute at all has the `peft_type` `MMDORA`, so that PEFT refuses it.
+
+A tied weight that is trained in full is written under each of its names, since PEFT trains one copy for each.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from mmdora.adapters.spec import LowRankSpec
 from mmdora.adapters.targets import pattern_value
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
-from mmdora.models.new_tokens import VALUES
+from mmdora.models.new_tokens import TOKEN_ADAPTER, VALUES
 
 PREFIX = "base_model.model."
+VERSION = 2  # of the metadata; in version 1 a tied weight that is trained in full may stand under one name for all
 OWN_TYPE = "MMDORA"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -42,7 +45,7 @@ KNOWN_SETTINGS = {
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
     *("bias", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform"),
     *("layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "eva_config", "qalora_group_size"),
-    *("runtime_config", "trainable_token_indices", "mmdora_dropout"),
+    *("runtime_config", "trainable_token_indices", "mmdora_dropout", "ensure_weight_tying"),
 }
 # Initializations that do not change the base weights. With any other, the tensors belong to a changed base.
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -75,6 +78,7 @@ class Adapter:
     vera_owners: dict[str, str]  # by layer path: the layer under whose name the shared `vera_A`, `vera_B` are saved
     token_rows: dict[str, dict[int, Tensor]]  # by table path and token id, ascending: rows of tokens
     new_tokens: dict[str, int]  # ids of the tokens that the run added to the vocabulary
+    version: int  # of the metadata; PEFT's directories count as the newest
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -85,6 +89,7 @@ def read_adapter(folder: Path) -> Adapter:
     full_tensors: dict[str, Tensor] = {}
     base_weights: dict[str, Tensor] = {}
     token_rows: dict[str, dict[int, Tensor]] = {}
+    copies: dict[str, Tensor] = {}  # with `save_embedding_layers`, PEFT writes embeddings trained in full twice
     for key, tensor in tensors.items():
         _check_tensor(folder, key, tensor)
         stem = key.removeprefix(PREFIX)
@@ -94,12 +99,23 @@ def read_adapter(folder: Path) -> Adapter:
         elif stem.endswith(f".{VALUES}"):
             path = stem.removesuffix(f".{VALUES}")
             token_rows[path] = _token_rows(folder, path, tensor, config.get("trainable_token_indices"))
-        elif stem.endswith(".base_layer.weight"):
-            base_weights[stem.removesuffix(".base_layer.weight")] = tensor
+        elif stem.endswith((".base_layer.weight", ".original_module.weight")):
+            path = stem.removesuffix(".base_layer.weight").removesuffix(".original_module.weight")
+            base_weights[path.removesuffix(f".{TOKEN_ADAPTER}")] = tensor
+        elif ".modules_to_save." in stem:
+            copies[stem.replace(".modules_to_save.", ".")] = tensor
         elif re.search(r"(^|[._])(lora|dora|vera|hada|lokr|oft|ia3)_", stem):
             raise UserError(f"{folder}: tensor {key!r} belongs to an adapter type that is not supported")
         else:
             full_tensors[stem] = tensor
+    for name, tensor in copies.items():
+        if name not in full_tensors or not torch.equal(tensor, full_tensors[name]):
+            raise UserError(f"{folder}: two different tensors are given for {PREFIX}{name}")
+    if config.get("ensure_weight_tying") and (tied := [path for path, own in layers.items() if EMBEDDING_A in own]):
+        raise UserError(
+            f"{folder}: 'ensure_weight_tying' is set, and {tied[0]} has a low-rank adapter that shares its weights "
+            "with the adapter of the head, which is not supported"
+        )
     if both := sorted(set(token_rows) & set(layers)):
         raise UserError(f"{folder}: {both[0]} has token rows and a low-rank adapter; only one of them is supported")
     own_specs, parts, vera_owners, new_tokens = _read_metadata(folder, about)
@@ -117,6 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
         vera_owners,
         token_rows,
         new_tokens,
+        about.get("version", 1) if about else VERSION,
     )
 
 
@@ -307,6 +324,7 @@ def metadata(
 ) -> dict[str, str]:
     """Return the metadata of the tensor file: each layer's exact settings, and the parts that they come from."""
     about = {
+        "version": VERSION,
         "specs": {path: asdict(spec) for path, spec in specs.items()},
         "parts": {part: config.model_dump(mode="json") for part, config in parts.items()},
         "shared": dict(vera_owners),

@@ -31,8 +31,11 @@ from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import full_parameter
 from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
+from mmdora.models.architectures import is_inside
+from mmdora.models.attention import ExplicitAttention
 from mmdora.models.model_state import AdapterRecord, state_of
 from mmdora.models.new_tokens import new_tokens, train_token_rows
+from mmdora.models.tied_weights import holder_of
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -67,10 +70,18 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
 
 
 def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Return the tensors, config and metadata of one adapter, gathered and on the CPU."""
+    """Return the tensors, config and metadata of one adapter, gathered and on the CPU.
+
+    Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
+    """
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
+    if both := [path for path in layers if any(is_inside(path, module) for module in record.modules_in_full)]:
+        raise UserError(
+            f"{both[0]} has a low-rank adapter, and its weight is tied to one that was trained in full. An adapter "
+            "directory cannot hold this any more: merge the adapter instead"
+        )
     specs = {path: layer.specs[name] for path, layer in layers.items()}
-    in_peft = all(layer.in_peft and not layer.specs[name].use_vera for layer in layers.values())
+    in_peft = all(is_in_peft(model, *item) and not item[1].specs[name].use_vera for item in layers.items())
     dora = in_peft and any(spec.use_dora for spec in specs.values())
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}  # by id of a SharedVeRA: the layer under whose name it is saved
@@ -97,6 +108,13 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     return tensors, config, metadata(specs, record.parts, vera_owners, new_tokens(model))
 
 
+def is_in_peft(model: nn.Module, path: str, layer: AdapterLayer) -> bool:
+    """Return whether PEFT computes the same with this layer's tensors. It has no layers for the projections of an
+    `nn.MultiheadAttention`, and would skip them without a word."""
+    attention = model.get_submodule(holder_of(path))
+    return layer.in_peft and not (isinstance(attention, ExplicitAttention) and attention.converted)
+
+
 def _as_dora(layer: AdapterLayer, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return one layer's tensors with all that PEFT needs to read the layer as DoRA.
 
@@ -120,8 +138,18 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """
     check_new_name(model, name)
     plan = plan_load(model, read_adapter(Path(folder)))
+    owned, others = [*plan.modules_in_full, *plan.token_tables], state_of(model).adapters
+    if owned and others:
+        raise UserError(
+            f"{folder}: holds weights of {owned[0]}, which the adapter {next(iter(others))!r} uses too; load it into a "
+            "base model of its own"
+        )
     model.requires_grad_(False)
     apply_plan(model, plan, name)
+    named = named_state(model)
+    for parameter in (named[key] for key in plan.trained):
+        if isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(True)
     token_tables = train_token_rows(model)
     state_of(model).adapters[name] = AdapterRecord(plan.adapter.parts, plan.modules_in_full, token_tables)
     set_adapter(model, name)
@@ -154,6 +182,11 @@ def _plan_replacement(model: nn.Module, folder: Path, name: str) -> LoadPlan:
     """Return the plan of a directory that adapts the same modules as the model's adapter `name`. Raises UserError."""
     check_has_adapters(model, [name])
     plan = plan_load(model, read_adapter(folder))
+    if plan.untied:
+        raise UserError(
+            f"{folder}: holds a tensor of its own for {plan.untied[0]}, which is tied in this model; load it into a "
+            "new base model"
+        )
     record = state_of(model).adapters[name]
     current = ([path for path, _ in adapter_layers(model, name)], record.modules_in_full, record.token_tables)
     for mine, others in zip(current, (plan.specs, plan.modules_in_full, plan.token_tables), strict=True):

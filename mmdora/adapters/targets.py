@@ -34,8 +34,8 @@ def resolve_targets(model: nn.Module, part: str, region: Region, config: PartCon
         # PEFT also leaves out the output embeddings, which are often tied to the input embeddings.
         head = getattr(model, "get_output_embeddings", lambda: None)()
         selected = [p for p, m in inside.items() if is_linear(m) and m is not head]
-        if not selected and is_linear(model.get_submodule(path)):
-            return [path]
+        if not selected and layer_class(model.get_submodule(path)) is not None:
+            return [path]  # the part is one layer
     else:
         selected = _select(choice, inside, f"parts.{part}.{key}")
     if config.exclude:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,8 @@ from mmdora.adapters.peft_format import PREFIX, VALUES, Adapter
 from mmdora.core.deepspeed import full_parameter, gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import embeddings_of
-from mmdora.models.new_tokens import (
-    TOKEN_ADAPTER,
-    path_of,
-    put_token_rows,
-    tied_embeddings,
-    token_row_owners,
-    token_rows,
-)
+from mmdora.models.new_tokens import TOKEN_ADAPTER, TokenRows, put_token_rows, tied_tables, token_rows
+from mmdora.models.tied_weights import FLAG, holder_of
 
 
 def token_row_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
@@ -34,11 +28,38 @@ def token_row_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
     return contents
 
 
-def token_tables(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Return the tables of a directory's token rows; for tied tables only that of the input embeddings."""
-    owners = token_row_owners(model)
-    shared = {path for path, rows in token_rows(model) if owners[rows] != path}
-    return [path for path in adapter.token_rows if path not in shared]
+def row_owners(model: nn.Module, adapter: Adapter, untied: Iterable[str]) -> dict[str, str]:
+    """Return each table that gets token rows of an adapter directory, with the table whose rows it uses.
+
+    Tied tables share their rows if the directory has the same for both. Without rows for the head, PEFT applies those
+    of the input embeddings to a tied head. `untied` are the names of weights that will no longer be tied.
+
+    Raises UserError for a tied head that has a low-rank adapter too.
+    """
+    separate = {holder_of(name) for name in untied}
+    inputs = embeddings_of(model, "input")
+    owners: dict[str, str] = {}
+    for path in (path for path, _ in model.named_modules() if path in adapter.token_rows):
+        owners.setdefault(path, path)
+        for other in tied_tables(model, path):
+            if other in owners or {path, other} & separate:
+                continue
+            if other in adapter.token_rows:
+                shares = _same_rows(adapter.token_rows[path], adapter.token_rows[other])
+            else:
+                shares = model.get_submodule(path) is inputs and getattr(getattr(model, "config", None), FLAG, False)
+            if shares:
+                owners[other] = owners[path]
+            if shares and other in adapter.specs:
+                raise UserError(
+                    f"{adapter.folder}: {other} has a low-rank adapter, and is tied to {path}, which has token rows; "
+                    "only one of them is supported"
+                )
+    return owners
+
+
+def _same_rows(rows: Mapping[int, Tensor], others: Mapping[int, Tensor]) -> bool:
+    return list(rows) == list(others) and all(torch.equal(rows[i], others[i]) for i in rows)
 
 
 def check_token_rows(model: nn.Module, adapter: Adapter) -> None:
@@ -63,15 +84,23 @@ def check_token_rows(model: nn.Module, adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def load_token_rows(model: Any, by_table: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Copy checked token rows, by table path and token id, into the model's; tables without rows get new ones."""
+def load_token_rows(model: nn.Module, by_table: Mapping[str, Mapping[int, Tensor]], owners: Mapping[str, str]) -> None:
+    """Copy checked token rows, by table path and token id, into the model's; tables without rows get new ones.
+
+    `owners` are the tables that get rows, with the table whose rows they use.
+    """
     existing = dict(token_rows(model))
-    inputs, outputs = (embeddings_of(model, which) for which in ("input", "output"))
-    for path, rows in by_table.items():
-        if path in existing:
-            with gathered([existing[path].trainable_tokens_delta], write=True):
-                existing[path].trainable_tokens_delta.copy_(torch.stack(list(rows.values())))
-        elif TOKEN_ADAPTER not in model.get_submodule(path)._modules:
-            put_token_rows(model, path, list(rows), torch.stack(list(rows.values())))
-        if tied_embeddings(model) and model.get_submodule(path) is inputs and TOKEN_ADAPTER not in outputs._modules:
-            put_token_rows(model, path_of(model, outputs), shared=inputs.get_submodule(TOKEN_ADAPTER))
+    written: set[TokenRows] = set()
+    for path in (path for path, owner in owners.items() if path == owner):
+        ids, values = list(by_table[path]), torch.stack(list(by_table[path].values()))
+        rows = existing.get(path)
+        if rows is None or rows in written:  # none yet, or those of a table that has other rows now
+            put_token_rows(model, path, ids, values)
+        else:
+            with gathered([rows.trainable_tokens_delta], write=True):
+                rows.trainable_tokens_delta.copy_(values)
+            written.add(rows)
+    for path, owner in owners.items():
+        shared: Any = model.get_submodule(owner).get_submodule(TOKEN_ADAPTER)
+        if model.get_submodule(path)._modules.get(TOKEN_ADAPTER) is not shared:
+            put_token_rows(model, path, shared=shared)

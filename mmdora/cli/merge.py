@@ -20,7 +20,8 @@ def merge(
 ) -> None:
     """Merge an adapter into a plain Hugging Face model.
 
-    Prints the largest difference between the logits of the adapted and the merged model.
+    Prints the largest difference between the logits of the adapted and the merged model. If rounding does not explain
+    it, the command fails, and a file MERGE_FAILED.txt marks the directory.
     """
     from mmdora.apps.check_paths import check_new_directory, check_target
 

@@ -3,6 +3,9 @@
 `nn.MultiheadAttention` keeps q, k and v in one `in_proj_weight` and never calls `out_proj.forward`, so an adapter on
 its children computes nothing and gets no gradient. `explicit_attention` replaces each one by four `nn.Linear` layers
 around `scaled_dot_product_attention`: the same function, with layers that can be adapted.
+
+This changes the names in the state dict. `restore_multihead` undoes it, so that a merged model has the names that its
+class expects.
 """
 
 from __future__ import annotations
@@ -16,8 +19,15 @@ class ExplicitAttention(nn.Module):
     """Multi-head attention with `q_proj`, `k_proj`, `v_proj` and `out_proj` as ordinary linear layers.
 
     It is called like the `nn.MultiheadAttention` that it replaces: `(query, key, value)` have shape [batch, tokens,
-    width] if `batch_first`, else [tokens, batch, width]. It returns `(output, None)`, as with `need_weights=False`.
+    width] if `batch_first`, else [tokens, batch, width], or [tokens, width]. It returns `(output, None)`, as with
+    `need_weights=False`.
+
+    Attributes:
+        converted: Whether an adapter needed it in place of an `nn.MultiheadAttention`, which a merge restores.
     """
+
+    converted: bool = False
+    in_proj_bias = None  # keeps torch's transformer layers from their fast path, which needs `in_proj_weight`
 
     def __init__(self, embed_dim: int, num_heads: int, kdim: int, vdim: int, bias: bool, batch_first: bool):
         super().__init__()
@@ -31,7 +41,9 @@ class ExplicitAttention(nn.Module):
 
     @classmethod
     def from_multihead(cls, attention: nn.MultiheadAttention) -> ExplicitAttention:
-        """Copy an attention. Raises ValueError for one with `add_bias_kv` or `add_zero_attn`."""
+        """Copy an attention. Raises ValueError for one that computes something else."""
+        if type(attention).forward is not nn.MultiheadAttention.forward:
+            raise ValueError(f"{type(attention).__name__} has a forward of its own, so it cannot be made explicit")
         if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
             raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot be made explicit")
         new = cls(
@@ -57,10 +69,16 @@ class ExplicitAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         if need_weights:
             raise ValueError("explicit attention returns no attention weights; call it with need_weights=False")
+        if query.dim() == 2:  # without a batch
+            axis = 0 if self.batch_first else 1
+            padding = None if key_padding_mask is None else key_padding_mask[None]
+            query, key, value = (x.unsqueeze(axis) for x in (query, key, value))
+            return self.forward(query, key, value, padding, attn_mask=attn_mask)[0].squeeze(axis), None
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
@@ -130,12 +148,48 @@ def multihead_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def explicit_attention(model: nn.Module) -> int:
     """Replace every `nn.MultiheadAttention` inside `model`, in place. Returns how many were replaced."""
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.MultiheadAttention)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, ExplicitAttention.from_multihead(child))
+    found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    for attention in found:
+        _become(attention, ExplicitAttention.from_multihead(attention))
     return len(found)
+
+
+def convert_attention(attention: nn.MultiheadAttention, explicit: ExplicitAttention) -> None:
+    """Turn an attention into its explicit copy, in place, until `restore_multihead`."""
+    explicit.converted = True
+    _become(attention, explicit)
+
+
+def restore_multihead(attention: ExplicitAttention) -> None:
+    """Turn an explicit attention back into an `nn.MultiheadAttention`, in place, with the weights that it has now."""
+    q, k, v, out = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
+    with torch.device("meta"):  # the weights are assigned below
+        new = nn.MultiheadAttention(
+            q.in_features,
+            attention.num_heads,
+            dropout=attention.dropout,
+            bias=q.bias is not None,
+            kdim=k.in_features,
+            vdim=v.in_features,
+            batch_first=attention.batch_first,
+        )
+    if new.in_proj_weight is None:
+        new.q_proj_weight, new.k_proj_weight, new.v_proj_weight = q.weight, k.weight, v.weight
+    else:
+        new.in_proj_weight = _stacked(q.weight, k.weight, v.weight)
+    if q.bias is not None:
+        new.in_proj_bias = _stacked(q.bias, k.bias, v.bias)
+    new.out_proj.weight, new.out_proj.bias = out.weight, out.bias
+    _become(attention, new.train(attention.training))
+
+
+def _stacked(*parameters: Tensor) -> nn.Parameter:
+    trainable = any(parameter.requires_grad for parameter in parameters)
+    return nn.Parameter(torch.cat([parameter.detach() for parameter in parameters]), requires_grad=trainable)
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the class and the content of another, so that every reference to it stays valid; keep its hooks."""
+    hooks = {key: value for key, value in module.__dict__.items() if "_hooks" in key}
+    module.__class__ = other.__class__
+    module.__dict__ = {**other.__dict__, **hooks}

@@ -28,6 +28,8 @@ from mmdora.models.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 
 log = logging.getLogger(__name__)
 
+FAILED_MERGE = "MERGE_FAILED.txt"  # marks the directory of a merged model that is not the adapted model
+
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     """Return the model in `config.dtype` and in evaluation mode, and its processor. Raises UserError."""
@@ -129,6 +131,8 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     path = find_path(name)
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") != 1):
         raise UserError(f"model.path: no such directory {name!r}")
+    if (path / FAILED_MERGE).is_file():
+        raise UserError(f"model.path: {name} is a merge that failed; {path / FAILED_MERGE} says why")
     return {
         "pretrained_model_name_or_path": str(path) if path.exists() else name,
         "trust_remote_code": config.trust_remote_code,

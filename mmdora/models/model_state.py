@@ -49,7 +49,7 @@ class MergeUndo:
 
     snapshots: list[Snapshot]
     adapters: dict[str, AdapterRecord]
-    tied_embeddings: bool
+    tied_configs: list[Any]  # the configs that said that weights are tied
 
 
 @dataclass
@@ -58,6 +58,7 @@ class ModelState:
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)  # by name
     merge_undo: MergeUndo | None = None  # set while the model is merged reversibly
+    untied: bool = False  # whether an adapter needed tensors of its own for weights that the model's config ties
     new_tokens: dict[str, int] = field(default_factory=dict)  # ids of the tokens that `add_tokens` added
     guessed_parts: dict[str, tuple[str, ...]] | None = None  # for a family without an entry in ARCHITECTURES
 

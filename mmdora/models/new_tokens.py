@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import embeddings_of, is_inside
 from mmdora.models.model_state import state_of
+from mmdora.models.tied_weights import holder_of, tied_weights
 
 TOKEN_ADAPTER = "token_adapter"  # PEFT's name for the module
 VALUES = f"{TOKEN_ADAPTER}.trainable_tokens_delta"  # PEFT's name for the rows; they are values, not a difference
@@ -80,11 +81,9 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
     ids, pieces = extend_tokenizer(getattr(processor, "tokenizer", processor), tokens)
     order = sorted(range(len(ids)), key=lambda i: ids[i])
     _grow_tables(model, max(ids) + 1)
-    tied = tied_embeddings(model)
     for path, table in _tables(model).items():
-        if tied and table is model.get_output_embeddings():
-            put_token_rows(model, path, shared=model.get_input_embeddings().get_submodule(TOKEN_ADAPTER))
-            continue
+        if TOKEN_ADAPTER in table._modules:
+            continue  # it is tied to a table that has the rows
         with torch.no_grad():
             for name in ("weight", "bias"):
                 tensor = getattr(table, name, None)
@@ -92,6 +91,8 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
                     for token, piece in zip(ids, pieces, strict=True):
                         tensor[token] = tensor[piece].float().mean(0)
         put_token_rows(model, path, [ids[i] for i in order], table.weight[[ids[i] for i in order]])
+        for tied in tied_tables(model, path):
+            put_token_rows(model, tied, shared=table.get_submodule(TOKEN_ADAPTER))
     state_of(model).new_tokens = dict(zip(tokens, ids, strict=True))
     return ids
 
@@ -144,8 +145,13 @@ def put_token_rows(
     values: Tensor | None = None,
     shared: nn.Module | None = None,
 ) -> None:
-    """Add rows to the table at `path`: `ids` and `values` [k, d], or the `shared` rows of the table it is tied to."""
+    """Give the table at `path` these rows: `ids` and `values` [k, d], or the `shared` rows of the table it is tied to.
+
+    They replace the rows that it has.
+    """
     table: Any = model.get_submodule(path)
+    if TOKEN_ADAPTER in table._modules:
+        _remove_token_rows(table)
     if shared is None:
         assert values is not None
         shared = TokenRows(ids, values.to(table.weight.device))
@@ -153,37 +159,38 @@ def put_token_rows(
     table.register_forward_hook(_replace_output)
 
 
+def tied_tables(model: nn.Module, path: str) -> list[str]:
+    """Return the paths of the other tables that are tied to the one at `path`."""
+    names = tied_weights(model).get(f"{path}.weight", [])
+    tables = [holder_of(name) for name in names if name.endswith(".weight") and name != f"{path}.weight"]
+    return [table for table in tables if isinstance(model.get_submodule(table), nn.Embedding | nn.Linear)]
+
+
 @torch.no_grad()
 def fold_token_rows(model: Any, inside: Collection[str] = ("",)) -> None:
     """Write the token rows of all tables inside these modules into the tables' weights, and remove the rows.
 
-    Tables tied to one of them are included. The tables get new weight tensors.
+    Tables that share these rows with one of them are included. The tables get new weight tensors.
     """
-    tied = tied_embeddings(model)
-    by_path = dict(token_rows(model))
-    chosen = [path for path in by_path if any(is_inside(path, outer) for outer in inside)]
-    for path in list(by_path) if tied and chosen else chosen:
+    tied = tied_weights(model)
+    for path, rows in list(token_rows(model)):
         table: Any = model.get_submodule(path)
-        rows = by_path[path]
-        if not (tied and table is model.get_output_embeddings()):
-            weight = table.weight.detach().clone()
-            weight[rows.token_indices] = rows.trainable_tokens_delta.to(weight.dtype)
-            table.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
-        _remove_token_rows(table)
-    if tied and chosen:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        if not any(is_inside(path, outer) for outer in inside) or TOKEN_ADAPTER not in table._modules:
+            continue  # outside, or folded with a table that it is tied to
+        weight = table.weight.detach().clone()
+        weight[rows.token_indices] = rows.trainable_tokens_delta.to(weight.dtype)
+        parameter = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        for name in tied.get(f"{path}.weight", [f"{path}.weight"]):
+            holder: Any = model.get_submodule(holder_of(name))
+            if holder._modules.get(TOKEN_ADAPTER) is rows:
+                holder.weight = parameter
+                _remove_token_rows(holder)
 
 
 def _remove_token_rows(table: nn.Module) -> None:
     del table._modules[TOKEN_ADAPTER]
     for key in [key for key, hook in table._forward_hooks.items() if hook is _replace_output]:
         del table._forward_hooks[key]
-
-
-def tied_embeddings(model: Any) -> bool:
-    """Return whether the input and the output embeddings are the same parameter."""
-    inputs, outputs = embeddings_of(model, "input"), embeddings_of(model, "output")
-    return inputs is not None and outputs is not None and inputs.weight is outputs.weight
 
 
 def _tables(model: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch import nn
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import architecture_of
 
+ORIGINAL_DTYPE = "original_dtype_of_weight"  # attribute of a quantized layer
+
 
 def quantize_language_model(model: nn.Module, bits: str) -> None:
     """Replace the `nn.Linear` layers of the language model by bitsandbytes layers, in place.
@@ -45,4 +47,5 @@ def _quantized(layer: nn.Linear, bits: str, bnb: Any) -> nn.Module:
     else:
         new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
+    setattr(new, ORIGINAL_DTYPE, weight.dtype)
     return new.to(device).train(layer.training)  # `.to` quantizes the weight

@@ -8,9 +8,10 @@ from torch import nn
 
 from mmdora.core.config import PartConfig, RunConfig
 from mmdora.core.deepspeed import true_shape
-from mmdora.models.architectures import find_parts
+from mmdora.models.architectures import Region, find_parts
 from mmdora.models.blocks import rate_factors
 from mmdora.models.new_tokens import NEW_TOKENS, VALUES
+from mmdora.models.tied_weights import tied_weights
 
 
 def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -22,6 +23,7 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     regions = find_parts(model, config.parts)
     decays = {part: options.layer_decay for part, options in config.parts.items() if options.layer_decay != 1}
     factors = {part: rate_factors(model, part, regions[part], decay) for part, decay in decays.items()}
+    tied = tied_weights(model)
     groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -29,8 +31,7 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         if name.endswith(VALUES):
             part, options = NEW_TOKENS, PartConfig(method="full", weight_decay=0.0)
         else:
-            inside = [part for part, region in regions.items() if region.holds(name)]
-            part = max(inside, key=lambda p: len(regions[p].path))
+            part, name = _part_of(tied.get(name, [name]), regions, config)
             options = config.parts[part]
         is_matrix = len(true_shape(parameter)) >= 2
         decayed = is_matrix and ".lora_magnitude_vector." not in name  # a convolution's magnitude is [1, out, 1, 1]
@@ -40,3 +41,12 @@ def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         group = {"params": [], "lr": rate, "weight_decay": decay if decayed else 0.0, "name": part}
         groups.setdefault((part, decayed, rate), group)["params"].append(parameter)
     return list(groups.values())
+
+
+def _part_of(names: list[str], regions: dict[str, Region], config: RunConfig) -> tuple[str, str]:
+    """Return the part that trains a parameter, and the parameter's name there. A tied weight has several names."""
+    inside = {part: name for part, region in regions.items() for name in names if region.holds(name)}
+    if len(names) > 1:  # parts with low-rank adapters do not train it
+        inside = {p: name for p, name in inside.items() if config.parts[p].method == "full"} or inside
+    part = max(inside, key=lambda p: len(regions[p].path))
+    return part, inside[part]

@@ -11,20 +11,35 @@ from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
+import torch
 from torch import Tensor, nn
 
 from mmdora.adapters.layers.base import AdapterLayer
 from mmdora.adapters.layers.linear import AdaptedLinear
+from mmdora.models.quantization import ORIGINAL_DTYPE
 
 
 class QuantizedLinear(AdaptedLinear):
+    @property
+    def original_dtype(self) -> torch.dtype:
+        """The dtype of the weight before it was quantized, which 8-bit layers do not keep by themselves."""
+        return getattr(self, ORIGINAL_DTYPE, None) or self.matrix().dtype
+
     def merge(self, name: str) -> None:
-        """Become an `nn.Linear` with the dequantized weight, in the dtype of the bias if there is one."""
+        """Become an `nn.Linear` with the merged weight."""
+        self._become_linear(self.merged(name))
+
+    def dequantize(self) -> None:
+        """Become an `nn.Linear` with the dequantized weight, without adapters."""
+        self._become_linear(self.matrix())
+
+    def _become_linear(self, weight: Tensor) -> None:
+        """Take the dtype of the bias if there is one, and otherwise that of the weight before it was quantized."""
         if self.shared_input is not None:
             self.shared_input.dissolve()
-        dtype = self.matrix().dtype if self.bias is None else self.bias.dtype
+        dtype = self.original_dtype if self.bias is None else self.bias.dtype
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(self.merged(name).to(dtype), requires_grad=False)
+        plain.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         plain.bias = self.bias
         plain.train(self.training)
         self.__class__, self.__dict__ = nn.Linear, plain.__dict__  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +52,17 @@ def adopt(module: nn.Module) -> AdapterLayer:
         assert isinstance(module, AdapterLayer)
         module.adopt()
     return module
+
+
+def dequantize(model: nn.Module) -> None:
+    """Turn the layers that bitsandbytes quantized into `nn.Linear`, in place."""
+    quantized = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    for module in quantized:
+        if layer_class(module) is not None:
+            cast(Any, adopt(module)).dequantize()
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantized and quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def wrap(model: nn.Module, path: str) -> AdapterLayer:
