@@ -128,7 +128,7 @@ class Answerer:
         end = self.tokenizer.eos_token_id
         stop = model.generation_config.eos_token_id
         self.stop = stop if isinstance(stop, list) else [end if stop is None else stop]
-        self.collate = Collator(encoder.pad_token_id, side="left", fillers=fillers)
+        self.collate = Collator(encoder.pad_token_id, side="left", fillers=fillers, layout=encoder.layout)
         self.settings = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,

@@ -195,7 +195,9 @@ def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDa
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(encoder.pad_token_id, fillers=fillers, pack=row_length(model, config.data)),
+        data_collator=Collator(
+            encoder.pad_token_id, fillers=fillers, pack=row_length(model, config.data), layout=encoder.layout
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
