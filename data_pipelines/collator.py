@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import torch
@@ -104,9 +105,21 @@ def per_sample(key: str, samples: Sequence[Encoded]) -> list[Tensor]:
 def join_media(key: str, samples: Sequence[Encoded], layout: Layout) -> Tensor:
     """Concatenate the tensors of the samples that have them, as the processor does."""
     tensors = [sample[key] for sample in samples if key in sample]
+    if key in layout.references:
+        tensors = shifted(key, samples, *layout.references[key])
     if key in layout.unpadded:
         return join([tensor.flatten(0, 1)[None] for tensor in tensors], dim=1)
     return join(tensors, layout.dimensions.get(key, 0))
+
+
+def shifted(key: str, samples: Sequence[Encoded], target: str, dimensions: int) -> list[Tensor]:
+    """Return the samples' indices into the first dimensions of another tensor, as indices into the batch's tensor."""
+    tensors, start = [], 0
+    for sample in samples:
+        if key in sample:
+            tensors.append(torch.where(sample[key] >= 0, sample[key] + start, sample[key]))
+            start += prod(sample[target].shape[:dimensions])
+    return tensors
 
 
 def join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 from PIL import Image as PILImage
@@ -36,6 +37,8 @@ class Layout:
     dimensions: Mapping[str, int] = field(default_factory=dict)
     # [media, crops, ...] with any number of crops, which the processor never pads: the crops are concatenated.
     unpadded: frozenset[str] = frozenset()
+    # Indices into another tensor of the sample: its key, and how many of its first dimensions they count.
+    references: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
@@ -46,7 +49,7 @@ def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
     media has the size 1 there.
     """
     per_token, per_sample, unpadded = set(TOKEN_KEYS), set(), set()
-    dimensions = {}
+    dimensions, references = {}, {}
     for kind in kinds:
         small, large = _media(kind)
         first, second = probe([([small], SHORT)]), probe([([large], LONG)])
@@ -63,9 +66,11 @@ def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
                 dimensions[key] = _concatenated([row[key] for row in rows], batch[key])
                 if dimensions[key] == 0 and both is not None and len(first[key]) == len(both.get(key, ())) == 1:
                     per_sample.add(key)
+                if reference := _reference(rows[0], rows[1][key], batch[key]):
+                    references[key] = reference
                 if uneven and first[key].shape[1:] != second[key].shape[1:]:
                     unpadded.add(key)
-    return Layout(*map(frozenset, (per_token, per_sample)), dimensions, frozenset(unpadded))
+    return Layout(frozenset(per_token), frozenset(per_sample), dimensions, frozenset(unpadded), references)
 
 
 def layout_of(samples: Sequence[Encoded]) -> Layout:
@@ -89,9 +94,21 @@ def _concatenated(rows: Sequence[Tensor], batch: Tensor) -> int:
     return 0
 
 
+def _reference(first: Encoded, second: Tensor, batch: Tensor) -> tuple[str, int] | None:
+    """Return what a tensor holds indices into, if they are higher in a batch, by what the first sample has of it.
+    Negative indices stand for none."""
+    if second.is_floating_point() or second.dim() == 0 or batch.shape[1:] != second.shape[1:]:
+        return None
+    shifts = (batch[len(batch) - len(second) :].long() - second.long())[second >= 0].unique().tolist()
+    if len(shifts) != 1 or shifts == [0]:
+        return None
+    sizes = {prod(tensor.shape[:n]): (key, n) for key, tensor in first.items() for n in range(1, tensor.dim())}
+    return sizes.get(shifts[0])
+
+
 def _media(kind: type[Media]) -> tuple[Media, Media]:
     """Return two blank media whose shapes give different numbers of crops and patches."""
-    sizes = ((64, 64), (224, 56))  # width, height
+    sizes = ((64, 64), (56, 168))  # width, height
     if kind is SampledVideo:
         frames = [np.zeros((FRAMES, height, width, 3), np.uint8) for width, height in sizes]
         return blank_video(frames[0]), blank_video(frames[1])

@@ -22,6 +22,7 @@ from eval.run import read_questions
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
+from mmdora.models.batching import check_micro_batch_size
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches, check_media
@@ -180,11 +181,17 @@ def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Enco
         check_batches(config, micro, 1, dataset)
     except UserError as error:
         problems.append(Problem("error", str(error), "data.max_tokens"))
-    if config.data.packing and config.model.path is not None:
+    if config.model.path is not None:
+        architecture = AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision)
         try:
-            check_packing(AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision))
+            check_micro_batch_size(architecture, micro_batches(config.training, 1)[0])
         except UserError as error:
-            problems.append(Problem("error", str(error), "data.packing"))
+            problems.append(Problem("error", str(error), "training.micro_batch_size"))
+        if config.data.packing:
+            try:
+                check_packing(architecture)
+            except UserError as error:
+                problems.append(Problem("error", str(error), "data.packing"))
     return problems
 
 

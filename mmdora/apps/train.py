@@ -40,6 +40,7 @@ from mmdora.core.interrupts import interruptible
 from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
 from mmdora.core.run_directory import RunDir, check_space
 from mmdora.core.run_start import RunStart
+from mmdora.models.batching import check_micro_batch_size, separate_samples
 from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches, check_media
@@ -70,6 +71,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
             check_media(config, dataset)
+            check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
             start.create()
@@ -187,6 +189,7 @@ def evaluate_base(
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
+    separate_samples(model)
     # DDP fails after a batch that leaves a parameter out. Accelerate uses it even with one process under torchrun.
     distributed = arguments.parallel_mode == ParallelMode.DISTRIBUTED
     fillers = encoder.fillers(dataset.media_kinds()) if distributed else {}
