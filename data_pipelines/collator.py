@@ -19,10 +19,10 @@ from data_pipelines.layout import Encoded, Layout, layout_of
 class Collator:
     """Collates samples into `input_ids`, `labels`, `attention_mask` [sequences, longest] and media tensors.
 
-    `layout` is that of the encoder that encoded the samples; None guesses it from the samples. `fillers` are appended to
-    a batch that lacks their kind of media; they are keyed by the pixel tensor that they bring (see Encoder.filler). With
-    `pack`, samples are concatenated into sequences of at most so many tokens. Then `position_ids` restart at each sample
-    and take the place of `attention_mask` (see mmdora.training.packing).
+    `layout` is that of the encoder that encoded the samples; None guesses it from the samples. `fillers` are appended
+    to a batch that lacks their kind of media; they are keyed by the pixel tensor that they bring (see
+    Encoder.filler). With `pack`, samples are concatenated into sequences of at most so many tokens. Then
+    `position_ids` restart at each sample and take the place of `attention_mask` (see mmdora.training.packing).
     """
 
     pad_token_id: int

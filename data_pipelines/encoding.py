@@ -18,7 +18,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from data_pipelines.images import channels_first, load_image, unambiguous
+from data_pipelines.images import CHANNELS, channels_first, load_image, unambiguous
 from data_pipelines.labels import align, assign_turns, overlapping, supervised_turns
 from data_pipelines.layout import Encoded as Encoded
 from data_pipelines.layout import Layout, Media, blank_video, find_layout
@@ -243,7 +243,7 @@ class Encoder:
 
     def _call(self, texts: list[str], media: list[list[Media]], **options: Any) -> Encoded:
         """Call the processor on a batch of texts with their media. Raises PROCESSOR_ERRORS."""
-        images = [[unambiguous(m) for m in own if isinstance(m, PILImage.Image)] for own in media]
+        images = [[self._readable(m) for m in own if isinstance(m, PILImage.Image)] for own in media]
         videos = [[m for m in own if isinstance(m, SampledVideo)] for own in media]
         if any(images):
             options["images"] = images
@@ -258,6 +258,21 @@ class Encoder:
             seconds = seconds_per_grid(key, [video for own in videos for video in own], self.processor)
             encoded[key] = value if seconds is None else torch.tensor(seconds, dtype=value.dtype)
         return encoded
+
+    def _readable(self, image: PILImage.Image) -> PILImage.Image | np.ndarray:
+        return unambiguous(image) if image.height in CHANNELS and self._confuses_rows else image
+
+    @cached_property
+    def _confuses_rows(self) -> bool:
+        """Whether the image processor takes the rows of an image of 3 rows for its channels."""
+        image = PILImage.fromarray(np.arange(360).reshape(3, 40, 3).astype(np.uint8))
+        try:
+            read, right = (self.processor.image_processor(i, return_tensors="pt") for i in (image, unambiguous(image)))
+        except PROCESSOR_ERRORS:  # it accepts no arrays
+            return False
+        if isinstance(right, Tensor):  # Idefics
+            return not torch.equal(read, right)
+        return any(isinstance(right[key], Tensor) and not torch.equal(read[key], right[key]) for key in right)
 
     @cached_property
     def layout(self) -> Layout:
@@ -277,9 +292,10 @@ class Encoder:
         ]
         try:
             texts = [self.render(sample, add_generation_prompt=True) for sample in samples]
-            return self._call(texts, [media for media, _ in batch], **({"padding": True} if len(batch) > 1 else {}))
+            encoded = self._call(texts, [media for media, _ in batch], **({"padding": True} if len(batch) > 1 else {}))
         except (SampleError, *PROCESSOR_ERRORS):
             return None
+        return encoded if "input_ids" in encoded else None
 
     def _turns(
         self, sample: Sample, text: str, marked: list[Span] | None, plain: PlainTokens, ids: list[int]
@@ -322,4 +338,3 @@ _BLANK_PATH = Path(
     "blank"
 )  # compared by identity: this object stands for a filler's media, and a file may have the name
 _BLANK_IMAGE = PILImage.new("RGB", (32, 32))
-

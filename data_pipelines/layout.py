@@ -1,8 +1,9 @@
 """How the tensors of single samples form a batch: a layout per key, found by probing the processor.
 
-Processors arrange their tensors in many ways. LLaVA's `pixel_values` [images, 3, H, W] count images, Idefics' [1, images,
-3, H, W] count samples, MiniCPM-V's [1, 3, patch, patches * patch] are one long strip, and Mllama's `cross_attention_mask`
-[1, tokens, images, tiles] belongs to the tokens. The processor's own batch of two samples shows which is which.
+Processors arrange their tensors in many ways. LLaVA's `pixel_values` [images, 3, H, W] count images, Idefics' [1,
+images, 3, H, W] count samples, MiniCPM-V's [1, 3, patch, patches * patch] are one long strip, and Mllama's
+`cross_attention_mask` [1, tokens, images, tiles] belongs to the tokens. The processor's own batch of two samples
+shows which is which.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Layout:
 def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
     """Return the layout of a processor's tensors for these kinds of media.
 
-    A tensor belongs to the tokens if it has their number in every sample. Otherwise, the dimension in which the batch of
-    two samples has the sum of their sizes is the one to concatenate. It counts samples, not media, if a sample of two
-    media has the size 1 there.
+    A tensor belongs to the tokens if it has their number in every sample. Otherwise, the dimension in which the batch
+    of two samples has the sum of their sizes is the one to concatenate. It counts samples, not media, if a sample of
+    two media has the size 1 there.
     """
     per_token, per_sample, unpadded = set(TOKEN_KEYS), set(), set()
     dimensions, references = {}, {}

@@ -105,7 +105,7 @@ def answer_batches(
     filler row to a batch for each kind that it lacks, and generates for as long as any process does. An error ends all
     processes. With None, processes run independently.
     """
-    if batch_size > 1 and needs_single_samples(model.config, left_padded=True):
+    if batch_size > 1 and needs_single_samples(getattr(model, "config", None), left_padded=True):
         family = model.config.model_type
         log.warning("%s computes other answers in a batch; questions are answered one at a time", family)
         batch_size = 1

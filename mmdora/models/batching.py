@@ -20,7 +20,8 @@ RIGHT_PADDED = ("blip", "git", "mistral_large4")
 
 def needs_single_samples(config: Any, left_padded: bool) -> bool:
     """Whether a model with this config computes other results in a batch, padded on the left or the right."""
-    return config.model_type in SHARED_IMAGES or (left_padded and config.model_type in RIGHT_PADDED)
+    family = getattr(config, "model_type", None)
+    return family in SHARED_IMAGES or (left_padded and family in RIGHT_PADDED)
 
 
 def check_micro_batch_size(config: Any, micro_batch_size: int) -> None:
@@ -44,7 +45,9 @@ def separate_samples(model: nn.Module) -> None:
             vision = module.config.vision_config
             size = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)  # tokens per image
             for layer in module.modules():
-                if type(layer).__name__ == "MllamaCrossAttentionDecoderLayer" and not hasattr(layer, "tokens_per_image"):
+                if type(layer).__name__ == "MllamaCrossAttentionDecoderLayer" and not hasattr(
+                    layer, "tokens_per_image"
+                ):
                     layer.tokens_per_image = size
                     layer.register_forward_pre_hook(_attend_to_own_images, with_kwargs=True)
                     layer.register_forward_hook(_skip_without_images, with_kwargs=True)
