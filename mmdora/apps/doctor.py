@@ -15,7 +15,8 @@ from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.inspection import Inspection, count_duplicates, decode_pieces, inspect_samples, readable_samples
 from data_pipelines.ledger import Entry, Ledger, from_rejected
-from data_pipelines.sources import Source, read_source
+from data_pipelines.sources import Source
+from data_pipelines.splitting import read_sources
 from eval.benchmarks import Question
 from eval.contamination import Overlap, find_overlaps
 from eval.run import read_questions
@@ -105,8 +106,9 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
     Raises UserError for data or a processor that cannot be read at all.
     """
     seed = config.training.seed
-    training = {f"data.train.{i}": read_source(source, seed) for i, source in enumerate(config.data.train)}
-    validation = {f"data.validation.{i}": read_source(source, seed) for i, source in enumerate(config.data.validation)}
+    train_sources, validation_sources = read_sources(config.data, seed)
+    training = {f"data.train.{i}": source for i, source in enumerate(train_sources)}
+    validation = {f"data.validation.{i}": source for i, source in enumerate(validation_sources)}
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     encoder = Encoder(load_processor(config.model), config.data.video, config.data.max_length, config.data.overlong)
     problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder)

@@ -19,7 +19,8 @@ from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Entry, Ledger, drop_incomplete_line, from_rejected
-from data_pipelines.sources import Source, ledger_names, read_source
+from data_pipelines.sources import Source, ledger_names
+from data_pipelines.splitting import read_sources
 from eval.contamination import contamination_check
 from eval.digests import weights_digest
 from eval.report import write_report
@@ -132,8 +133,7 @@ def read_data(config: RunConfig, arguments: TrainingArguments) -> RunData:
     training. Rank 0 goes first, because it builds the indexes that the others read."""
     seed = config.training.seed
     with arguments.main_process_first(local=False):
-        train = [read_source(source, seed) for source in config.data.train]
-        validation = [read_source(source, seed) for source in config.data.validation]
+        train, validation = read_sources(config.data, seed)
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
         check_scored(config, questions)
     return RunData(train, validation, questions)
@@ -248,7 +248,9 @@ def evaluate_adapter(
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
     origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
-    contamination = contamination_check(config.data.train, config.training.seed, config.evaluation, questions)
+    contamination = contamination_check(
+        config.data.train, config.training.seed, config.evaluation, questions, config.data.validation_share
+    )
     weights = weights_digest(loaded.model) if config.evaluation else None
     for entry in config.evaluation:
         after, before = run_dir.result(entry.name), run_dir.result(entry.name, before=True)
