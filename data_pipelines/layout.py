@@ -33,7 +33,8 @@ class Layout:
     """What each key of an encoded sample is. Keys that are not listed count media along their first dimension."""
 
     per_token: frozenset[str] = frozenset(TOKEN_KEYS)  # [1, tokens, ...]
-    per_sample: frozenset[str] = frozenset()  # [1, ...], however many media the sample has
+    # [1, ...], however many media the sample has, and needed of every sample: its tokens address media by their number.
+    per_sample: frozenset[str] = frozenset()
     # The dimension along which the samples' tensors are concatenated.
     dimensions: Mapping[str, int] = field(default_factory=dict)
     # [media, crops, ...] with any number of crops, which the processor never pads: the crops are concatenated.
@@ -50,7 +51,7 @@ def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
     two media has the size 1 there.
     """
     per_token, per_sample, unpadded = set(TOKEN_KEYS), set(), set()
-    dimensions, references = {}, {}
+    dimensions, references, addressed = {}, {}, False
     for kind in kinds:
         small, large = _media(kind)
         first, second = probe([([small], SHORT)]), probe([([large], LONG)])
@@ -63,6 +64,7 @@ def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
         for key in first.keys() & second.keys():
             if all(_is_per_token(key, encoded) for encoded in (first, second, both) if encoded and key in encoded):
                 per_token.add(key)
+                addressed |= first[key].dim() > 2
             elif batch is not None and key in batch:
                 dimensions[key] = _concatenated([row[key] for row in rows], batch[key])
                 if dimensions[key] == 0 and both is not None and len(first[key]) == len(both.get(key, ())) == 1:
@@ -71,6 +73,8 @@ def find_layout(probe: Probe, kinds: Collection[type[Media]]) -> Layout:
                     references[key] = reference
                 if uneven and first[key].shape[1:] != second[key].shape[1:]:
                     unpadded.add(key)
+    if not addressed:  # the model takes the media of all samples together, and puts them where their tokens are
+        per_sample.clear()
     return Layout(frozenset(per_token), frozenset(per_sample), dimensions, frozenset(unpadded), references)
 
 

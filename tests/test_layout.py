@@ -94,6 +94,7 @@ def test_what_is_found_out_about_each_tensor():
     assert layout("perception_lm").unpadded == {"pixel_values"}
     llava = layout("llava_next")
     assert (llava.dimensions, llava.per_sample) == ({"pixel_values": 0, "image_sizes": 0}, set())
+    assert not layout("idefics3").per_sample  # texts beside images need no pixels
     assert "moe_mm_token_type_ids" in layout("ernie").per_token
 
 

@@ -40,6 +40,7 @@ def separate_samples(model: nn.Module) -> None:
     all images of their sample. In a batch, transformers applies the layers to all samples and lets these tokens attend
     to the images that pad the batch.
     """
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "MllamaForConditionalGeneration":
             vision = module.config.vision_config
