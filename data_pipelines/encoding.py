@@ -277,8 +277,8 @@ class Encoder:
     @cached_property
     def layout(self) -> Layout:
         """How the processor's tensors form a batch. Computed on first access, because it processes blank media."""
-        videos = getattr(self.processor, "video_processor", None) is not None
-        return find_layout(self._probe, (PILImage.Image, *([SampledVideo] if videos else [])))
+        kinds = {"image_processor": PILImage.Image, "video_processor": SampledVideo}
+        return find_layout(self._probe, [k for name, k in kinds.items() if getattr(self.processor, name, None)])
 
     def _probe(self, batch: Sequence[tuple[list[Media], str]]) -> Encoded | None:
         """Encode questions about media in memory as one batch; None if the processor rejects them."""
@@ -290,11 +290,15 @@ class Encoder:
             Sample("probe", (Message("user", (*own, Text(text))),), "probe")
             for own, (_, text) in zip(parts, batch, strict=True)
         ]
+        tokenizer = self.processor.tokenizer
+        pad_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.pad_token or tokenizer.eos_token
         try:
             texts = [self.render(sample, add_generation_prompt=True) for sample in samples]
             encoded = self._call(texts, [media for media, _ in batch], **({"padding": True} if len(batch) > 1 else {}))
         except (SampleError, *PROCESSOR_ERRORS):
             return None
+        finally:
+            tokenizer.pad_token = pad_token
         return encoded if "input_ids" in encoded else None
 
     def _turns(

@@ -98,6 +98,13 @@ def test_what_is_found_out_about_each_tensor():
     assert "moe_mm_token_type_ids" in layout("ernie").per_token
 
 
+def test_a_tokenizer_without_padding_is_left_as_it_is():
+    _, processor = BATCH_FAMILIES["minicpm"].build()
+    processor.tokenizer.pad_token = None
+    assert Encoder(processor).layout.dimensions["pixel_values"] == 3
+    assert processor.tokenizer.pad_token is None
+
+
 def test_a_sample_without_images_learns_the_same_beside_one_with_images(parts):
     """The gradients of Mllama's language model for a text do not depend on the rest of the batch."""
     model, processor = build_sensitive(BATCH_FAMILIES["mllama"])
