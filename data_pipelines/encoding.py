@@ -235,11 +235,14 @@ class Encoder:
 
     def _call_processor(self, sample: Sample, text: str, media: list[Media]) -> Encoded:
         try:
-            return self._call([text], [media])
+            encoded = self._call([text], [media])
         except PROCESSOR_ERRORS as error:
             why = str(error) or type(error).__name__
             reason = f"the processor rejects it ({why}); does its text contain a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
+        if "input_ids" not in encoded:
+            raise SampleError(sample.id, sample.source, "the model's processor makes no input_ids of a text", "encode")
+        return encoded
 
     def _call(self, texts: list[str], media: list[list[Media]], **options: Any) -> Encoded:
         """Call the processor on a batch of texts with their media. Raises PROCESSOR_ERRORS."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -11,10 +14,10 @@ from data_pipelines.samples import Image, Message, Sample, Text, Video
 from eval.benchmarks import Question
 from eval.generation import generate
 from mmdora.core.config import VideoConfig
-from mmdora.core.errors import UserError
+from mmdora.core.errors import RunError, UserError
 from mmdora.models.batching import check_micro_batch_size, separate_samples
 from tests.batch_families import BATCH_FAMILIES, build_sensitive
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Family
 from tests.media import write_image, write_video
 from tests.test_encoding import assistant, user
 
@@ -139,3 +142,39 @@ def test_families_that_transformers_does_not_batch_exactly_are_not_batched(monke
     check_micro_batch_size(model.config, 1)
     with pytest.raises(UserError, match=r"training\.micro_batch_size: emu3 computes other features"):
         check_micro_batch_size(model.config, 2)
+
+
+UNTRIED = {
+    "diffusion_gemma": "answers at random",
+    "shieldgemma2": "classifies: its processor makes three texts of one",
+    "deepseek_ocr2": "slow",
+    "unlimited_ocr": "slow",
+}
+
+
+@pytest.mark.slow
+def test_batches_of_all_families_give_the_answers_of_single_questions(shared, parts, monkeypatch):
+    """Every family of transformers that a tiny builder exists for, with the questions that it accepts."""
+    monkeypatch.syspath_prepend(shared / "families")
+    builders = importlib.import_module("table").F
+    different, tried = {}, []
+    for name, (build, media) in builders.items():
+        if name in UNTRIED:
+            continue
+        try:
+            model, processor = build_sensitive(Family(build, media))
+        except (ImportError, TypeError):  # a package is missing, or no question can be asked
+            continue
+        monkeypatch.setattr(processor.tokenizer, "decode", lambda row, **_: " ".join(map(str, row)))
+        encoder, single = Encoder(processor, VideoConfig(num_frames=3)), {}
+        asked = [(f"{kind} {i}", own) for kind in media for i, own in enumerate(parts[kind])]
+        questions = [Question(name, Sample(name, (user(*own),), "test"), (), name) for name, own in asked]
+        for question in questions:
+            with suppress(RunError, TypeError, AttributeError):
+                single |= {q.id: answer for q, answer in generate(model, encoder, [question], 1, 4)}
+        batch = generate(model, encoder, [q for q in questions if q.id in single], 3, 4)
+        if {q.id: answer for q, answer in batch} != single:
+            different[name] = single
+        tried += [name] * (len(single) > 1)
+    assert not different
+    assert len(tried) > 60
