@@ -7,7 +7,7 @@ encoder labels tokens with -100 (IGNORED); the collator pads labels with the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,22 +18,24 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from data_pipelines.images import load_image
+from data_pipelines.images import CHANNELS, channels_first, load_image, unambiguous
 from data_pipelines.labels import align, assign_turns, overlapping, supervised_turns
+from data_pipelines.layout import Encoded as Encoded
+from data_pipelines.layout import Layout, Media, blank_video, find_layout
 from data_pipelines.rendering import Span, answer_spans, placeholders, render, render_marked
 from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
 from data_pipelines.truncation import check_cut, without_last_answer
 from data_pipelines.video import SampledVideo, load_video
+from data_pipelines.video.metadata import seconds_per_grid, video_metadata
 from mmdora.core.config import VideoConfig
 from mmdora.core.errors import UserError
 
 IGNORED = -100  # label of the tokens that the loss ignores
 # The exceptions that processors raise for text or media that they cannot process.
-PROCESSOR_ERRORS = (ValueError, IndexError, StopIteration, RuntimeError, TypeError, ArithmeticError, MemoryError)
-PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PROCESSOR_ERRORS = (
+    ValueError, LookupError, StopIteration, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError
+)  # fmt: skip
 
-Encoded = dict[str, Tensor]
-Media = PILImage.Image | SampledVideo  # loaded media
 MediaKind: TypeAlias = type[Image] | type[Video]
 GREETING = Sample(
     "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
@@ -77,9 +79,8 @@ class Encoder:
         while self.max_length is not None and encoded["input_ids"].shape[1] > self.max_length:
             shorter = self._shorter(shortened, encoded)
             if shorter is None:
-                encoded = {
-                    key: value[:, : self.max_length] if key in PER_TOKEN else value for key, value in encoded.items()
-                }
+                per_token = self.layout.per_token
+                encoded = {k: v[:, : self.max_length] if k in per_token else v for k, v in encoded.items()}
                 on_change(f"over data.max_length {self.max_length} tokens: the end of the answer is cut")
             else:
                 encoded, shortened = self._encode(shorter, media), shorter
@@ -196,7 +197,7 @@ class Encoder:
         try:
             text = self.render(GREETING)
             plain = self._plain_tokens(text)
-            output = self._call_processor(GREETING, text, {})
+            output = self._call_processor(GREETING, text, [])
         except SampleError:
             return None
         known = {"input_ids": torch.tensor([plain.ids]), "attention_mask": torch.ones(1, len(plain.ids))}
@@ -217,8 +218,7 @@ class Encoder:
         if isinstance(part, Image):
             return _BLANK_IMAGE if blank else load_image(part.path, part.data)
         if blank:
-            frames = np.zeros((self.video.num_frames, 32, 32, 3), np.uint8)
-            return SampledVideo(frames, tuple(range(len(frames))), 1.0, len(frames))
+            return blank_video(np.zeros((self.video.num_frames, 32, 32, 3), np.uint8))
         return load_video(part.path, self.video.model_copy(update=part.bounds), part.data)
 
     def _process(self, sample: Sample, text: str, plain: PlainTokens | None, media: list[Media]) -> Encoded:
@@ -226,28 +226,83 @@ class Encoder:
         images = [medium for medium in own if isinstance(medium, PILImage.Image)]
         videos = [medium for medium in own if isinstance(medium, SampledVideo)]
         self._check_media(sample, text, len(images), len(videos))
-        arguments: dict[str, Any] = {}
-        if images:
-            arguments["images"] = [images]
-        if videos:
-            arguments["videos"] = [[video.frames for video in videos]]
-            arguments["video_metadata"] = [[_metadata(video) for video in videos]]
-            arguments["do_sample_frames"] = False
-        if arguments or self._text_keys is None:
-            return self._call_processor(sample, text, arguments)
+        if own or self._text_keys is None:
+            return self._call_processor(sample, text, own)
         assert plain is not None, "plain tokens may be omitted only for samples with media"
         ids = torch.tensor([plain.ids])
         encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return encoded | {key: torch.zeros_like(ids) for key in self._text_keys}
 
-    def _call_processor(self, sample: Sample, text: str, media: dict[str, Any]) -> Encoded:
+    def _call_processor(self, sample: Sample, text: str, media: list[Media]) -> Encoded:
         try:
-            output = self.processor(text=[text], return_tensors="pt", add_special_tokens=self._adds_bos(text), **media)
+            encoded = self._call([text], [media])
         except PROCESSOR_ERRORS as error:
             why = str(error) or type(error).__name__
             reason = f"the processor rejects it ({why}); does its text contain a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
-        return {k: v for k, v in output.items() if isinstance(v, Tensor)}
+        if "input_ids" not in encoded:
+            raise SampleError(sample.id, sample.source, "the model's processor makes no input_ids of a text", "encode")
+        return encoded
+
+    def _call(self, texts: list[str], media: list[list[Media]], **options: Any) -> Encoded:
+        """Call the processor on a batch of texts with their media. Raises PROCESSOR_ERRORS."""
+        images = [[self._readable(m) for m in own if isinstance(m, PILImage.Image)] for own in media]
+        videos = [[m for m in own if isinstance(m, SampledVideo)] for own in media]
+        if any(images):
+            options["images"] = images
+        if any(videos):
+            options["videos"] = [[channels_first(video.frames) for video in own] for own in videos]
+            options["video_metadata"] = [[video_metadata(video) for video in own] for own in videos]
+            options |= {"do_sample_frames": False, "return_metadata": True}
+        adds_bos = self._adds_bos(texts[0])
+        output = self.processor(text=texts, return_tensors="pt", add_special_tokens=adds_bos, **options)
+        encoded = {key: value for key, value in output.items() if isinstance(value, Tensor)}
+        for key, value in encoded.items():
+            seconds = seconds_per_grid(key, [video for own in videos for video in own], self.processor)
+            encoded[key] = value if seconds is None else torch.tensor(seconds, dtype=value.dtype)
+        return encoded
+
+    def _readable(self, image: PILImage.Image) -> PILImage.Image | np.ndarray:
+        return unambiguous(image) if image.height in CHANNELS and self._confuses_rows else image
+
+    @cached_property
+    def _confuses_rows(self) -> bool:
+        """Whether the image processor takes the rows of an image of 3 rows for its channels."""
+        image = PILImage.fromarray(np.arange(360).reshape(3, 40, 3).astype(np.uint8))
+        try:
+            read, right = (self.processor.image_processor(i, return_tensors="pt") for i in (image, unambiguous(image)))
+        except PROCESSOR_ERRORS:  # it accepts no arrays
+            return False
+        if isinstance(right, Tensor):  # Idefics
+            return not torch.equal(read, right)
+        return any(isinstance(right[key], Tensor) and not torch.equal(read[key], right[key]) for key in right)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the processor's tensors form a batch. Computed on first access, because it processes blank media."""
+        kinds = {"image_processor": PILImage.Image, "video_processor": SampledVideo}
+        return find_layout(self._probe, [k for name, k in kinds.items() if getattr(self.processor, name, None)])
+
+    def _probe(self, batch: Sequence[tuple[list[Media], str]]) -> Encoded | None:
+        """Encode questions about media in memory as one batch; None if the processor rejects them."""
+        parts = [
+            [Image(_BLANK_PATH) if isinstance(m, PILImage.Image) else Video(_BLANK_PATH) for m in media]
+            for media, _ in batch
+        ]
+        samples = [
+            Sample("probe", (Message("user", (*own, Text(text))),), "probe")
+            for own, (_, text) in zip(parts, batch, strict=True)
+        ]
+        tokenizer = self.processor.tokenizer
+        pad_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.pad_token or tokenizer.eos_token
+        try:
+            texts = [self.render(sample, add_generation_prompt=True) for sample in samples]
+            encoded = self._call(texts, [media for media, _ in batch], **({"padding": True} if len(batch) > 1 else {}))
+        except (SampleError, *PROCESSOR_ERRORS):
+            return None
+        finally:
+            tokenizer.pad_token = pad_token
+        return encoded if "input_ids" in encoded else None
 
     def _turns(
         self, sample: Sample, text: str, marked: list[Span] | None, plain: PlainTokens, ids: list[int]
@@ -290,12 +345,3 @@ _BLANK_PATH = Path(
     "blank"
 )  # compared by identity: this object stands for a filler's media, and a file may have the name
 _BLANK_IMAGE = PILImage.new("RGB", (32, 32))
-
-
-def _metadata(video: SampledVideo) -> dict[str, Any]:
-    return {
-        "total_num_frames": video.total_frames,
-        "fps": video.fps,
-        "frames_indices": list(video.indices),
-        "duration": video.duration,
-    }

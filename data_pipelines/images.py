@@ -27,6 +27,7 @@ UPRIGHT = {
 UNSAFE = {"EPS", "WMF"}
 # Longer side / shorter side; also Qwen's limit. Processors enlarge the shorter side: a line would take gigabytes.
 MAX_ASPECT_RATIO = 200
+CHANNELS = (1, 3)  # sizes that transformers takes for a number of channels
 
 
 def load_image(path: Path, data: bytes | None = None) -> Image.Image:
@@ -103,3 +104,18 @@ def _from_lab(image: Image.Image) -> Image.Image:
     converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     assert converted is not None
     return converted
+
+
+def unambiguous(image: Image.Image) -> Image.Image | np.ndarray:
+    """Return what to give a processor for an RGB image: the image, or its array [3, height, width] if its height could
+    be taken for a number of channels.
+
+    transformers converts images to arrays [height, width, 3], and takes a first dimension of 1 or 3 for the channels.
+    """
+    return channels_first(np.asarray(image)) if image.height in CHANNELS else image
+
+
+def channels_first(frames: np.ndarray) -> np.ndarray:
+    """Return frames [..., height, width, 3] as [..., 3, height, width] if their height could be taken for a number of
+    channels; others unchanged."""
+    return np.ascontiguousarray(np.moveaxis(frames, -1, -3)) if frames.shape[-3] in CHANNELS else frames

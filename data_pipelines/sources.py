@@ -33,8 +33,8 @@ class Source(Sequence[Sample]):
     def __init__(self, index: Index, taken: np.ndarray, weight: float = 1.0):
         usable = (index.flags[taken] & REJECTED) == 0
         self._index, self.weight, self.path = index, weight, index.path
-        self.positions = taken[usable]  # of the samples, in the index
-        unusable = set(taken[~usable].tolist())
+        self.positions, self._rejected = taken[usable], taken[~usable]  # positions in the index
+        unusable = set(self._rejected.tolist())
         self.rejected: list[Rejected] = (
             [row for position, row in index.rejected() if position in unusable] if unusable else []
         )
@@ -43,6 +43,16 @@ class Source(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def media_folder(self) -> str:
+        """The folder that the paths of images and videos start from."""
+        return self._index.root
+
+    def part(self, chosen: np.ndarray, with_rejected: bool = False) -> Source:
+        """Return a source of the samples that `chosen`, bool [samples], selects, with all rejected rows or none."""
+        rejected = self._rejected if with_rejected else self._rejected[:0]
+        return Source(self._index, np.sort(np.concatenate([self.positions[chosen], rejected])), self.weight)
 
     @property
     def total(self) -> int:

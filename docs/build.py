@@ -60,8 +60,8 @@ def default_of(field: dict[str, Any]) -> str:
 
 def type_of(field: dict[str, Any]) -> str:
     """Return a field's type with its bounds, in words: `integer >= 1`, `number in (0, 1]`, `list of string`."""
-    if "anyOf" in field:
-        names = [type_of(option) for option in field["anyOf"]]
+    if options := field.get("anyOf", field.get("oneOf")):
+        names = [type_of(option) for option in options]
         return " or ".join(dict.fromkeys(names))
     if "$ref" in field:
         return f"`{SECTIONS[field['$ref'].rpartition('/')[2]]}`"

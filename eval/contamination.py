@@ -21,6 +21,7 @@ from typing import Any
 from data_pipelines.dataset import Source, read_source
 from data_pipelines.inspection import readable_samples
 from data_pipelines.samples import Image, Sample, Video
+from data_pipelines.splitting import split_off
 from eval.benchmarks import BENCHMARKS, Benchmark, Question
 from eval.benchmarks.choice import LETTER_PROMPT
 from eval.digests import media_digest
@@ -75,12 +76,17 @@ class Overlap:
 
 
 def contamination_check(
-    training: Sequence[SourceConfig], seed: int, entries: Sequence[EvaluationConfig], questions: QuestionsByEntry
+    training: Sequence[SourceConfig],
+    seed: int,
+    entries: Sequence[EvaluationConfig],
+    questions: QuestionsByEntry,
+    validation_share: float | None = None,
 ) -> Callable[[], dict[str, dict[str, Any]]]:
     """Return a function that compares a run's training data with its benchmarks when it is first called.
 
     Its result is each entry's part of the receipt, by entry name. Training data that no longer exists is listed as
-    `absent`, with the reason.
+    `absent`, with the reason. Samples that the run held out for validation are not training data; if some data is
+    absent, they cannot be told apart and count.
     """
 
     @cache
@@ -91,6 +97,8 @@ def contamination_check(
                 sources.append(read_source(config, seed))
             except UserError as error:
                 absent.append(str(error))
+        if validation_share is not None and not absent:
+            sources, _ = split_off(sources, validation_share, seed)
         common = {"compared_with": [str(source.path) for source in sources], "absent": absent}
         overlaps = find_overlaps(sources, entries, questions, MAX_FILES)
         return {name: common | overlap.receipt() for name, overlap in overlaps.items()}

@@ -11,6 +11,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor, nn
 
+from data_pipelines.images import unambiguous
 from eval.digests import processor_digest, weights_digest
 from mmdora.core.config_files import find_path
 from mmdora.core.distributed import to_local_device
@@ -93,7 +94,7 @@ def _transformers(name: str, trust_remote_code: bool) -> tuple[nn.Module, Callab
             return _pooled(model.get_text_features(**inputs))
 
         def embed_images(images: Sequence[PILImage.Image]) -> Tensor:
-            pixels = processor(images=list(images), return_tensors="pt")
+            pixels = processor(images=[unambiguous(image) for image in images], return_tensors="pt")
             return _pooled(model.get_image_features(**pixels.to(model.device)))
 
         return DualEncoder(embed_texts, embed_images, weights_digest(model), processor_digest(processor))

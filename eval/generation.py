@@ -22,6 +22,7 @@ from eval.responses import Responses
 from mmdora.core.deepspeed import compute_device, gathered, is_partitioned
 from mmdora.core.distributed import any_rank, rank, world_size
 from mmdora.core.errors import RunError
+from mmdora.models.batching import needs_single_samples, separate_samples
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ def answer_batches(
     filler row to a batch for each kind that it lacks, and generates for as long as any process does. An error ends all
     processes. With None, processes run independently.
     """
+    if batch_size > 1 and needs_single_samples(getattr(model, "config", None), left_padded=True):
+        family = model.config.model_type
+        log.warning("%s computes other answers in a batch; questions are answered one at a time", family)
+        batch_size = 1
     answer = Answerer(model, encoder, max_new_tokens, kinds)
     was_training = model.training
     model.eval()
@@ -123,12 +128,13 @@ class Answerer:
 
     def __init__(self, model: Any, encoder: Encoder, max_new_tokens: int, kinds: Collection[MediaKind] | None):
         self.model, self.tokenizer, self.device = model, encoder.processor.tokenizer, compute_device(model)
+        separate_samples(model)
         fillers = encoder.fillers(kinds or ())
         self.blank = [encoder.blank()] if kinds is not None and not fillers else []
         end = self.tokenizer.eos_token_id
         stop = model.generation_config.eos_token_id
         self.stop = stop if isinstance(stop, list) else [end if stop is None else stop]
-        self.collate = Collator(encoder.pad_token_id, side="left", fillers=fillers)
+        self.collate = Collator(encoder.pad_token_id, side="left", fillers=fillers, layout=encoder.layout)
         self.settings = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,

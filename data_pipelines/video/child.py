@@ -5,6 +5,7 @@ It imports numpy and the readers, and never torch, so that it starts in a fracti
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import queue
@@ -14,6 +15,8 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_pipelines.samples import MediaError
 from data_pipelines.video.decoding import decode
@@ -59,7 +62,7 @@ def _answer(memory: int, module: str, arguments: tuple[Any, ...]) -> tuple[Any, 
         return "error", error.path, error.reason
     except Exception as error:
         return "error", str(path), f"cannot be decoded ({type(error).__name__}: {error})"
-    return "video", video.frames.shape, video.indices, video.fps, video.total_frames, video.reader
+    return "video", dataclasses.replace(video, frames=np.empty(0, np.uint8)), video.frames.shape
 
 
 def write_all(memory: int, data: memoryview) -> None:

@@ -31,7 +31,16 @@ def decode(path: Path, reader: str, sampling: Sampling) -> SampledVideo:
         raise MediaError(
             path, f"{reader} cannot decode it ({reason[-1] if reason else type(error).__name__})"
         ) from error
-    return SampledVideo(frames, tuple(indices), timeline.fps, len(timeline.times), reader)
+    total = len(timeline.times)
+    return SampledVideo(
+        frames,
+        tuple(indices),
+        timeline.fps,
+        total,
+        reader,
+        times=tuple(timeline.times[i] for i in indices),
+        duration=max(total / timeline.fps, timeline.times[-1]),
+    )
 
 
 def _with_times(timeline: Timeline, sampling: Sampling) -> Timeline:

@@ -7,6 +7,7 @@ through anonymous shared memory, which the kernel frees however the processes en
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -70,11 +71,12 @@ class Decoder:
             raise
         if answer[0] == "error":
             raise MediaError(*answer[1:])
-        frames = np.empty(answer[1], np.uint8)
+        video, shape = answer[1:]
+        frames = np.empty(shape, np.uint8)
         _read_all(self._memory, frames.reshape(-1).data)
         if frames.nbytes > KEPT_BYTES:
             os.ftruncate(self._memory, 0)
-        return SampledVideo(frames, *answer[2:])
+        return dataclasses.replace(video, frames=frames)
 
     @property
     def alive(self) -> bool:

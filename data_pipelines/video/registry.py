@@ -29,14 +29,18 @@ class SampledVideo:
 
     frames: NDArray[np.uint8]  # [frames, height, width, 3]
     indices: tuple[int, ...]  # of the frames in the file
-    fps: float  # of the file, not of the sampled frames
+    fps: float  # of the file on average, not of the sampled frames
     total_frames: int  # of the file
     reader: str = ""  # the reader that decoded it, also if `auto` selected it
+    times: tuple[float, ...] = ()  # of the frames, in seconds since the first frame of the file
+    duration: float | None = None  # of the file, in seconds
 
     @property
-    def duration(self) -> float | None:
-        """The duration of the file in seconds, or None if it has no times."""
-        return self.total_frames / self.fps if self.fps else None
+    def spacing(self) -> float:
+        """The mean time between successive frames, in seconds; for a single frame that of the file."""
+        if len(self.times) > 1 and self.times[-1] > self.times[0]:
+            return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return 1 / self.fps
 
 
 class VideoFile(Protocol):

@@ -35,8 +35,8 @@ def check_config(config: RunConfig, needs_data: bool = True) -> None:
     problems = _model_problems(config.model)
     for part, options in config.parts.items():
         problems += part_problems(part, options)
-    for name in ("train", "validation"):
-        for i, source in enumerate(getattr(config.data, name)):
+    for name, sources in (("train", config.data.train), ("validation", config.data.validation_sources)):
+        for i, source in enumerate(sources):
             problems += _source_problems(f"data.{name}.{i}", source, needs_data)
     if config.data.video.reader != "auto":
         problems += _name_problems("data.video.reader", VIDEO_READERS, config.data.video.reader)

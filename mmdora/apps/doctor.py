@@ -15,13 +15,15 @@ from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import IGNORED, Encoded, Encoder
 from data_pipelines.inspection import Inspection, count_duplicates, decode_pieces, inspect_samples, readable_samples
 from data_pipelines.ledger import Entry, Ledger, from_rejected
-from data_pipelines.sources import Source, read_source
+from data_pipelines.sources import Source
+from data_pipelines.splitting import read_sources
 from eval.benchmarks import Question
 from eval.contamination import Overlap, find_overlaps
 from eval.run import read_questions
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
+from mmdora.models.batching import check_micro_batch_size
 from mmdora.models.loading import load_processor
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches, check_media
@@ -104,8 +106,9 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
     Raises UserError for data or a processor that cannot be read at all.
     """
     seed = config.training.seed
-    training = {f"data.train.{i}": read_source(source, seed) for i, source in enumerate(config.data.train)}
-    validation = {f"data.validation.{i}": read_source(source, seed) for i, source in enumerate(config.data.validation)}
+    train_sources, validation_sources = read_sources(config.data, seed)
+    training = {f"data.train.{i}": source for i, source in enumerate(train_sources)}
+    validation = {f"data.validation.{i}": source for i, source in enumerate(validation_sources)}
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     encoder = Encoder(load_processor(config.model), config.data.video, config.data.max_length, config.data.overlong)
     problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder)
@@ -180,11 +183,17 @@ def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Enco
         check_batches(config, micro, 1, dataset)
     except UserError as error:
         problems.append(Problem("error", str(error), "data.max_tokens"))
-    if config.data.packing and config.model.path is not None:
+    if config.model.path is not None:
+        architecture = AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision)
         try:
-            check_packing(AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision))
+            check_micro_batch_size(architecture, micro_batches(config.training, 1)[0])
         except UserError as error:
-            problems.append(Problem("error", str(error), "data.packing"))
+            problems.append(Problem("error", str(error), "training.micro_batch_size"))
+        if config.data.packing:
+            try:
+                check_packing(architecture)
+            except UserError as error:
+                problems.append(Problem("error", str(error), "data.packing"))
     return problems
 
 

@@ -100,7 +100,7 @@ def validation_collator(encoder: Encoder, dataset: HeldOutDataset) -> HeldOutCol
     """Return the collator. With several processes each batch gets blank media where it has none, so that every process
     runs the vision encoder, as in training."""
     fillers = {} if world_size() == 1 else encoder.fillers(dataset.media_kinds())
-    return HeldOutCollator(Collator(encoder.pad_token_id, fillers=fillers), encoder.blank())
+    return HeldOutCollator(Collator(encoder.pad_token_id, fillers=fillers, layout=encoder.layout), encoder.blank())
 
 
 def sample_predictions(folder: Path, video: VideoConfig) -> list[Prediction]:

@@ -61,7 +61,8 @@ def evaluate_answers(
         encoder, weights = Encoder(loaded.processor, loaded.video), weights_digest(loaded.model)
         contamination = None
         if config is not None:
-            contamination = contamination_check(config.data.train, config.training.seed, entries, questions)
+            data, seed = config.data, config.training.seed
+            contamination = contamination_check(data.train, seed, entries, questions, data.validation_share)
         for entry in entries:
             with progress_bar(console, entry.name, len(questions[entry.name])) as advance:
                 report = evaluate(

@@ -19,7 +19,8 @@ from data_pipelines.dataset import TrainDataset
 from data_pipelines.encoding import Encoder
 from data_pipelines.held_out import HeldOutDataset
 from data_pipelines.ledger import Entry, Ledger, drop_incomplete_line, from_rejected
-from data_pipelines.sources import Source, ledger_names, read_source
+from data_pipelines.sources import Source, ledger_names
+from data_pipelines.splitting import read_sources
 from eval.contamination import contamination_check
 from eval.digests import weights_digest
 from eval.report import write_report
@@ -40,6 +41,7 @@ from mmdora.core.interrupts import interruptible
 from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
 from mmdora.core.run_directory import RunDir, check_space
 from mmdora.core.run_start import RunStart
+from mmdora.models.batching import check_micro_batch_size, separate_samples
 from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches, check_media
@@ -70,6 +72,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
             check_media(config, dataset)
+            check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
             start.create()
@@ -130,8 +133,7 @@ def read_data(config: RunConfig, arguments: TrainingArguments) -> RunData:
     training. Rank 0 goes first, because it builds the indexes that the others read."""
     seed = config.training.seed
     with arguments.main_process_first(local=False):
-        train = [read_source(source, seed) for source in config.data.train]
-        validation = [read_source(source, seed) for source in config.data.validation]
+        train, validation = read_sources(config.data, seed)
         questions = {entry.name: read_questions(entry) for entry in config.evaluation}
         check_scored(config, questions)
     return RunData(train, validation, questions)
@@ -187,6 +189,7 @@ def evaluate_base(
 
 def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDataset) -> AdapterTrainer:
     encoder = dataset.encoder
+    separate_samples(model)
     # DDP fails after a batch that leaves a parameter out. Accelerate uses it even with one process under torchrun.
     distributed = arguments.parallel_mode == ParallelMode.DISTRIBUTED
     fillers = encoder.fillers(dataset.media_kinds()) if distributed else {}
@@ -195,7 +198,9 @@ def make_trainer(config: RunConfig, arguments: Any, model: Any, dataset: TrainDa
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(encoder.pad_token_id, fillers=fillers, pack=row_length(model, config.data)),
+        data_collator=Collator(
+            encoder.pad_token_id, fillers=fillers, pack=row_length(model, config.data), layout=encoder.layout
+        ),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -243,7 +248,9 @@ def evaluate_adapter(
     loaded = load_target(str(run_dir.path), config.model.trust_remote_code)
     encoder = Encoder(loaded.processor, config.data.video)
     origin = {"model": config.model.path, "adapter": str(run_dir.adapter)}
-    contamination = contamination_check(config.data.train, config.training.seed, config.evaluation, questions)
+    contamination = contamination_check(
+        config.data.train, config.training.seed, config.evaluation, questions, config.data.validation_share
+    )
     weights = weights_digest(loaded.model) if config.evaluation else None
     for entry in config.evaluation:
         after, before = run_dir.result(entry.name), run_dir.result(entry.name, before=True)

@@ -113,10 +113,11 @@ def make_folder(folder: Path, option: str) -> None:
 
 def _describe(error: Any) -> str:
     """Describe a pydantic error as `key: message`, with the nearest known key if the key is unknown."""
-    key = ".".join(str(step) for step in error["loc"])
+    location = tuple(step for step in error["loc"] if " " not in str(step))  # without the tags of unions
+    key = ".".join(str(step) for step in location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        return f"{key}: unknown key.{nearest(str(error['loc'][-1]), known)} Known: {', '.join(known)}"
+        known = _known_keys(location[:-1])
+        return f"{key}: unknown key.{nearest(str(location[-1]), known)} Known: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{key}: required, but missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -141,7 +142,7 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
 
 
 def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    options = [o for o in node.get("anyOf", []) if o.get("type") != "null"]
+    options = [o for o in node.get("anyOf", node.get("oneOf", [])) if o.get("type") != "null"]
     node = options[0] if options else node
     return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
 

@@ -42,6 +42,8 @@ def check_resumable(begun: RunConfig, config: RunConfig, run: Path) -> None:
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     best_key = "data.validation" if begun.training.best == "loss" else "evaluation"
     neutral = [key for key in NEUTRAL_KEYS if key != best_key or best_measure(begun) == best_measure(config)]
+    if begun.data.validation_share != config.data.validation_share:  # the training data is another
+        neutral = [key for key in neutral if key != "data.validation"]
     changed = [key for key in changed if not any(key == n or key.startswith(f"{n}.") for n in neutral)]
     training = config.training
     fixed_warmup = training.warmup_steps is not None or training.warmup_ratio == 0

@@ -56,14 +56,13 @@ def plan_run(config: RunConfig, gpus: int, gpu_memory: float, gpus_per_node: int
     micro, _ = micro_batches(config.training, gpus)
     model, processor = load_shape(config.model)
     report = inject_adapters(model, config.parts)
-    example = longest_sample(
-        config, Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
-    )
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
+    example = longest_sample(config, encoder)
     sizes = model_sizes(model, hidden_size(model))
     if gpus > 1 or config.training.deepspeed is not None:
         cast_parameters(model, getattr(torch, config.model.dtype))
     prepare(model, config)
-    meter = ActivationProfiler(model, config, example)
+    meter = ActivationProfiler(model, config, example, encoder.layout)
     planner = Planner(config, sizes, cluster, meter)
     return RunPlan(
         cluster=cluster,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from data_pipelines.collator import Collator
-from data_pipelines.encoding import PER_TOKEN, Encoded, Encoder
+from data_pipelines.encoding import Encoder
+from data_pipelines.layout import Encoded, Layout
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text
 from data_pipelines.sources import read_source
 from mmdora.core.config import RunConfig
@@ -69,7 +70,8 @@ def longest_sample(config: RunConfig, encoder: Encoder) -> Encoded:
     missing = (max_length or 0) - longest["input_ids"].shape[1]
     if missing <= 0:
         return longest
-    last = {key: longest[key][:, -1:].expand(1, missing) for key in PER_TOKEN if key in longest}
+    per_token = [key for key in longest if key in encoder.layout.per_token]
+    last = {key: longest[key][:, -1:].expand(-1, missing, *longest[key].shape[2:]) for key in per_token}
     return longest | {key: torch.cat([longest[key], tail], dim=1) for key, tail in last.items()}
 
 
@@ -98,9 +100,9 @@ def placeholder_sample() -> Sample:
 class ActivationProfiler:
     """Measures activations by micro-batch size, each size once."""
 
-    def __init__(self, model: Any, config: RunConfig, example: Encoded):
+    def __init__(self, model: Any, config: RunConfig, example: Encoded, layout: Layout):
         self.model, self.example = model, example
-        self.collate = Collator(0, pack=row_length(model, config.data))
+        self.collate = Collator(0, pack=row_length(model, config.data), layout=layout)
         self.dtype = getattr(torch, config.model.dtype)
         self.measured: dict[int, Activations] = {}
 

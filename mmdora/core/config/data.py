@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from mmdora.core.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
@@ -77,12 +77,24 @@ class VideoConfig(Section):
         return self
 
 
+def _share(value: Any) -> str:
+    """Return a percentage of the training data, such as `2%`."""
+    if not re.fullmatch(r"\d{1,2}(\.\d+)?%", str(value)) or float(str(value)[:-1]) == 0:
+        raise ValueError("must be a list of datasets, or a share over 0% and under 100%, such as 2%")
+    return str(value)
+
+
 class DataConfig(Section):
     """The datasets, and how their samples become batches."""
 
     train: list[SourceConfig] = Field(min_length=1, description="The training datasets.")
-    validation: list[SourceConfig] = Field(
-        default=[], description="Held-out datasets whose loss is computed every `training.evaluate_every` steps."
+    validation: Annotated[
+        Annotated[list[SourceConfig], Tag("a list")] | Annotated[str, BeforeValidator(_share), Tag("a share")],
+        Discriminator(lambda value: "a list" if isinstance(value, list) else "a share"),
+    ] = Field(
+        default=[],
+        description="Held-out datasets whose loss is computed every `training.evaluate_every` steps; or a share of the "
+        "training data to hold out, such as `2%`, with whole images and videos.",
     )
     temperature: PositiveFloat = Field(
         default=1.0, description="Above 1, small datasets are sampled more often than their size suggests."
@@ -124,9 +136,21 @@ class DataConfig(Section):
         lists = [key for key in ("train", "validation") if isinstance(data.get(key), list)]
         return data | {key: [{"path": e} if isinstance(e, str) else e for e in data[key]] for key in lists}
 
+    @property
+    def validation_sources(self) -> list[SourceConfig]:
+        """The validation datasets; none if a share of the training data is held out."""
+        return [] if isinstance(self.validation, str) else self.validation
+
+    @property
+    def validation_share(self) -> float | None:
+        """The share of the training data to hold out, from 0 to 1; None if there is none."""
+        return float(self.validation.removesuffix("%")) / 100 if isinstance(self.validation, str) else None
+
     @field_validator("validation")
     @classmethod
-    def _validation_has_no_weights(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+    def _validation_has_no_weights(cls, value: list[SourceConfig] | str) -> list[SourceConfig] | str:
+        if isinstance(value, str):
+            return value
         if any(source.weight != 1 for source in value):
             raise ValueError("'weight' is for training data; every validation sample counts once, so remove it")
         return value
