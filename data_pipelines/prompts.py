@@ -94,7 +94,9 @@ class Prompts:
         inserted = Inserted(text, tokens, places, {})
         # Text after such a token is tokenized independently of the text before it.
         independent = [
-            i for i, token in enumerate(tokens.ids) if token in self._separators and tokens.offsets[i] != (0, 0)
+            i
+            for i, (token, (start, stop)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+            if token in self._separators and self._separators[token] in text[start:stop]
         ]
         for end in ends:
             at = bisect_right(independent, inserted.moved(end), key=lambda i: tokens.offsets[i][1])
@@ -154,9 +156,9 @@ class Prompts:
         return next((ids[i + len(plain) :] for i in starts if ids[i : i + len(plain)] == plain), [])
 
     @cached_property
-    def _separators(self) -> frozenset[int]:
-        """The added tokens that split a text: what follows one is tokenized independently of what precedes it."""
-        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if not token.normalized)
+    def _separators(self) -> dict[int, str]:
+        """The added tokens that split a text, with the text of each."""
+        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if not token.normalized}
 
 
 def without_end(encoded: Encoded, end: Sequence[int]) -> Encoded:

@@ -164,15 +164,17 @@ def _answer_end(processor: Any, sample: Sample, text: str, index: int, low: int)
     if text.startswith(after):
         return len(after)
     # The template writes a last turn in another way than an earlier one: thinking templates do. What it writes before
-    # and after an answer shows where this one ends.
+    # and after an answer shows where this one ends. Phi-3's writes an end-of-sequence token only after the last turn.
     around = replace(sample, messages=(*sample.messages[:index], Message("assistant", (Text(_ANSWER),))))
     shown = render(processor, around)
     if shown.count(_ANSWER) == 1 and shown[:low] == text[:low]:
         opening, closing = (part.strip() for part in shown[low:].split(_ANSWER))
         answer = sample.messages[index].text.strip()
+        trailing = rf"\s{{0,{len(sample.messages[index].text) - len(sample.messages[index].text.rstrip())}}}"
+        special = "|".join(re.escape(token.content) for token in processor.tokenizer.added_tokens_decoder.values())
         for start in {opening: None, "": None}:
-            pattern = r"\s*".join(re.escape(part) for part in (start, answer, closing))
-            if found := re.compile(r"\s*" + pattern).match(text, low):
+            begin = r"\s*" + r"\s*".join(map(re.escape, (start, answer)))
+            if found := re.compile(rf"{begin}(\s*{re.escape(closing)}|{trailing}({special}))").match(text, low):
                 return found.end()
     raise _rewritten(sample)
 
