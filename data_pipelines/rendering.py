@@ -34,12 +34,17 @@ def render(
     """Render a conversation with one placeholder per image or video. `continue_final_message` leaves the last turn
     open. Raises SampleError if the template rejects the conversation."""
     options = {"continue_final_message": True} if continue_final_message else {}
+    conversation = _conversation(processor, sample)
     try:
-        return processor.apply_chat_template(
-            _conversation(processor, sample), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        text = processor.apply_chat_template(
+            conversation or [conversation],  # a conversation without turns is accepted only as a batch of one
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **options,
         )
     except TEMPLATE_ERRORS as error:
         raise _template_error(sample, error) from error
+    return text if conversation else text[0]
 
 
 def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | None]:
