@@ -30,7 +30,16 @@ from mmdora.core.errors import UserError
 
 IGNORED = -100  # label of the tokens that the loss ignores
 # The exceptions that processors raise for text or media that they cannot process.
-PROCESSOR_ERRORS = (ValueError, IndexError, StopIteration, RuntimeError, TypeError, ArithmeticError, MemoryError)
+PROCESSOR_ERRORS = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    StopIteration,
+    RuntimeError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+)
 PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 Encoded = dict[str, Tensor]
@@ -177,14 +186,13 @@ class Encoder:
                 "not be trained to stop; set model.chat_template to another template"
             )
 
-    def filler(self, kind: MediaKind) -> Encoded:
-        """Encode a prompt with a blank image or video, without labels.
+    def filler(self, *kinds: MediaKind) -> Encoded:
+        """Encode a prompt with a blank image or video of each kind, without labels.
 
         With several processes, every rank must run the vision encoder equally often, or collective operations hang. A
         micro-batch without one kind of media gets this sequence, which adds nothing to the loss.
         """
-        message = Message("user", (kind(_BLANK_PATH), Text(".")))
-        encoded = self.encode_prompt(Sample("filler", (message,), "filler"))
+        encoded = self.encode_prompt(blank_sample(*kinds))
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         return encoded
 
@@ -195,8 +203,7 @@ class Encoder:
 
     def blank(self) -> Encoded:
         """Encode a text without labels, for a process that has no samples while others still do."""
-        encoded = self.encode_prompt(Sample("blank", (Message("user", (Text("."),)),), "blank"))
-        return encoded | {"labels": torch.full_like(encoded["input_ids"], IGNORED)}
+        return self.filler()
 
     def media_tokens(self, sample: Sample) -> int:
         """Return the number of tokens of the sample's images and videos, without `max_length`. Raises SampleError."""
@@ -220,9 +227,7 @@ class Encoder:
         prompts = Prompts(self.processor.tokenizer)
         if self._text_keys is not None or prompts.mark is None:
             return "", []
-        for kind in (Image, Video, None):
-            parts = (Text("Hello"),) if kind is None else (kind(_BLANK_PATH), Text("Hello"))
-            sample = Sample("a greeting", (Message("user", parts),), "the chat template")
+        for sample in (blank_sample(Image), blank_sample(Video), blank_sample()):
             try:
                 text = self.render(sample, add_generation_prompt=True) + prompts.mark
                 ids = self._process(sample, text, None, self._load(sample))["input_ids"][0].tolist()
@@ -290,6 +295,8 @@ class Encoder:
             why = str(error) or type(error).__name__
             reason = f"the processor rejects it ({why}); does its text contain a literal media placeholder?"
             raise SampleError(sample.id, sample.source, reason, "encode") from error
+        if "input_ids" not in output:
+            raise SampleError(sample.id, sample.source, "the model's processor makes no input_ids of a text", "encode")
         return {k: v for k, v in output.items() if isinstance(v, Tensor)}
 
     def _turns(self, sample: Sample, inserted: Inserted, found: list[Span | None], ids: list[int]) -> list[int]:
@@ -355,6 +362,12 @@ _BLANK_PATH = Path(
     "blank"
 )  # compared by identity: this object stands for a filler's media, and a file may have the name
 _BLANK_IMAGE = PILImage.new("RGB", (32, 32))
+
+
+def blank_sample(*kinds: MediaKind) -> Sample:
+    """Return a prompt with a blank image or video of each kind."""
+    parts = (*(kind(_BLANK_PATH) for kind in kinds), Text("."))
+    return Sample("a blank sample", (Message("user", parts),), "a blank sample")
 
 
 def _metadata(video: SampledVideo) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def generation_prompt(processor: Any, sample: Sample, index: int, text: str) -> 
 def placeholders(processor: Any) -> list[str]:
     """Return the image and video placeholders, which the chat template writes and the processor expands."""
     tokens = (getattr(processor, name, None) for name in ("image_token", "video_token"))
-    return [token for token in tokens if token]
+    return [str(token) for token in tokens if token]  # BLIP-2's is an AddedToken
 
 
 def _with_end(text: str, span: Span, end: str | None) -> Span:
