@@ -27,6 +27,11 @@ from mmdora.core.errors import UserError
 from mmdora.models.architectures import embeddings_of
 
 Found: TypeAlias = tuple[str, str]  # the setting to change, and what is wrong
+SAME_SETTINGS = (
+    "make vision_feature_select_strategy, patch_size and the number of image tokens in the processor's config those of "
+    "config.json"
+)
+MAX_DELIMITERS = 2  # tokens that delimit an image or its crops, per token of the image itself
 IMAGE_SIZES = ((64, 64), (640, 200), (200, 640))
 NAMES = {0: "no image or video", IMAGES: "an image", VIDEOS: "a video", IMAGES | VIDEOS: "an image and a video"}
 
@@ -84,18 +89,29 @@ def media_problems(model: Any, encoder: Encoder, kind: MediaKind) -> list[Found]
         if token is None or encoded is None:
             continue
         written = Counter(encoded["input_ids"].flatten().tolist()) - usual
-        if token not in written and kind is Video and _placeholder_id(model.config, "image") in written:
+        if kind is Video and _placeholder_id(model.config, "image") in written:
             continue  # GLM writes frames as images
-        if token not in written:
-            most = max(written, key=lambda other: written[other])
-            wrong = f"the processor writes {most} ({words(most)!r}) for {medium}, but {name}_token_id in config.json "
+        other = _media_token(encoder.processor.tokenizer, written)
+        if other not in (token, None) and written[other] > MAX_DELIMITERS * written[token]:
+            wrong = f"the processor writes {other} ({words(other)!r}) for {medium}, but {name}_token_id in config.json "
             return [("model.path", f"{wrong}is {token} ({words(token)!r}); correct it there")]
-        features = count_features(model, encoded, name)
+        try:
+            features = count_features(model, encoded, name)
+        except ValueError as error:
+            return [
+                ("model.path", f"the model rejects what its processor makes of {medium} ({error}); {SAME_SETTINGS}")
+            ]
         if features is not None and features != written[token]:
             wrong = f"the processor writes {written[token]} tokens for {medium} of which the model makes {features} "
-            wrong += "features; make vision_feature_select_strategy, patch_size and the number of image tokens in the "
-            return [("model.path", f"{wrong}processor's config those of config.json")]
+            return [("model.path", f"{wrong}features; {SAME_SETTINGS}")]
     return []
+
+
+def _media_token(tokenizer: Any, written: Counter[int]) -> int | None:
+    """Return the added token that is most frequent among those written for an image or a video."""
+    padding = tokenizer.pad_token_id
+    added = [token for token in written if token in tokenizer.added_tokens_decoder and token != padding]
+    return max(added, key=lambda token: written[token], default=None)
 
 
 def _examples(kind: MediaKind) -> list[Sample]:
@@ -137,7 +153,7 @@ class _Features(nn.Module):
 
 def count_features(model: Any, encoded: Encoded, name: str) -> int | None:
     """Return the number of features that replace tokens in an encoded sample. None if the model has no such features,
-    or if their number depends on values, which the meta device does not have."""
+    or if their number depends on values, which the meta device does not have. Raises the model's own ValueError."""
     method = f"get_{name}_features"
     if not hasattr(getattr(model, "model", model), "get_placeholder_mask") or not hasattr(model, method):
         return None
@@ -148,6 +164,8 @@ def count_features(model: Any, encoded: Encoded, name: str) -> int | None:
     try:
         with torch.no_grad():
             return _count(functional_call(module, weights, (), inputs))
+    except ValueError:
+        raise
     except Exception:  # any error of an operation that the meta device does not have
         return None
 
