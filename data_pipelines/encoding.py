@@ -177,8 +177,9 @@ class Encoder:
         """Raise UserError unless the chat template ends an assistant turn with one of the `stop` tokens. A model that
         is never trained on such a token there would not stop generating."""
         text, marked = render_marked(self.processor, GREETING)
-        ((low, high),) = answer_spans(self.processor, GREETING, text, marked)
-        answer = self.processor.tokenizer(text[low:high], add_special_tokens=False)["input_ids"]
+        (span,) = answer_spans(self.processor, GREETING, text, marked)
+        assert span is not None, "every turn is wanted"
+        answer = self.processor.tokenizer(text[slice(*span)], add_special_tokens=False)["input_ids"]
         if not set(answer) & set(stop):
             names = ", ".join(self.processor.tokenizer.convert_ids_to_tokens(sorted(stop))) or "none is known"
             raise UserError(

@@ -34,7 +34,7 @@ def render(
     """Render a conversation with one placeholder per image or video. `continue_final_message` leaves the last turn
     open. Raises SampleError if the template rejects the conversation."""
     options = {"continue_final_message": True} if continue_final_message else {}
-    conversation = _conversation(processor, sample)
+    conversation: Any = _conversation(processor, sample)
     try:
         text = processor.apply_chat_template(
             conversation or [conversation],  # a conversation without turns is accepted only as a batch of one
