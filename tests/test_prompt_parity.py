@@ -12,6 +12,7 @@ import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_pipelines.encoding import IGNORED, Encoder
+from data_pipelines.images import load_image
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora.core.config import ModelConfig, VideoConfig
 from mmdora.models.loading import load_processor
@@ -157,7 +158,7 @@ def text_processor(split: str, template: str, begins: bool = True, ends: bool = 
     words.add_special_tokens({"additional_special_tokens": ["<image>", *SPECIAL, *ROLES]})
     layout = " ".join([*["<s>"] * begins, "$A", *["</s>"] * ends])
     known = [(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    words._tokenizer.post_processor = processors.TemplateProcessing(layout, special_tokens=known)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(layout, special_tokens=known)
     images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE)
     strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return hf.LlavaProcessor(images, words, patch_size=4, chat_template=template, **strategy)
@@ -243,8 +244,8 @@ def test_paligemma_is_trained_on_what_its_processor_makes_of_a_prompt(media):
     encoder = Encoder(processor)
     prompt = (user(media["image"], "What is it?"),)
     text = encoder.render(Sample("s", prompt, "test"), add_generation_prompt=True)
-    image = encoder._load(Sample("s", prompt, "test"))
-    plain = processor(text=[text], images=[image], return_tensors="pt")["input_ids"]
+    image = load_image(media["image"].path)
+    plain = processor(text=[text], images=[[image]], return_tensors="pt")["input_ids"]
     assert torch.equal(encoder.encode_prompt(Sample("s", prompt, "test"))["input_ids"], plain)
     row = encoder.encode(Sample("s", (*prompt, assistant("one")), "test"))
     assert torch.equal(row["input_ids"][:, : plain.shape[1]], plain)

@@ -160,7 +160,10 @@ def count_features(model: Any, encoded: Encoded, name: str) -> int | None:
     known = inspect.signature(getattr(model, method)).parameters
     inputs = {k: v.to("meta") if v.is_floating_point() else v for k, v in encoded.items() if k in known}
     module = _Features(model, method)
-    weights = {k: v.to("meta") for k, v in [*module.named_parameters(), *module.named_buffers()]}
+    weights = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # `to` would change quantized weights
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
     try:
         with torch.no_grad():
             return _count(functional_call(module, weights, (), inputs))
