@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from data_pipelines.images import CHANNELS, channels_first, load_image, unambigu
 from data_pipelines.labels import align, assign_turns, overlapping, supervised_turns
 from data_pipelines.layout import Encoded as Encoded
 from data_pipelines.layout import Layout, Media, blank_video, find_layout
-from data_pipelines.rendering import Span, answer_spans, placeholders, render, render_marked
+from data_pipelines.prompts import MARK_LENGTH, Inserted, PlainTokens, Prompts, shortened, without_end
+from data_pipelines.rendering import Span, answer_spans, placeholders, prompt_ends, render, render_marked
 from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
 from data_pipelines.truncation import check_cut, without_last_answer
 from data_pipelines.video import SampledVideo, load_video
@@ -40,13 +41,6 @@ MediaKind: TypeAlias = type[Image] | type[Video]
 GREETING = Sample(
     "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
 )
-
-
-class PlainTokens(NamedTuple):
-    """The tokens of a rendered text before media are expanded, and the characters of each."""
-
-    ids: list[int]
-    offsets: list[Span]
 
 
 @dataclass(frozen=True)
@@ -100,18 +94,26 @@ class Encoder:
                     reason += "; set model.chat_template to another template"
                     raise SampleError(sample.id, sample.source, reason, "encode")
         trained = supervised_turns(sample)
-        plain = self._plain_tokens(text)
-        encoded = self._process(sample, text, plain, media)
-        turns = self._turns(sample, text, marked, plain, encoded["input_ids"][0].tolist())
+        found = answer_spans(self.processor, sample, text, marked, trained)
+        inserted = self._prompts.insert(text, [low for low, _ in filter(None, found)])
+        if inserted.merged:
+            reason = "the beginning of an answer and the text of the chat template before it merge into one token, so "
+            reason += "the answer would not be trained as it is generated; remove white space there"
+            raise SampleError(sample.id, sample.source, reason, "encode")
+        encoded = self._process(sample, inserted.text, inserted.tokens, media)
+        turns = self._turns(sample, inserted, found, encoded["input_ids"][0].tolist())
+        if inserted.marked:
+            encoded, turns = self._prompts.without_marks(encoded, turns)
         # The first token is never supervised: there is nothing before it to predict it from.
         supervised = [i for i, turn in enumerate(turns) if turn in trained and i > 0]
         if not supervised:
             reason = "no answer to train on: none of its tokens belongs to an answer"
             raise SampleError(sample.id, sample.source, reason, "encode")
+        self._check_earlier_media(sample, trained, encoded, turns, media)
         if "labels" in encoded:
             # PaliGemma's processor leaves labels to the caller. Tokens of type 0 attend in both directions, so an
             # answer of that type would attend to the tokens that it is to predict.
-            encoded["token_type_ids"][0, supervised[0] :] = 1
+            encoded["token_type_ids"][0, next(i for i, turn in enumerate(turns) if turn) :] = 1
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         encoded["labels"][0, supervised] = encoded["input_ids"][0, supervised]
         return encoded
@@ -129,11 +131,33 @@ class Encoder:
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """Encode a conversation up to the assistant's next turn, for generation. Raises SampleError."""
+        return self._encode_prompt(sample, self._load(sample))
+
+    def _encode_prompt(self, sample: Sample, media: list[Media]) -> Encoded:
+        """Encode a prompt; `media` begins with the sample's own media."""
         text = self.render(sample, add_generation_prompt=True)
-        media = self._load(sample)
-        encoded = self._process(sample, text, None if media else self._plain_tokens(text), media)
-        encoded.pop("labels", None)
+        inserted = self._prompts.insert(text, prompt_ends(self.processor, sample, text))
+        encoded = self._without_appended(sample, inserted, media)
+        if inserted.marked:
+            encoded, _ = self._prompts.without_marks(encoded, encoded["input_ids"][0].tolist())
+        first = next((i for i, message in enumerate(sample.messages) if message.role == "assistant"), None)
+        if encoded.pop("labels", None) is not None and first is not None:
+            # As in training, PaliGemma's tokens from the first answer on do not attend in both directions.
+            prompt = self._encode_prompt(replace(sample, messages=sample.messages[:first]), media)
+            encoded["token_type_ids"][0, prompt["input_ids"].shape[1] :] = 1
         return encoded
+
+    def _without_appended(self, sample: Sample, inserted: Inserted, media: list[Media]) -> Encoded:
+        """Encode the text of a prompt, without what does not belong to a prompt at its end."""
+        prompts, (appended, special) = self._prompts, self._appended
+        if appended and sample.messages[-1].role == "assistant":  # the model continues the text itself
+            encoded = self._process(sample, inserted.text + (prompts.mark or ""), inserted.tokens, media)
+            marks = prompts.marks(encoded["input_ids"][0].tolist()).nonzero()
+            return shortened(encoded, int(marks[-MARK_LENGTH]))
+        encoded = self._process(sample, inserted.text, inserted.tokens, media)
+        if prompts.adds_bos(inserted.text):
+            encoded = without_end(encoded, prompts.end)
+        return without_end(encoded, special)
 
     def render(self, sample: Sample, add_generation_prompt: bool = False) -> str:
         """Render a conversation with the chat template, one placeholder per image or video. With a generation prompt,
@@ -145,8 +169,9 @@ class Encoder:
         """Raise UserError unless the chat template ends an assistant turn with one of the `stop` tokens. A model that
         is never trained on such a token there would not stop generating."""
         text, marked = render_marked(self.processor, GREETING)
-        ((low, high),) = answer_spans(self.processor, GREETING, text, marked)
-        answer = self.processor.tokenizer(text[low:high], add_special_tokens=False)["input_ids"]
+        (span,) = answer_spans(self.processor, GREETING, text, marked)
+        assert span is not None, "every turn is wanted"
+        answer = self.processor.tokenizer(text[slice(*span)], add_special_tokens=False)["input_ids"]
         if not set(answer) & set(stop):
             names = ", ".join(self.processor.tokenizer.convert_ids_to_tokens(sorted(stop))) or "none is known"
             raise UserError(
@@ -154,14 +179,13 @@ class Encoder:
                 "not be trained to stop; set model.chat_template to another template"
             )
 
-    def filler(self, kind: MediaKind) -> Encoded:
-        """Encode a prompt with a blank image or video, without labels.
+    def filler(self, *kinds: MediaKind) -> Encoded:
+        """Encode a prompt with a blank image or video of each kind, without labels.
 
         With several processes, every rank must run the vision encoder equally often, or collective operations hang. A
         micro-batch without one kind of media gets this sequence, which adds nothing to the loss.
         """
-        message = Message("user", (kind(_BLANK_PATH), Text(".")))
-        encoded = self.encode_prompt(Sample("filler", (message,), "filler"))
+        encoded = self.encode_prompt(blank_sample(*kinds))
         encoded["labels"] = torch.full_like(encoded["input_ids"], IGNORED)
         return encoded
 
@@ -172,8 +196,7 @@ class Encoder:
 
     def blank(self) -> Encoded:
         """Encode a text without labels, for a process that has no samples while others still do."""
-        encoded = self.encode_prompt(Sample("blank", (Message("user", (Text("."),)),), "blank"))
-        return encoded | {"labels": torch.full_like(encoded["input_ids"], IGNORED)}
+        return self.filler()
 
     def media_tokens(self, sample: Sample) -> int:
         """Return the number of tokens of the sample's images and videos, without `max_length`. Raises SampleError."""
@@ -182,12 +205,29 @@ class Encoder:
         return self._process(sample, text, plain, media)["input_ids"].shape[1] - len(plain.ids) + len(media)
 
     def _plain_tokens(self, text: str) -> PlainTokens:
-        output = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=self._adds_bos(text))
-        return PlainTokens(output["input_ids"], output["offset_mapping"])
+        return Prompts(self.processor.tokenizer).plain(text)
 
     def _adds_bos(self, text: str) -> bool:
-        bos = self.processor.tokenizer.bos_token
-        return bos is None or not text.startswith(bos)
+        return Prompts(self.processor.tokenizer).adds_bos(text)
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts(self.processor.tokenizer, self._appended[0])
+
+    @cached_property
+    def _appended(self) -> tuple[str, list[int]]:
+        """The text that the processor appends to every text, and the special tokens that it appends then."""
+        prompts = Prompts(self.processor.tokenizer)
+        if self._text_keys is not None or prompts.mark is None:
+            return "", []
+        for sample in (blank_sample(Image), blank_sample(Video), blank_sample()):
+            try:
+                text = self.render(sample, add_generation_prompt=True) + prompts.mark
+                ids = self._process(sample, text, None, self._load(sample))["input_ids"][0].tolist()
+            except SampleError:
+                continue
+            return prompts.appended_after_mark(ids, prompts.adds_bos(text))
+        return "", []
 
     @cached_property
     def _text_keys(self) -> tuple[str, ...] | None:
@@ -304,21 +344,43 @@ class Encoder:
             tokenizer.pad_token = pad_token
         return encoded if "input_ids" in encoded else None
 
-    def _turns(
-        self, sample: Sample, text: str, marked: list[Span] | None, plain: PlainTokens, ids: list[int]
-    ) -> list[int]:
+    def _turns(self, sample: Sample, inserted: Inserted, found: list[Span | None], ids: list[int]) -> list[int]:
         """Return, for each token of the encoded sample, the number of its assistant turn, from 1; 0 for none."""
-        spans = answer_spans(self.processor, sample, text, marked)
-        turns = assign_turns(plain.offsets, spans)
+        plain = inserted.tokens
+        known = {number: span for number, span in enumerate(found, start=1) if span is not None}
+        numbers = [0, *known]
+        spans = [(inserted.moved(low), inserted.moved(high)) for low, high in known.values()]
+        turns = [numbers[place] for place in assign_turns(plain.offsets, spans)]
+        for number, (low, _) in known.items():  # a token without characters may follow the prompt
+            start = inserted.num_tokens[low] or 0
+            first = next((i for i in range(start, len(turns)) if turns[i] == number), start)
+            turns[start:first] = [number] * (first - start)
         if plain.ids == ids:
             return turns
         pattern = "|".join(map(re.escape, placeholders(self.processor)))
-        media = [match.span() for match in re.finditer(pattern, text)] if pattern else []
+        media = [match.span() for match in re.finditer(pattern, inserted.text)] if pattern else []
         aligned = align(plain.ids, turns, overlapping(plain.offsets, media), ids)
         if aligned is None:
             reason = "its media placeholders cannot be told apart from its text"
             raise SampleError(sample.id, sample.source, reason, "encode")
         return aligned
+
+    def _check_earlier_media(
+        self, sample: Sample, trained: set[int], encoded: Encoded, turns: list[int], media: list[Media]
+    ) -> None:
+        """Raise SampleError for an answer with media after it if its generation prompt, which lacks them, has other
+        tokens: some processors encode an image in another way if more follow."""
+        indices = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
+        prompts = {turn: replace(sample, messages=sample.messages[: indices[turn - 1]]) for turn in sorted(trained)}
+        counts = {turn: len(list(prompt.media())) for turn, prompt in prompts.items()}
+        last = {count: turn for turn, count in counts.items() if count < len(list(sample.media()))}
+        for turn in last.values():
+            ids = self._encode_prompt(prompts[turn], media)["input_ids"]
+            length = ids.shape[1]
+            if turns.index(turn) != length or not torch.equal(encoded["input_ids"][:, :length], ids):
+                reason = f"the processor encodes what precedes its answer {turn} in another way when more images or "
+                reason += "videos follow, so it would not be trained as it is generated; split the conversation there"
+                raise SampleError(sample.id, sample.source, reason, "encode")
 
     def _check_media(self, sample: Sample, text: str, images: int, videos: int) -> None:
         """Raise SampleError for media that the processor would silently ignore: an unsupported kind, or media without a
@@ -345,3 +407,9 @@ _BLANK_PATH = Path(
     "blank"
 )  # compared by identity: this object stands for a filler's media, and a file may have the name
 _BLANK_IMAGE = PILImage.new("RGB", (32, 32))
+
+
+def blank_sample(*kinds: MediaKind) -> Sample:
+    """Return a prompt with a blank image or video of each kind."""
+    parts = (*(kind(_BLANK_PATH) for kind in kinds), Text("."))
+    return Sample("a blank sample", (Message("user", parts),), "a blank sample")

@@ -1,9 +1,16 @@
-"""Render conversations with the chat template, and find the assistant's turns in the rendered text."""
+"""Render conversations with the chat template, and find the assistant's turns in the rendered text.
+
+An assistant turn begins where the generation prompt ends: the template's rendering of the conversation before the turn,
+with `add_generation_prompt`. So a model is trained on exactly what it generates after that prompt.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
@@ -11,11 +18,14 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipelines.samples import Image, Message, Part, Sample, SampleError, Text
-from mmdora.core.errors import UserError
 
 Span: TypeAlias = tuple[int, int]  # characters of the rendered text: start, end (exclusive)
 
+# What templates raise: Jinja's own errors, and those of the Python expressions in them.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ANSWER = "\u2039the answer\u203a"  # stands for an answer, to see what a template writes around one
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token")
 
 
 def render(
@@ -24,12 +34,17 @@ def render(
     """Render a conversation with one placeholder per image or video. `continue_final_message` leaves the last turn
     open. Raises SampleError if the template rejects the conversation."""
     options = {"continue_final_message": True} if continue_final_message else {}
+    conversation: Any = _conversation(processor, sample)
     try:
-        return processor.apply_chat_template(
-            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        text = processor.apply_chat_template(
+            conversation or [conversation],  # a conversation without turns is accepted only as a batch of one
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **options,
         )
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise _template_error(sample, error) from error
+    return text if conversation else text[0]
 
 
 def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | None]:
@@ -42,35 +57,96 @@ def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | Non
         return render(processor, sample), None
     try:
         texts, spans = render_jinja_template(
-            [_conversation(sample)],
+            [_conversation(processor, sample)],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise _template_error(sample, error) from error
     return texts[0], spans[0]
 
 
-def answer_spans(processor: Any, sample: Sample, text: str, marked: list[Span] | None) -> list[Span]:
+def answer_spans(
+    processor: Any, sample: Sample, text: str, marked: list[Span] | None, wanted: Collection[int] | None = None
+) -> list[Span | None]:
     """Return the span of each assistant turn in `text`, with its end-of-sequence token and without trailing white
     space.
 
-    The template's markers are used if there is one pair per turn and each contains the turn's text. Otherwise a turn is
-    what it adds to the rendering of the turns before it. Raises UserError for a template that rewrites earlier turns.
+    A turn begins at the end of its generation prompt. It ends where the template's marker does, if there is one pair of
+    markers per turn and each contains the turn's text, or else with what the template writes after its text.
+
+    Only the `wanted` turns, counted from 1, must be found (default: all): others are None if the text up to them is not
+    their generation prompt, and end where they begin if their end is not found. Raises SampleError if a wanted turn is
+    not found, for example because the template rewrites earlier turns.
     """
-    answers = [message for message in sample.messages if message.role == "assistant"]
-    if marked is not None and len(marked) == len(answers):
+    indices = [i for i, message in enumerate(sample.messages) if message.role == "assistant"]
+    ends = _marked_ends(processor, sample, text, marked, indices)
+    spans: list[Span | None] = []
+    previous = 0
+    for turn, (index, end) in enumerate(zip(indices, ends, strict=True), start=1):
+        low = None
+        try:
+            low = len(generation_prompt(processor, sample, index, text))
+            high = max(low, _answer_end(processor, sample, text, index, low) if end is None else end)
+            if low < previous:
+                raise _rewritten(sample)
+        except SampleError:
+            if wanted is None or turn in wanted:
+                raise
+            high = low or 0
+        spans.append(None if low is None else (low, high))
+        previous = high
+    return spans
+
+
+def _marked_ends(
+    processor: Any, sample: Sample, text: str, marked: list[Span] | None, indices: list[int]
+) -> list[int | None]:
+    """Return the ends of the template's markers; None for each turn if they are not those of the assistant turns."""
+    if marked is not None and len(marked) == len(indices):
         spans = [_with_end(text, span, processor.tokenizer.eos_token) for span in marked]
-        if all(_contains(text[low:high], message) for (low, high), message in zip(spans, answers, strict=True)):
-            return spans
-    return _prefix_differences(processor, sample, text)
+        if all(_contains(text[low:high], sample.messages[i]) for (low, high), i in zip(spans, indices, strict=True)):
+            return [high for _, high in spans]
+    return [None] * len(indices)
+
+
+def prompt_ends(processor: Any, sample: Sample, text: str) -> list[int]:
+    """Return where in `text`, the rendering of a sample, the generation prompts of its assistant turns end.
+
+    Those of turns that do not follow their generation prompt are left out.
+    """
+    ends = []
+    for index, message in enumerate(sample.messages):
+        if message.role == "assistant":
+            with suppress(SampleError):
+                ends.append(len(generation_prompt(processor, sample, index, text)))
+    return ends
+
+
+def generation_prompt(processor: Any, sample: Sample, index: int, text: str) -> str:
+    """Return the generation prompt of the assistant turn at `index` of the messages.
+
+    Raises SampleError if `text`, the rendering of the whole sample, does not begin with it.
+    """
+    before = replace(sample, messages=sample.messages[:index])
+    prompt = render(processor, before, add_generation_prompt=True)
+    if text.startswith(prompt):
+        return prompt
+    if not text.startswith(render(processor, before).rstrip()):
+        raise _rewritten(sample)
+    ending = repr(prompt[-40:])
+    reason = (
+        f"the chat template writes another text before an answer than its generation prompt, which ends with {ending}; "
+        "set model.chat_template to another template, or train: false on such answers"
+    )
+    raise SampleError(sample.id, sample.source, reason, "encode")
 
 
 def placeholders(processor: Any) -> list[str]:
     """Return the image and video placeholders, which the chat template writes and the processor expands."""
     tokens = (getattr(processor, name, None) for name in ("image_token", "video_token"))
-    return [token for token in tokens if token]
+    return [str(token) for token in tokens if token]  # BLIP-2's is an AddedToken
 
 
 def _with_end(text: str, span: Span, end: str | None) -> Span:
@@ -87,24 +163,64 @@ def _contains(span_text: str, message: Message) -> bool:
     return all(part.text.strip() in span_text for part in message.parts if isinstance(part, Text))
 
 
-def _prefix_differences(processor: Any, sample: Sample, text: str) -> list[Span]:
-    spans = []
-    for index, message in enumerate(sample.messages):
-        if message.role != "assistant":
-            continue
-        before = render(processor, replace(sample, messages=sample.messages[:index]), add_generation_prompt=True)
-        after = render(processor, replace(sample, messages=sample.messages[: index + 1]))
-        if not text.startswith(before) or not text.startswith(after.rstrip()):
-            raise UserError(
-                "the chat template rewrites earlier turns when later ones follow, so the assistant's turns cannot be "
-                "located; set model.chat_template to another template"
-            )
-        spans.append((len(before), max(len(before), len(after.rstrip()))))
-    return spans
+def _answer_end(processor: Any, sample: Sample, text: str, index: int, low: int) -> int:
+    """Return where the assistant turn at `index`, which begins at `low`, ends in `text`. Raises SampleError."""
+    after = render(processor, replace(sample, messages=sample.messages[: index + 1])).rstrip()
+    if text.startswith(after):
+        return len(after)
+    # The template writes a last turn in another way than an earlier one: thinking templates do. What it writes before
+    # and after an answer shows where this one ends. Phi-3's writes an end-of-sequence token only after the last turn.
+    around = replace(sample, messages=(*sample.messages[:index], Message("assistant", (Text(_ANSWER),))))
+    shown = render(processor, around)
+    if shown.count(_ANSWER) == 1 and shown[:low] == text[:low]:
+        opening, closing = (part.strip() for part in shown[low:].split(_ANSWER))
+        answer = sample.messages[index].text.strip()
+        trailing = rf"\s{{0,{len(sample.messages[index].text) - len(sample.messages[index].text.rstrip())}}}"
+        special = "|".join(re.escape(token.content) for token in processor.tokenizer.added_tokens_decoder.values())
+        for start in {opening: None, "": None}:
+            begin = r"\s*" + r"\s*".join(map(re.escape, (start, answer)))
+            if found := re.compile(rf"{begin}(\s*{re.escape(closing)}|{trailing}({special}))").match(text, low):
+                return found.end()
+    raise _rewritten(sample)
 
 
-def _conversation(sample: Sample) -> list[dict[str, Any]]:
+def _rewritten(sample: Sample) -> SampleError:
+    reason = (
+        "the chat template rewrites earlier turns when later ones follow, so the assistant's turns cannot be located"
+    )
+    return SampleError(sample.id, sample.source, f"{reason}; set model.chat_template to another template", "encode")
+
+
+def _conversation(processor: Any, sample: Sample) -> list[dict[str, Any]]:
+    template = processor.chat_template
+    if isinstance(template, str) and takes_strings(template):
+        return [{"role": m.role, "content": _joined(m)} for m in sample.messages]
     return [{"role": m.role, "content": [_content(p) for p in m.parts]} for m in sample.messages]
+
+
+def _joined(message: Message) -> str | list[dict[str, str]]:
+    """Return a message without media as one string."""
+    has_media = any(not isinstance(part, Text) for part in message.parts)
+    return [_content(part) for part in message.parts] if has_media else message.text
+
+
+@lru_cache(64)
+def takes_strings(template: str) -> bool:
+    """Return whether a chat template expects each message's content as a string, not as a list of parts.
+
+    Most templates of language models do. Given a list, they fail or write its Python representation.
+    """
+    parts, string = [{"type": "text", "text": _ANSWER}], _ANSWER
+    return not _writes_content(template, parts) and _writes_content(template, string)
+
+
+def _writes_content(template: str, content: Any) -> bool:
+    messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+    try:
+        text = render_jinja_template([messages], chat_template=template, **dict.fromkeys(_SPECIAL_TOKENS, ""))[0][0]
+    except TEMPLATE_ERRORS:
+        return False
+    return text.count(_ANSWER) == 2 and f"'{_ANSWER}'" not in text and f'"{_ANSWER}"' not in text
 
 
 def _content(part: Part) -> dict[str, str]:
@@ -113,5 +229,6 @@ def _content(part: Part) -> dict[str, str]:
     return {"type": "image" if isinstance(part, Image) else "video"}
 
 
-def _template_error(sample: Sample, error: TemplateError) -> SampleError:
-    return SampleError(sample.id, sample.source, f"the chat template rejects it ({error})", "encode")
+def _template_error(sample: Sample, error: Exception) -> SampleError:
+    reason = str(error) or type(error).__name__
+    return SampleError(sample.id, sample.source, f"the chat template rejects it ({reason})", "encode")

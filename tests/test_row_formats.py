@@ -416,3 +416,26 @@ def test_a_file_without_a_readable_row_is_an_error_with_the_first_reason(tmp_pat
     (tmp_path / "t.csv").write_text("question,answer\n1,2,3\n4\n")
     with pytest.raises(UserError, match="none of the first 2 rows can be read; the first: has 3 fields, but"):
         guess_format(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("form", ["llava", "sharegpt", "messages", "alpaca", "vqa", "caption"])
+def test_a_file_url_is_its_path_in_every_format(tmp_path, form):
+    """Also in lists, and never to a file outside the media folder."""
+    texts = {
+        "llava": {"conversations": ASK},
+        "sharegpt": {"conversations": ASK, "system": "Be brief."},
+        "messages": {"messages": [user("Hm?"), assistant("a")]},
+        "alpaca": {"instruction": "Hm?", "output": "a"},
+        "vqa": {"question": "Hm?", "answer": "a"},
+        "caption": {"caption": "a"},
+    }
+    names = ["file://a.png", f"file://{tmp_path}/a.png"]
+    key = "images" if form in ("sharegpt", "messages") else "image"
+    rows = [texts[form] | {key: name if key == "image" else [name]} for name in names]
+    rows.append(texts[form] | {key: names})
+    rows += [texts[form] | {key: ["file:///etc/passwd"]}, texts[form] | {key: ["file://http://x/a.png"]}]
+    source = read(tmp_path, form, *rows)
+    a = Image(tmp_path / "a.png")
+    assert [list(sample.media()) for sample in source] == [[a], [a], [a, a]]
+    assert ["outside the media folder" in row.reason for row in source.rejected] == [True, False]
+    assert "is a URL" in source.rejected[1].reason

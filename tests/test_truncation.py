@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers as hf
 
 from data_pipelines import encoding
 from data_pipelines.encoding import IGNORED, Encoder
@@ -20,7 +21,12 @@ def image(tmp_path) -> Image:
 
 @pytest.fixture
 def processor():
-    return tiny_processor()
+    """A processor that encodes an image in the same way whatever follows: that of the tiny base does not."""
+    tiny = tiny_processor()
+    square = {"height": 16, "width": 16}
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=square)
+    strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return hf.LlavaProcessor(images, tiny.tokenizer, patch_size=4, chat_template=tiny.chat_template, **strategy)
 
 
 def count_tokens(processor, *messages: Message) -> int:

@@ -86,8 +86,6 @@ class Messages(Format):
         value = next((part[key] for key in keys if part.get(key) is not None), None)
         value = value.get("url") if isinstance(value, dict) else value
         if value is not None:
-            if isinstance(value, str):
-                value = value.removeprefix("file://")
             return place.image(value) if cls is Image else place.video(value)
         index = part.get("index")
         if isinstance(index, int) and 0 <= index < len(listed) and isinstance(listed[index], cls):

@@ -42,11 +42,13 @@ class Place:
         return (value.path, value.data) if isinstance(value, Blob) else (self.file(value), None)
 
     def file(self, value: Any) -> Path:
-        """Return the file that a row names, inside the root. Raises RowError for URLs and for paths outside the root.
+        """Return the file that a row names, inside the root; `file://` before a path is ignored. Raises RowError for
+        other URLs and for paths outside the root.
 
         Symbolic links are resolved when the sample is accessed (`check_links`), because a disk access per row is slow.
         Only a path that does not begin with the root is resolved at once, since a link may lead into the root.
         """
+        value = value.removeprefix("file://") if isinstance(value, str) else value
         if not isinstance(value, str) or not value or "\0" in value or printable(value) != value:
             raise RowError(f"a media path must be a non-empty string, not {shown(value)}")
         if (size := len(value.encode())) > MAX_PATH:

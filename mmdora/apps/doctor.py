@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoConfig, GenerationConfig
 
@@ -20,11 +20,12 @@ from data_pipelines.splitting import read_sources
 from eval.benchmarks import Question
 from eval.contamination import Overlap, find_overlaps
 from eval.run import read_questions
+from mmdora.apps.check_model import model_problems
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
 from mmdora.models.batching import check_micro_batch_size
-from mmdora.models.loading import load_processor
+from mmdora.models.loading import load_shape
 from mmdora.training.arguments import micro_batches
 from mmdora.training.batches import check_batches, check_media
 from mmdora.training.metrics import PIXELS, frames_of
@@ -110,8 +111,9 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
     training = {f"data.train.{i}": source for i, source in enumerate(train_sources)}
     validation = {f"data.validation.{i}": source for i, source in enumerate(validation_sources)}
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
-    encoder = Encoder(load_processor(config.model), config.data.video, config.data.max_length, config.data.overlong)
-    problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder)
+    model, processor = load_shape(config.model)
+    encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
+    problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder, model)
     sources = []
     for setting, source in (training | validation).items():
         with progress(f"encoding {source.path.name}", min(samples, len(source))) as advance:
@@ -170,10 +172,13 @@ def _template_problems(config: RunConfig, encoder: Encoder) -> list[Problem]:
     return []
 
 
-def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Encoder) -> list[Problem]:
-    """Check the media, batches and packing that the config asks for, as a run in one process would."""
-    problems = []
+def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Encoder, model: Any) -> list[Problem]:
+    """Check the media, batches and packing that the config asks for, as a run in one process would.
+
+    `model` is on the meta device.
+    """
     dataset = TrainDataset(training, encoder, Ledger(Path(os.devnull), 0, 1.0), 0, config.data.temperature)
+    problems = [Problem("error", text, setting) for setting, text in model_problems(config, model, dataset)]
     try:
         check_media(config, dataset)
     except UserError as error:

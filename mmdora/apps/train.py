@@ -29,6 +29,7 @@ from eval.run import evaluate, read_questions
 from mmdora.adapters.injection import inject_adapters, resolve_parts
 from mmdora.adapters.save_load import save_adapter
 from mmdora.analysis.plots import plot_loss
+from mmdora.apps.check_model import check_model
 from mmdora.apps.during_training import Evaluator, Questions, check_scored, sample_predictions
 from mmdora.apps.load_target import load_target
 from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
@@ -73,6 +74,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
             check_media(config, dataset)
             check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
+            check_model(config, model, dataset)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
             start.create()

@@ -93,7 +93,12 @@ def _prepare(processor: Any, config: ModelConfig) -> None:
         template = find_path(config.chat_template)
         if not template.is_file():
             raise UserError(f"model.chat_template: no such file {config.chat_template!r}")
-        processor.chat_template = template.read_text(encoding="utf-8")
+        try:
+            processor.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"model.chat_template: {template} is not UTF-8 ({error})") from error
+    if isinstance(processor.chat_template, str):  # a byte order mark would begin every prompt
+        processor.chat_template = processor.chat_template.removeprefix("\ufeff")
     if processor.chat_template is None:
         raise UserError(f"{config.path or 'the model'} has no chat template; name a Jinja file in model.chat_template")
     if config.path is None:
