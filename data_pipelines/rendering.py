@@ -26,7 +26,7 @@ def render(
     options = {"continue_final_message": True} if continue_final_message else {}
     try:
         return processor.apply_chat_template(
-            _conversation(sample), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            _conversation(processor, sample), tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
     except TemplateError as error:
         raise _template_error(sample, error) from error
@@ -37,12 +37,13 @@ def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | Non
     rendering; None if the template has no such markers. Raises SampleError."""
     template = processor.chat_template
     # SmolVLM's processor overrides apply_chat_template: it uses another template for videos.
-    overridden = type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
+    is_mixin = isinstance(processor, ProcessorMixin)
+    overridden = is_mixin and type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
     if overridden or not isinstance(template, str) or not _MARKER.search(template):
         return render(processor, sample), None
     try:
         texts, spans = render_jinja_template(
-            [_conversation(sample)],
+            [_conversation(processor, sample)],
             chat_template=template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
@@ -103,7 +104,9 @@ def _prefix_differences(processor: Any, sample: Sample, text: str) -> list[Span]
     return spans
 
 
-def _conversation(sample: Sample) -> list[dict[str, Any]]:
+def _conversation(processor: Any, sample: Sample) -> list[dict[str, Any]]:
+    if getattr(processor, "content_is_string", False):  # a language model's chat template
+        return [{"role": m.role, "content": m.text} for m in sample.messages]
     return [{"role": m.role, "content": [_content(p) for p in m.parts]} for m in sample.messages]
 
 

@@ -19,6 +19,7 @@ from data_pipelines.sources import Source, read_source
 from eval.benchmarks import Question
 from eval.contamination import Overlap, find_overlaps
 from eval.run import read_questions
+from mmdora.apps.check_media import check_text_only
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
@@ -108,7 +109,12 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
     validation = {f"data.validation.{i}": read_source(source, seed) for i, source in enumerate(config.data.validation)}
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     encoder = Encoder(load_processor(config.model), config.data.video, config.data.max_length, config.data.overlong)
+    by_setting = {f"evaluation.{i}": questions[entry.name] for i, entry in enumerate(config.evaluation)}
     problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder)
+    try:
+        check_text_only(encoder, training | validation, by_setting)
+    except UserError as error:
+        problems.append(Problem("error", str(error), "model.path"))
     sources = []
     for setting, source in (training | validation).items():
         with progress(f"encoding {source.path.name}", min(samples, len(source))) as advance:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from mmdora.adapters.peft_format import read_adapter
 from mmdora.adapters.save_load import load_adapter
 from mmdora.core.config import ModelConfig, RunConfig, VideoConfig
 from mmdora.core.distributed import to_local_device
 from mmdora.core.errors import UserError
 from mmdora.core.run_directory import RunDir
-from mmdora.models.loading import load_model
+from mmdora.models.loading import load_model, load_saved_processor
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def load_target(target: str, trust_remote_code: bool = False, dtype: str | None 
             )
         model, _ = load_model(config.model)
         load_adapter(model, run.adapter)
-        processor = AutoProcessor.from_pretrained(run.processor, trust_remote_code=trust_remote_code)
+        processor = load_saved_processor(model, run.processor, trust_remote_code)
         return Loaded(to_local_device(model).eval(), processor, config.data.video, config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
     if (run.path / "adapter_config.json").is_file():

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image
 from mmdora.adapters.merging import LoRAExport, export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
 from mmdora.core.errors import UserError
+from mmdora.models.language_models import auto_class, auto_names
 from mmdora.models.loading import needs_mmdora, save_card, save_model, to_plain_transformers
 
 
@@ -27,6 +27,7 @@ class MergeResult:
     max_difference: float  # largest difference of a logit between the adapted model and the reloaded merged model
     logit_range: tuple[float, float]  # smallest and largest logit of the adapted model
     needs_mmdora: bool  # loading it takes `import mmdora.models` first
+    auto_names: tuple[str, str]  # the Auto classes that load the model and its processor
 
 
 def merge_target(
@@ -42,14 +43,22 @@ def merge_target(
     loaded = load_target(target, trust_remote_code)
     if lora_rank is not None:
         return export_lora(loaded.model, out, lora_rank)
-    probe = Encoder(loaded.processor, loaded.video).filler(Image)  # a blank image and a word, which run every layer
+    encoder = Encoder(loaded.processor, loaded.video)
+    probe = encoder.blank() if encoder.text_only else encoder.filler(Image)  # runs every layer
     adapted = _logits(loaded.model, probe)
     model = to_plain_transformers(merge_adapters(loaded.model))
     save_model(model, loaded.processor, out)
     save_card(model, out)
-    reloaded = AutoModelForImageTextToText.from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    reloaded = auto_class(model.config).from_pretrained(out, dtype=model.dtype, trust_remote_code=trust_remote_code)
     difference = (_logits(reloaded.to(model.device).eval(), probe) - adapted).abs().max().item()
-    return MergeResult(out, model.dtype, difference, (adapted.min().item(), adapted.max().item()), needs_mmdora(model))
+    return MergeResult(
+        out,
+        model.dtype,
+        difference,
+        (adapted.min().item(), adapted.max().item()),
+        needs_mmdora(model),
+        auto_names(model.config),
+    )
 
 
 @torch.inference_mode()

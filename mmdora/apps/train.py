@@ -28,6 +28,7 @@ from eval.run import evaluate, read_questions
 from mmdora.adapters.injection import inject_adapters, resolve_parts
 from mmdora.adapters.save_load import save_adapter
 from mmdora.analysis.plots import plot_loss
+from mmdora.apps.check_media import check_text_only
 from mmdora.apps.during_training import Evaluator, Questions, check_scored, sample_predictions
 from mmdora.apps.load_target import load_target
 from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
@@ -69,6 +70,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
+            check_text_only(encoder, data.sources, data.by_setting(config))
             check_media(config, dataset)
             check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
@@ -111,6 +113,16 @@ class RunData:
     train: list[Source]
     validation: list[Source]
     questions: Questions
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The training and validation sources by their settings: `data.train.0`, ..."""
+        named = {"data.train": self.train, "data.validation": self.validation}
+        return {f"{key}.{i}": source for key, sources in named.items() for i, source in enumerate(sources)}
+
+    def by_setting(self, config: RunConfig) -> Questions:
+        """Return the questions of each `evaluation` entry by its setting: `evaluation.0`, ..."""
+        return {f"evaluation.{i}": self.questions[entry.name] for i, entry in enumerate(config.evaluation)}
 
     @property
     def total(self) -> int:
@@ -261,15 +273,15 @@ def evaluate_adapter(
         console.print(results_table([(read_report(a), read_report(b) if b else None) for a, b in results]))
     console.print(f"{ledger.summary()}" + (f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""))
     show_best(console, run_dir)
-    show_next_commands(console, run_dir)
+    show_next_commands(console, run_dir, not encoder.text_only)
 
 
-def show_next_commands(console: Console, run_dir: RunDir) -> None:
+def show_next_commands(console: Console, run_dir: RunDir, takes_media: bool) -> None:
     console.print(
         f"\nThe run is in {run_dir.path}. Next:\n"
         f"  open {run_dir.path}/report.html          images, questions, answers before and after\n"
         f"  mmdora eval {run_dir.path}               evaluate it again\n"
-        f"  mmdora chat {run_dir.path} --image FILE  chat with the model\n"
+        f"  mmdora chat {run_dir.path}{' --image FILE' if takes_media else '             '}  chat with the model\n"
         f"  mmdora merge {run_dir.path} OUT          write a plain Hugging Face model",
         soft_wrap=True,
     )
