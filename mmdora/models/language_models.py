@@ -102,10 +102,14 @@ class TextProcessor:
     @cached_property
     def content_is_string(self) -> bool:
         """Whether the chat template takes a message's content as a string, as most do, and not as a list of parts."""
+        return self._renders(PROBE) or not self._renders([{"type": "text", "text": PROBE}])
+
+    def _renders(self, content: Any) -> bool:
+        """Return whether the chat template writes the text of a user's message with this content."""
         try:
-            return PROBE in self.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False)
+            return PROBE in self.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         except Exception:  # a template may raise any exception, in Jinja or in Python
-            return True
+            return False
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
         return self.tokenizer.apply_chat_template(conversation, **options)

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdora.core.config import DataConfig
 from mmdora.core.errors import UserError
 
-# tests/test_packing.py and tests/test_language_models.py show for these that loss and gradients of packed rows equal those of the single samples.
+# tests/test_packing.py and tests/test_language_models.py show for these that loss and gradients of packed rows equal
+# those of the single samples.
 SUPPORTED_FAMILIES = (
     "llava",
     "llava_next",
