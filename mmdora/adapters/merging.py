@@ -178,6 +178,8 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
         UserError: If there is no adapter `name`, `rank` is below 1, or PEFT has no plain LoRA for a layer.
     """
     check_has_adapters(model, [name])
+    if frozen := state_of(model).frozen_adapter:
+        raise UserError(f"export_lora: the adapter was trained on top of {frozen}, which a plain LoRA cannot name")
     if rank < 1:
         raise UserError(f"export_lora: the rank must be at least 1, not {rank}")
     tensors: dict[str, Tensor] = {}

@@ -75,6 +75,7 @@ class Adapter:
     vera_owners: dict[str, str]  # by layer path: the layer under whose name the shared `vera_A`, `vera_B` are saved
     token_rows: dict[str, dict[int, Tensor]]  # by table path and token id, ascending: rows of tokens
     new_tokens: dict[str, int]  # ids of the tokens that the run added to the vocabulary
+    frozen_adapter: str | None = None  # the adapter directory below this adapter, which the base model must include
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -117,6 +118,7 @@ def read_adapter(folder: Path) -> Adapter:
         vera_owners,
         token_rows,
         new_tokens,
+        config.get("frozen_adapter") if config["peft_type"] == OWN_TYPE else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,13 @@ from mmdora.models.vision_encoders.open_clip_timm import OpenCLIPTimmModel
 log = logging.getLogger(__name__)
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """Return the model in `config.dtype` and in evaluation mode, and its processor. Raises UserError."""
+def load_model(
+    config: ModelConfig, change: Callable[[PreTrainedModel], None] = lambda model: None
+) -> tuple[PreTrainedModel, Any]:
+    """Return the model in `config.dtype` and in evaluation mode, and its processor.
+
+    `change` is called with the model before its weights are quantized. Raises UserError.
+    """
     with load_unpartitioned():
         if config.path is None:
             model, processor = compose(config)
@@ -43,6 +49,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
             add_tokens(model, processor, config.new_tokens)
     _prepare(processor, config)
     model.eval()
+    change(model)
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
     return model, processor

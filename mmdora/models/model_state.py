@@ -59,6 +59,7 @@ class ModelState:
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)  # by name
     merge_undo: MergeUndo | None = None  # set while the model is merged reversibly
     new_tokens: dict[str, int] = field(default_factory=dict)  # ids of the tokens that `add_tokens` added
+    frozen_adapter: str | None = None  # the adapter directory that was added to the weights (`model.frozen_adapter`)
     guessed_parts: dict[str, tuple[str, ...]] | None = None  # for a family without an entry in ARCHITECTURES
 
 

@@ -76,6 +76,16 @@ class ModelConfig(Section):
         default=[],
         description="Tokens to add to the vocabulary. Of the embeddings and the head, only their rows are trained.",
     )
+    adapter: str | None = Field(
+        default=None,
+        description="A run or an adapter directory, PEFT's too, from which training continues; `parts` describes the "
+        "same adapter.",
+    )
+    frozen_adapter: str | None = Field(
+        default=None,
+        description="A run or an adapter directory that stays frozen below the trained one: it is added to the weights "
+        "when they are loaded.",
+    )
     pad_to_square: bool = Field(
         default=False,
         description="LLaVA-1.5 only: pad images to a square with the mean color, as LLaVA's own code does, "
