@@ -67,7 +67,8 @@ data: {{train: [{{path: {folder}/alpaca.json}}]}}
 training:
   {{output: {folder}/run, max_steps: 4, batch_size: 4, micro_batch_size: 2, save_every: 2, warmup_ratio: 0,
    learning_rate: 0.01}}
-evaluation: [{{name: commonsense, benchmark: commonsense, data: {folder}, batch_size: 16, max_new_tokens: 4, before: true}}]
+evaluation:
+  - {{name: commonsense, benchmark: commonsense, data: {folder}, batch_size: 16, max_new_tokens: 4, before: true}}
 """
     )
     return [str(folder / "run.yaml"), *overrides]

@@ -46,7 +46,7 @@ DAMAGES = {
     "no file named model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
     "Expecting property name": lambda folder: (folder / "config.json").write_text("{"),
     "model type `new` but": lambda folder: (folder / "config.json").write_text('{"model_type": "new"}'),
-    "If it is a language model, compose one": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
+    "lm_head.weight is missing|do not match its config": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
     "image processor": lambda folder: [file.unlink() for file in folder.glob("*processor*")],
     "tokenizer": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
 }
