@@ -13,6 +13,7 @@ from tests.test_runs import command
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not (MODEL / "config.json").is_file(),
         reason=f"needs {MODEL.relative_to(ROOT)}; examples/smollm2.py says how to make it",
@@ -38,8 +39,8 @@ def report(run: Path, name: str) -> dict:
 
 def test_twenty_steps_of_dora_teach_the_answer_format(tmp_path, capsys):
     pairs = [(7 * i % 41, 11 * i % 37) for i in range(1, 201)]
-    (tmp_path / "train.json").write_text(json.dumps([question(*pair) for pair in pairs[:160]]))
-    (tmp_path / "test.json").write_text(json.dumps([question(*pair) for pair in pairs[160:]]))
+    (tmp_path / "train.json").write_text(json.dumps([question(*pair) for pair in pairs[:180]]))
+    (tmp_path / "test.json").write_text(json.dumps([question(*pair) for pair in pairs[180:]]))
     run = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -48,8 +49,8 @@ parts:
   language:
     {{method: dora, rank: 16, alpha: 32, dropout: 0.05, targets: [q_proj, k_proj, v_proj, up_proj, down_proj]}}
 data: {{train: [{{path: {tmp_path}/train.json, format: alpaca}}]}}
-training: {{output: {run}, max_steps: 20, batch_size: 8, micro_batch_size: 8, learning_rate: 1.0e-3}}
-evaluation: [{{name: boolq, benchmark: boolq, data: {tmp_path}/test.json, batch_size: 20, before: true}}]
+training: {{output: {run}, max_steps: 20, batch_size: 4, micro_batch_size: 4, learning_rate: 1.0e-3}}
+evaluation: [{{name: boolq, benchmark: boolq, data: {tmp_path}/test.json, batch_size: 20, max_new_tokens: 8, before: true}}]
 """
     )
     assert command("train", str(tmp_path / "run.yaml")) == 0
