@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,12 +18,14 @@ import mmdora
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Message, Sample, Text
 from eval.benchmarks.commonsense import TASKS, official_prompt
+from mmdora.apps.load_target import load_target
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import architecture_of
 from mmdora.models.language_models import TextProcessor, is_language_model
 from mmdora.models.loading import load_model, load_processor
 from mmdora.training.packing import SUPPORTED_LANGUAGE_MODELS, check_packing
+from tests.grid import deepspeed_file, run_in_two_processes
 from tests.media import write_image
 from tests.test_packing import check_equal
 from tests.test_runs import command
@@ -221,8 +223,6 @@ def test_a_run_trains_and_is_scored_on_the_commonsense_tasks(trained):
 
 
 def test_resume_is_bit_exact(trained, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)
     for name in ("adapter", "checkpoints/checkpoint-4"):
@@ -242,16 +242,11 @@ def test_eval_chat_and_merge_of_a_run(trained, tmp_path, capsys, monkeypatch):
     card = (out / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("merged")' in card
-    code = f"""
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained({str(out)!r}), AutoTokenizer.from_pretrained({str(out)!r})
-messages = [{{"role": "user", "content": "Is 2 even?"}}]
-assert "### Instruction:" in tokenizer.apply_chat_template(messages, tokenize=False)
-print(type(model).__name__, "mmdora" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stdout.split() == ["LlamaForCausalLM", "False"]
+    assert type(hf.AutoModelForCausalLM.from_pretrained(out)) is hf.LlamaForCausalLM
+    text = hf.AutoTokenizer.from_pretrained(out).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+    assert "### Instruction:" in text
 
     scores = []
     for target in (trained / "run", out):  # with the benchmark's own 32 tokens
@@ -287,6 +282,34 @@ def test_packing_and_new_tokens(trained, tmp_path):
     out = tmp_path / "merged"
     assert command("merge", str(tmp_path / "run"), str(out)) == 0
     assert hf.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["<yes>", "<no>"]) == [281, 282]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is installed on Linux only")
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_two_processes_train_like_one(stage, trained, tmp_path):
+    engine = [f"training.deepspeed={deepspeed_file(tmp_path, 'engine', stage)}"] if stage else []
+    arguments = config(trained, trained / "model", f"training.output={tmp_path}/run", "evaluation=[]", *engine)
+    run_in_two_processes(arguments, tmp_path / "run")
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (trained / "run", tmp_path / "run")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    tensors = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (trained / "run", tmp_path / "run")]
+    for key, expected in tensors[0].items():
+        assert (tensors[1][key] - expected).norm() <= 1e-2 * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_language_model(bits, trained, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    arguments = config(trained, trained / "model", f"training.output={tmp_path}/run", "evaluation=[]")
+    assert command("train", *arguments, f"model.quantization={bits}", "training.max_steps=2") == 0
+    model = load_target(str(tmp_path / "run")).model
+    kind = bnb.nn.Linear4bit if bits == "4bit" else bnb.nn.Linear8bitLt
+    assert sum(isinstance(module, kind) for module in model.modules()) == 14
+    assert type(model.lm_head) is torch.nn.Linear
 
 
 def test_every_part_trains(trained, tmp_path):

@@ -50,7 +50,8 @@ parts:
     {{method: dora, rank: 16, alpha: 32, dropout: 0.05, targets: [q_proj, k_proj, v_proj, up_proj, down_proj]}}
 data: {{train: [{{path: {tmp_path}/train.json, format: alpaca}}]}}
 training: {{output: {run}, max_steps: 20, batch_size: 4, micro_batch_size: 4, learning_rate: 1.0e-3}}
-evaluation: [{{name: boolq, benchmark: boolq, data: {tmp_path}/test.json, batch_size: 20, max_new_tokens: 8, before: true}}]
+evaluation:
+  - {{name: boolq, benchmark: boolq, data: {tmp_path}/test.json, batch_size: 20, max_new_tokens: 8, before: true}}
 """
     )
     assert command("train", str(tmp_path / "run.yaml")) == 0
