@@ -153,13 +153,17 @@ def test_a_stacked_adapter_is_not_read_without_the_one_below_it(folder, stacked,
 
 
 @pytest.mark.slow
-def test_stacks_continue_and_grow(folder, stacked, capsys):
+def test_stacks_continue_and_grow(folder, stacked, capsys, caplog):
     parts = "parts={language: {method: lora, rank: 2, targets: [q_proj, o_proj]}}"
     again = (f"model.adapter={stacked}", parts, *STILL)
     assert train(folder, "again", f"model.frozen_adapter={folder}/first", *again) == 0
     torch.testing.assert_close(of_target(folder / "again"), of_target(stacked), atol=1e-6, rtol=1e-6)
     assert train(folder, "wrong", *again) == 2
     assert f"set model.frozen_adapter to {folder}/first/adapter" in capsys.readouterr().err.replace("\n", " ")
+    # An adapter that was trained alone may continue on top of another one.
+    on_top = (f"model.adapter={folder}/first", f"model.frozen_adapter={folder}/first")
+    assert train(folder, "twice", *on_top, *STILL) == 0
+    assert "it continues on top of it now" in caplog.text
     assert train(folder, "third", f"model.frozen_adapter={stacked}", *STILL) == 0
     torch.testing.assert_close(of_target(folder / "third"), of_target(stacked), atol=1e-4, rtol=1e-4)
 

@@ -19,7 +19,7 @@ from mmdora.adapters.token_rows import check_token_rows, load_token_rows, token_
 from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.attention import ExplicitAttention
-from mmdora.models.model_state import state_of
+from mmdora.models.model_state import frozen_adapter_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the linear layers of an explicit attention
 
@@ -119,12 +119,12 @@ def _attentions_to_replace(model: nn.Module, adapter: Adapter) -> dict[str, Expl
 
 
 def _check_frozen_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Raise UserError unless the model's weights include the frozen adapter below this one, and no other."""
-    needs, has = adapter.frozen_adapter, state_of(model).frozen_adapter
-    if (needs and Path(needs).resolve()) != (has and Path(has).resolve()):
+    """Raise UserError if the adapter was trained on top of a frozen one that the model's weights do not include."""
+    needs, has = adapter.frozen_adapter, frozen_adapter_of(model)
+    if needs is not None and (has is None or Path(needs).resolve() != Path(has).resolve()):
         raise UserError(
-            f"{adapter.folder}: trained on top of {needs or 'the base model alone'}, and this model includes "
-            f"{has or 'no other adapter'}; set model.frozen_adapter to {needs or 'null'}"
+            f"{adapter.folder}: trained on top of {needs}, and this model includes {has or 'no other adapter'}; set "
+            f"model.frozen_adapter to {needs}"
         )
 
 

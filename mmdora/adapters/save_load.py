@@ -7,6 +7,7 @@ as DoRA with m = ‖W + sBA‖, with which PEFT computes the same. Loading them 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import full_parameter
 from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
-from mmdora.models.model_state import AdapterRecord, state_of
+from mmdora.models.model_state import AdapterRecord, frozen_adapter_of, state_of
 from mmdora.models.new_tokens import new_tokens, train_token_rows
+
+log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -71,7 +74,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     """Return the tensors, config and metadata of one adapter, gathered and on the CPU."""
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
     specs = {path: layer.specs[name] for path, layer in layers.items()}
-    frozen = state_of(model).frozen_adapter  # PEFT would compute without it
+    frozen = frozen_adapter_of(model)  # PEFT would compute without it
     in_peft = frozen is None and all(layer.in_peft and not layer.specs[name].use_vera for layer in layers.values())
     dora = in_peft and any(spec.use_dora for spec in specs.values())
     tensors: dict[str, Tensor] = {}
@@ -161,6 +164,8 @@ def continue_adapter(model: nn.Module, folder: Path, name: str = "default") -> N
     of the model. Raises UserError if the directory does not fit; the model is then unchanged.
     """
     plan = _plan_replacement(model, folder, name)
+    if plan.adapter.frozen_adapter is None and (frozen := frozen_adapter_of(model)):
+        log.warning("%s does not say that it was trained on top of %s; it continues on top of it now", folder, frozen)
     specs = {path: layer.specs[name] for path, layer in adapter_layers(model, name)}
     for path, spec in plan.specs.items():
         theirs, mine = _function(spec), _function(specs[path])

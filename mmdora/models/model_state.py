@@ -63,6 +63,12 @@ class ModelState:
     guessed_parts: dict[str, tuple[str, ...]] | None = None  # for a family without an entry in ARCHITECTURES
 
 
+def frozen_adapter_of(model: nn.Module) -> str | None:
+    """Return the adapter directory that was added to the model's weights, if any. The model does not change."""
+    state: ModelState | None = model.__dict__.get(ATTRIBUTE)
+    return None if state is None else state.frozen_adapter
+
+
 def state_of(model: nn.Module) -> ModelState:
     """Return the model's state; the first call creates an empty one."""
     return model.__dict__.setdefault(ATTRIBUTE, ModelState())
