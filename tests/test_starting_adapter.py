@@ -16,7 +16,7 @@ import mmdora
 from mmdora.apps.load_target import load_target
 from mmdora.core.errors import UserError
 from tests.test_language_models import config, write_data, write_model
-from tests.test_runs import command
+from tests.test_runs import command, small
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # of `config`
 STILL = ("training.learning_rate=0", "training.max_steps=1", "evaluation=[]")
@@ -178,4 +178,14 @@ def test_a_stacked_run_resumes_bit_exactly(folder, stacked):
     frozen = f"model.frozen_adapter={folder}/first"
     assert train(folder, "resumed", frozen, parts, "evaluation=[]", "--resume") == 0
     expected, found = tensors(stacked), tensors(again)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_every_part_of_a_multimodal_model_continues(world, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert command("train", *small(world, first, steps=2), "evaluation=[]") == 0
+    still = [f"parts.{part}.learning_rate=0" for part in ("vision", "projector", "language")]
+    assert command("train", *small(world, second, steps=1), *still, "evaluation=[]", f"model.adapter={first}") == 0
+    expected, found = tensors(first), tensors(second)
+    assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
