@@ -1,7 +1,7 @@
 """DoRA on a causal language model: `python examples/text_only.py [MODEL]`.
 
-MODEL is a hub id or directory. The default is a tiny random Llama, so that the example runs without a network. The parts
-of a language model alone are `language`, `lm_head` and `embeddings`, whatever its family calls them.
+MODEL is a hub id or directory. The default is a tiny random Llama, so that the example runs without a network. The
+parts of a language model alone are `language`, `lm_head` and `embeddings`, whatever its family calls them.
 """
 
 from __future__ import annotations
