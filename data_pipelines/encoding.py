@@ -246,8 +246,17 @@ class Encoder:
         zeros = all(output[key].shape == output["input_ids"].shape and not output[key].any() for key in others)
         return others if same and zeros else None
 
+    @property
+    def text_only(self) -> bool:
+        """Whether the processor accepts neither images nor videos: that of a language model alone."""
+        return not any(hasattr(self.processor, side) for side in ("image_processor", "video_processor"))
+
     def _load(self, sample: Sample) -> list[Media]:
         """Load the sample's images and videos, in the order of the conversation. Raises SampleError."""
+        if self.text_only and (medium := next(sample.media(), None)) is not None:
+            kind = "image" if isinstance(medium, Image) else "video"
+            reason = f"it has the {kind} {medium.path}, and the model is a language model alone"
+            raise SampleError(sample.id, sample.source, reason, "encode")
         try:
             return [self._load_part(part) for part in sample.media()]
         except MediaError as error:

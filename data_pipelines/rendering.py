@@ -52,7 +52,8 @@ def render_marked(processor: Any, sample: Sample) -> tuple[str, list[Span] | Non
     rendering; None if the template has no such markers. Raises SampleError."""
     template = processor.chat_template
     # SmolVLM's processor overrides apply_chat_template: it uses another template for videos.
-    overridden = type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
+    is_mixin = isinstance(processor, ProcessorMixin)
+    overridden = is_mixin and type(processor).apply_chat_template is not ProcessorMixin.apply_chat_template
     if overridden or not isinstance(template, str) or not _MARKER.search(template):
         return render(processor, sample), None
     try:

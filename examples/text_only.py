@@ -1,7 +1,7 @@
 """DoRA on a causal language model: `python examples/text_only.py [MODEL]`.
 
-MODEL is a hub id or directory. The default is a tiny random Llama, so that the example runs without a network. A model
-without named parts is adapted through its root, the part `""`. There `all-linear` does not include the output head.
+MODEL is a hub id or directory. The default is a tiny random Llama, so that the example runs without a network. The
+parts of a language model alone are `language`, `lm_head` and `embeddings`, whatever its family calls them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ else:
 report = mmdora.inject_adapters(
     model,
     {
-        "": {"method": "dora", "rank": 8, "targets": ["q_proj", "k_proj", "v_proj"], "magnitude_targets": "all-linear"},
+        "language": {
+            "method": "dora",
+            "rank": 8,
+            "targets": ["q_proj", "k_proj", "v_proj"],
+            "magnitude_targets": "all-linear",
+        },
         "lm_head": {"method": "full"},  # the head of the random model is untrained; remove this line for a real one
     },
 )

@@ -89,6 +89,11 @@ def smolvlm() -> SmolVLMConfig:
     return SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=3)
 
 
+def llama_7b() -> LlamaConfig:
+    """The first LLaMA: Vicuna's sizes without its added tokens."""
+    return LlamaConfig(**vicuna(7).to_dict() | {"vocab_size": 32000})
+
+
 # Config and billions of parameters (from the model's page) by `model.path`.
 PUBLISHED: dict[str, tuple[Callable[[], Any], float]] = {
     "llava-hf/llava-1.5-7b-hf": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),
@@ -105,6 +110,7 @@ PUBLISHED: dict[str, tuple[Callable[[], Any], float]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (qwen2_5_vl, 8.29),
     "Qwen/Qwen3-VL-8B-Instruct": (qwen3_vl, 8.77),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (smolvlm, 2.25),
+    "yahma/llama-7b-hf": (llama_7b, 6.74),
     # Vicuna and CLIP, composed and trained in two stages, have the size of LLaVA-1.5.
     "models/llava-1.5-7b_start": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),
     "models/llava-1.5-7b_stage1": (lambda: LlavaConfig(vision_config=clip(), text_config=vicuna(7)), 7.06),

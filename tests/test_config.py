@@ -11,7 +11,7 @@ from mmdora.core.config_files import dump_config, load_config, parse_config
 from mmdora.core.errors import UserError
 from tests.conftest import ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

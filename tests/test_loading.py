@@ -44,9 +44,9 @@ DAMAGES = {
         lambda tensors: tensors.update({STORED: tensors[STORED][:3].clone()})
     ),
     "no file named model.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
-    "Expecting property name": lambda folder: (folder / "config.json").write_text("{"),
+    "is not a valid JSON file": lambda folder: (folder / "config.json").write_text("{"),
     "model type `new` but": lambda folder: (folder / "config.json").write_text('{"model_type": "new"}'),
-    "If it is a language model, compose one": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
+    "do not match its config": lambda folder: (folder / "config.json").write_text(json.dumps(LLAMA)),
     "image processor": lambda folder: [file.unlink() for file in folder.glob("*processor*")],
     "tokenizer": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
 }

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 import mmdora
 from mmdora.adapters.injection import InjectionReport
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import find_path, load_config, shipped_path
+from mmdora.core.config_files import find_path, load_config, shipped_configs, shipped_name, shipped_path
 from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.models.architectures import ARCHITECTURES, architecture_of
+from mmdora.models.language_models import auto_class, is_language_model
 from mmdora.planning.activations import Activations, measure
 from mmdora.planning.engine_memory import (
     MemoryEstimate,
@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 from tests.published_sizes import PUBLISHED
 
 OWN = {"quickstart", "tiny_base", "nlvr"}  # of the tiny base, which other tests run
-NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml") if p.stem not in OWN)
+NAMES = [name for path in shipped_configs() if (name := shipped_name(path)) not in OWN]
 SHARES = {  # trainable percent
     "llava-1.5-7b_full_instruct": 95.70,  # all but the vision encoder
     "llava-1.5-7b_lora_instruct": 4.61,  # the DoRA paper's
@@ -46,12 +46,16 @@ SHARES = {  # trainable percent
     "qwen2.5-vl-7b_dora_instruct": 1.93,
     "qwen3-vl-8b_dora_instruct": 1.97,
     "smolvlm-2b_dora_instruct": 1.61,
+    "paper/commonsense_llama-7b_lora_r32": 0.83,  # the DoRA paper's, as the two below
+    "paper/commonsense_llama-7b_dora_r16": 0.43,
+    "paper/commonsense_llama-7b_dora_r32": 0.84,
 }
 
 
 def build(path: str) -> nn.Module:
+    config = PUBLISHED[path][0]()
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(PUBLISHED[path][0](), dtype=torch.bfloat16)
+        return auto_class(config).from_config(config, dtype=torch.bfloat16)
 
 
 @cache
@@ -60,7 +64,7 @@ def injected(name: str) -> tuple[RunConfig, nn.Module, InjectionReport]:
     config = load_config(name)
     assert config.model.path is not None
     model = build(config.model.path)
-    assert model.config.model_type in ARCHITECTURES
+    assert model.config.model_type in ARCHITECTURES or is_language_model(model.config)
     return config, model, mmdora.inject_adapters(model, config.parts)
 
 
@@ -80,9 +84,13 @@ def test_what_a_config_tunes(name):
     assert abs(report.percent - SHARES[name]) < 0.01
     inside = architecture_of(model).resolve(model)
     for part in report.parts:
+        blocks = model.config.get_text_config().num_hidden_layers
+        if name.startswith("paper/"):  # q, k, v, up, down
+            assert len(part.modules) == 5 * blocks
+            assert {path.rpartition(".")[2] for path in part.skipped} == {"o_proj", "gate_proj"}
+            continue
         assert part.skipped == []
         if part.name == "language" and part.method != "full":
-            blocks = model.config.get_text_config().num_hidden_layers
             assert len(part.modules) == 7 * blocks  # q, k, v, o, gate, up, down
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all(any(inside[part].holds(name) for part in config.parts) for name in trained)
@@ -217,3 +225,18 @@ def test_lora_and_dora_differ_by_the_method_alone():
     assert lora.parts["projector"] == dora.parts["projector"]
     assert (lora.model, lora.data) == (dora.model, dora.data)
     assert lora.training.model_copy(update={"output": dora.training.output}) == dora.training
+
+
+@pytest.mark.parametrize(
+    ("tag", "method", "rank"), [("lora_r32", "lora", 32), ("dora_r16", "dora", 16), ("dora_r32", "dora", 32)]
+)
+def test_the_commonsense_runs_are_the_papers(tag, method, rank):
+    config = load_config(f"paper/commonsense_llama-7b_{tag}")
+    language = config.parts["language"]
+    assert (language.method, language.rank, language.alpha, language.dropout) == (method, rank, 2 * rank, 0.05)
+    assert language.targets == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    training = config.training
+    assert (training.learning_rate, training.batch_size, training.epochs) == (2e-4, 16, 3)
+    steps = 3 * -(-170_420 // training.batch_size)
+    assert round(training.warmup_ratio * steps) in range(98, 102)
+    assert [entry.benchmark for entry in config.evaluation] == ["commonsense"]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention, convert_attention
+from mmdora.models.model_state import frozen_adapter_of
 from mmdora.models.new_tokens import fold_token_rows, token_rows
 from mmdora.models.tied_weights import holder_of, tied_weights, untie, with_tied_modules
 
@@ -50,6 +52,7 @@ def plan_load(model: nn.Module, adapter: Adapter) -> LoadPlan:
 
     Raises UserError that names the directory and the tensor if a tensor is missing or does not fit.
     """
+    _check_frozen_adapter(model, adapter)
     attentions = _attentions_to_replace(model, adapter)
     for path, spec in adapter.specs.items():
         # A layer inside a replaced attention is looked up in the replacement.
@@ -134,6 +137,16 @@ def _attentions_to_replace(model: nn.Module, adapter: Adapter) -> dict[str, Expl
             except ValueError as error:
                 raise UserError(f"{adapter.folder}: {path} cannot be adapted: {error}") from error
     return attentions
+
+
+def _check_frozen_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Raise UserError if the adapter was trained on top of a frozen one that the model's weights do not include."""
+    needs, has = adapter.frozen_adapter, frozen_adapter_of(model)
+    if needs is not None and (has is None or Path(needs).resolve() != Path(has).resolve()):
+        raise UserError(
+            f"{adapter.folder}: trained on top of {needs}, and this model includes {has or 'no other adapter'}; set "
+            f"model.frozen_adapter to {needs}"
+        )
 
 
 def _check_layer(model: nn.Module, adapter: Adapter, path: str, shapes: dict[str, tuple[int, ...]] | None) -> None:

@@ -22,7 +22,7 @@ from mmdora.adapters.save_load import is_in_peft, write_adapter
 from mmdora.adapters.token_rows import token_row_contents
 from mmdora.core.errors import UserError
 from mmdora.models.attention import ExplicitAttention, restore_multihead
-from mmdora.models.model_state import AdapterRecord, MergeUndo, Snapshot, state_of
+from mmdora.models.model_state import AdapterRecord, MergeUndo, Snapshot, frozen_adapter_of, state_of
 from mmdora.models.new_tokens import fold_token_rows, new_tokens, token_rows
 from mmdora.models.tied_weights import FLAG, clear_tied_flags, holder_of, tied_weights, untie_all
 
@@ -192,6 +192,8 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
         UserError: If there is no adapter `name`, `rank` is below 1, or PEFT has no plain LoRA for a layer.
     """
     check_has_adapters(model, [name])
+    if frozen := frozen_adapter_of(model):
+        raise UserError(f"export_lora: the adapter was trained on top of {frozen}, which a plain LoRA cannot name")
     if rank < 1:
         raise UserError(f"export_lora: the rank must be at least 1, not {rank}")
     tensors: dict[str, Tensor] = {}

@@ -79,6 +79,7 @@ class Adapter:
     token_rows: dict[str, dict[int, Tensor]]  # by table path and token id, ascending: rows of tokens
     new_tokens: dict[str, int]  # ids of the tokens that the run added to the vocabulary
     version: int  # of the metadata; PEFT's directories count as the newest
+    frozen_adapter: str | None = None  # the adapter directory below this adapter, which the base model must include
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -134,6 +135,7 @@ def read_adapter(folder: Path) -> Adapter:
         token_rows,
         new_tokens,
         about.get("version", 1) if about else VERSION,
+        config.get("frozen_adapter") if config["peft_type"] == OWN_TYPE else None,
     )
 
 

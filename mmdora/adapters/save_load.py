@@ -7,6 +7,8 @@ as DoRA with m = ‖W + sBA‖, with which PEFT computes the same. Loading them 
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdora.adapters import AdapterLayer, adapter_layers
+from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.injection import check_has_adapters, check_new_name, set_adapter
 from mmdora.adapters.load_plan import LoadPlan, apply_plan, named_state, plan_load
 from mmdora.adapters.peft_format import (
@@ -33,9 +35,11 @@ from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention
-from mmdora.models.model_state import AdapterRecord, state_of
+from mmdora.models.model_state import AdapterRecord, frozen_adapter_of, state_of
 from mmdora.models.new_tokens import new_tokens, train_token_rows
 from mmdora.models.tied_weights import holder_of
+
+log = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -81,7 +85,10 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
             "directory cannot hold this any more: merge the adapter instead"
         )
     specs = {path: layer.specs[name] for path, layer in layers.items()}
-    in_peft = all(is_in_peft(model, *item) and not item[1].specs[name].use_vera for item in layers.items())
+    frozen = frozen_adapter_of(model)  # PEFT would compute without it
+    in_peft = frozen is None and all(
+        is_in_peft(model, *item) and not item[1].specs[name].use_vera for item in layers.items()
+    )
     dora = in_peft and any(spec.use_dora for spec in specs.values())
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}  # by id of a SharedVeRA: the layer under whose name it is saved
@@ -104,6 +111,8 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     base = getattr(model, "name_or_path", None) or None
     ids = {path: ids for path, (ids, _) in rows.items()}
     config = (peft_config if in_peft else own_config)(base, specs, record.modules_in_full, ids)
+    if frozen is not None:
+        config["frozen_adapter"] = frozen
     vera_owners = {path: owners[id(layer.vera[name])] for path, layer in layers.items() if specs[path].use_vera}
     return tensors, config, metadata(specs, record.parts, vera_owners, new_tokens(model))
 
@@ -176,6 +185,31 @@ def load_weights(model: nn.Module, folder: Path, name: str = "default") -> None:
         if layer.specs[name] != plan.specs[path]:
             raise UserError(f"{folder}: made with other `parts` than this run's: {path} has {plan.specs[path]}")
     apply_plan(model, plan, name)
+
+
+def continue_adapter(model: nn.Module, folder: Path, name: str = "default") -> None:
+    """Start an adapter of the model from a directory, written here or by PEFT, which must compute the same function.
+
+    Layers, methods, ranks and scales must agree. Settings that only matter in training, such as dropout, remain those
+    of the model. Raises UserError if the directory does not fit; the model is then unchanged.
+    """
+    plan = _plan_replacement(model, folder, name)
+    if plan.adapter.frozen_adapter is None and (frozen := frozen_adapter_of(model)):
+        log.warning("%s does not say that it was trained on top of %s; it continues on top of it now", folder, frozen)
+    specs = {path: layer.specs[name] for path, layer in adapter_layers(model, name)}
+    for path, spec in plan.specs.items():
+        theirs, mine = _function(spec), _function(specs[path])
+        if theirs != mine:
+            raise UserError(f"{folder}: {path} has {theirs}, but this run's `parts` give it {mine}; make them equal")
+    apply_plan(model, replace(plan, specs=specs), name)
+
+
+def _function(spec: LowRankSpec) -> str:
+    """Describe the settings of a layer that determine what its tensors compute."""
+    method = "dvora" if spec.use_vera else "dora" if spec.use_dora else "lora"
+    if not spec.rank:
+        return "a magnitude alone"
+    return f"{method} of rank {spec.rank} with alpha / rank {spec.scale:.6g}"
 
 
 def _plan_replacement(model: nn.Module, folder: Path, name: str) -> LoadPlan:

@@ -28,6 +28,8 @@ def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int
     console = make_console()
     loaded = load_target(target, trust_remote_code)
     encoder = Encoder(loaded.processor, loaded.video)
+    if encoder.text_only and (files := [*images, *videos]):
+        raise UserError(f"{files[0]}: {target} is a language model alone; leave --image and --video out")
     media: list[Part] = [*(Image(p) for p in images), *(Video(p) for p in videos)]
     sample = Sample("chat", (), "the terminal")
     if sys.stdin.isatty():

@@ -21,6 +21,7 @@ from mmdora.core.config_files import find_path, path_exists
 from mmdora.core.deepspeed import read_deepspeed_config
 from mmdora.core.errors import UserError
 from mmdora.core.registry import Registry
+from mmdora.core.run_directory import find_adapter
 from mmdora.core.vision_encoders import VISION_ENCODERS
 
 HUB_TOWERS = ("clip", "dinov2", "siglip", "siglip2")  # vision encoders whose `name` is a hub id or a directory
@@ -32,7 +33,7 @@ def check_config(config: RunConfig, needs_data: bool = True) -> None:
 
     `needs_data`: whether data files must exist. Raises UserError that lists every problem.
     """
-    problems = _model_problems(config.model)
+    problems = _model_problems(config.model) + _adapter_problems(config)
     for part, options in config.parts.items():
         problems += part_problems(part, options)
     for name, sources in (("train", config.data.train), ("validation", config.data.validation_sources)):
@@ -95,6 +96,23 @@ def _model_problems(config: ModelConfig) -> list[str]:
             problems.append(f"{key}: {problem}")
     if config.chat_template is not None and not find_path(config.chat_template).is_file():
         problems.append(f"model.chat_template: no such file {config.chat_template!r}")
+    return problems
+
+
+def _adapter_problems(config: RunConfig) -> list[str]:
+    problems = []
+    output = Path(config.training.output).resolve()
+    for key in ("adapter", "frozen_adapter"):
+        name = getattr(config.model, key)
+        if name is None:
+            continue
+        try:
+            folder = find_adapter(name).resolve()
+        except UserError as error:
+            problems.append(f"model.{key}: {error}")
+            continue
+        if folder.is_relative_to(output):
+            problems.append(f"model.{key}: {name!r} is in training.output; give the new run a directory of its own")
     return problems
 
 

@@ -20,6 +20,7 @@ from data_pipelines.splitting import read_sources
 from eval.benchmarks import Question
 from eval.contamination import Overlap, find_overlaps
 from eval.run import read_questions
+from mmdora.apps.check_media import check_text_only
 from mmdora.apps.check_model import model_problems
 from mmdora.core.config import RunConfig
 from mmdora.core.config_files import find_path
@@ -113,7 +114,12 @@ def examine(config: RunConfig, samples: int, progress: Progress = no_progress) -
     questions = {entry.name: read_questions(entry) for entry in config.evaluation}
     model, processor = load_shape(config.model)
     encoder = Encoder(processor, config.data.video, config.data.max_length, config.data.overlong)
+    by_setting = {f"evaluation.{i}": questions[entry.name] for i, entry in enumerate(config.evaluation)}
     problems = _template_problems(config, encoder) + _batch_problems(config, list(training.values()), encoder, model)
+    try:
+        check_text_only(encoder, training | validation, by_setting)
+    except UserError as error:
+        problems.append(Problem("error", str(error), "model.path"))
     sources = []
     for setting, source in (training | validation).items():
         with progress(f"encoding {source.path.name}", min(samples, len(source))) as advance:

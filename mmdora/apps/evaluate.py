@@ -17,6 +17,7 @@ from eval.digests import weights_digest
 from eval.dual_encoders import load_dual_encoder
 from eval.features import evaluate_by_features
 from eval.run import evaluate, read_questions
+from mmdora.apps.check_media import check_text_only
 from mmdora.apps.evaluation_request import Request
 from mmdora.apps.load_target import load_target
 from mmdora.apps.tables import results_table
@@ -59,6 +60,7 @@ def evaluate_answers(
         # A run defines its dtype. Other models are fastest in float32 on a CPU.
         loaded = load_target(request.target, trust_remote_code, None if torch.cuda.is_available() else "float32")
         encoder, weights = Encoder(loaded.processor, loaded.video), weights_digest(loaded.model)
+        check_text_only(encoder, {}, questions)
         contamination = None
         if config is not None:
             data, seed = config.data, config.training.seed

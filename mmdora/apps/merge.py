@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
@@ -19,6 +19,7 @@ from mmdora.adapters.layers.wrapping import dequantize
 from mmdora.adapters.merging import LoRAExport, export_lora, merge_adapters
 from mmdora.apps.load_target import load_target
 from mmdora.core.errors import RunError, UserError
+from mmdora.models.language_models import auto_class, auto_names
 from mmdora.models.loading import FAILED_MERGE, needs_mmdora, save_card, save_model, to_plain_transformers
 from mmdora.models.loading_errors import LOADING_ERRORS, why
 
@@ -40,6 +41,7 @@ class MergeResult:
     max_difference: float  # largest difference of a logit between the adapted model and the reloaded merged model
     logit_range: tuple[float, float]  # smallest and largest logit of the adapted model
     needs_mmdora: bool  # loading it takes `import mmdora.models` first
+    auto_names: tuple[str, str]  # the Auto classes that load the model and its processor
 
 
 def merge_target(
@@ -89,7 +91,7 @@ def _compare(
     Returns the result, None if it cannot be reloaded, and everything that is wrong with it.
     """
     try:
-        reloaded, info = AutoModelForImageTextToText.from_pretrained(
+        reloaded, info = auto_class(model.config).from_pretrained(
             out,
             dtype=model.dtype,
             trust_remote_code=trust_remote_code,
@@ -119,7 +121,8 @@ def _compare(
             f"adapter against merged and reloaded: largest logit difference {difference:.2e}, over the tolerance "
             f"{tolerance:.2e} for logits from {low:.1f} to {high:.1f} in {model.dtype}",
         )
-    return MergeResult(out, model.dtype, difference, (low, high), needs_mmdora(model)), problems
+    names = auto_names(model.config)
+    return MergeResult(out, model.dtype, difference, (low, high), needs_mmdora(model), names), problems
 
 
 def _largest(values: Tensor, where: Tensor) -> float:

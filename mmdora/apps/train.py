@@ -27,11 +27,12 @@ from eval.report import write_report
 from eval.results import read_report
 from eval.run import evaluate, read_questions
 from mmdora.adapters.injection import inject_adapters, resolve_parts
-from mmdora.adapters.save_load import save_adapter
+from mmdora.adapters.save_load import continue_adapter, save_adapter
 from mmdora.analysis.plots import plot_loss
+from mmdora.apps.check_media import check_text_only
 from mmdora.apps.check_model import check_model
 from mmdora.apps.during_training import Evaluator, Questions, check_scored, sample_predictions
-from mmdora.apps.load_target import load_target
+from mmdora.apps.load_target import load_base, load_target
 from mmdora.apps.tables import results_table, show_adapters, show_best, show_groups
 from mmdora.core.config import RunConfig
 from mmdora.core.console import progress_bar
@@ -40,10 +41,9 @@ from mmdora.core.distributed import is_main, run_on_main, to_local_device
 from mmdora.core.errors import UserError
 from mmdora.core.interrupts import interruptible
 from mmdora.core.logs import RunLogs, capture_libraries, quiet_libraries
-from mmdora.core.run_directory import RunDir, check_space
+from mmdora.core.run_directory import RunDir, check_space, find_adapter
 from mmdora.core.run_start import RunStart
 from mmdora.models.batching import check_micro_batch_size, separate_samples
-from mmdora.models.loading import load_model
 from mmdora.training.arguments import training_arguments
 from mmdora.training.batches import check_batches, check_media
 from mmdora.training.callbacks import EvaluateEvery, MetricsCallback
@@ -68,10 +68,11 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             data = read_data(config, arguments)
             ledger = Ledger(run_dir.skipped, data.total, config.data.max_skipped)
             ledger.check(data.rejected)
-            model, processor = load_model(config.model)
+            model, processor = load_base(config.model)
             resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
+            check_text_only(encoder, data.sources, data.by_setting(config))
             check_media(config, dataset)
             check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
             check_model(config, model, dataset)
@@ -82,9 +83,13 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
                 processor.save_pretrained(run_dir.processor)
                 drop_incomplete_line(run_dir.skipped)
                 ledger.record(*data.rejected)
-            evaluate_base(config, data.questions, model, encoder, run_dir, console)
-
-            report = inject_adapters(model, config.parts)
+            if config.model.adapter is None:
+                evaluate_base(config, data.questions, model, encoder, run_dir, console)
+                report = inject_adapters(model, config.parts)
+            else:  # `before` is the model that training starts from
+                report = inject_adapters(model, config.parts)
+                continue_adapter(model, find_adapter(config.model.adapter))
+                evaluate_base(config, data.questions, model, encoder, run_dir, console)
             show_adapters(console, report)
             check_space(run_dir.path, 12 * report.trainable * (config.training.keep + 2))
             trainer = make_trainer(config, arguments, model, dataset)
@@ -116,6 +121,16 @@ class RunData:
     train: list[Source]
     validation: list[Source]
     questions: Questions
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The training and validation sources by their settings: `data.train.0`, ..."""
+        named = {"data.train": self.train, "data.validation": self.validation}
+        return {f"{key}.{i}": source for key, sources in named.items() for i, source in enumerate(sources)}
+
+    def by_setting(self, config: RunConfig) -> Questions:
+        """Return the questions of each `evaluation` entry by its setting: `evaluation.0`, ..."""
+        return {f"evaluation.{i}": self.questions[entry.name] for i, entry in enumerate(config.evaluation)}
 
     @property
     def total(self) -> int:
@@ -171,7 +186,7 @@ def find_checkpoint(run_dir: RunDir) -> Path | None:
 def evaluate_base(
     config: RunConfig, questions: Questions, model: Any, encoder: Encoder, run_dir: RunDir, console: Console
 ) -> None:
-    """Evaluate the base model on the entries with `before: true`.
+    """Evaluate the model that training starts from on the entries with `before: true`.
 
     The model moves to the GPU as a whole. Under ZeRO-3 that happens only if an entry needs it, since the model may not
     fit there before it is partitioned.
@@ -179,9 +194,10 @@ def evaluate_base(
     partitioned = is_zero3_enabled()
     if not partitioned or any(entry.before for entry in config.evaluation):
         to_local_device(model)
+    start = config.model.adapter
     for entry in config.evaluation:
         if entry.before:
-            folder, origin = run_dir.result(entry.name, before=True), {"model": config.model.path, "adapter": None}
+            folder, origin = run_dir.result(entry.name, before=True), {"model": config.model.path, "adapter": start}
             with progress_bar(console, f"{entry.name}, before", len(questions[entry.name])) as advance:
                 # Overwrites the report of a start that was corrected. Answers whose key is the same are kept.
                 evaluate(model, encoder, entry, questions[entry.name], folder, advance, origin, overwrite=True)
@@ -271,15 +287,15 @@ def evaluate_adapter(
     see = f", see {run_dir.skipped}" if run_dir.skipped.stat().st_size else ""
     console.print(f"{ledger.summary()}{see}", soft_wrap=True)
     show_best(console, run_dir)
-    show_next_commands(console, run_dir)
+    show_next_commands(console, run_dir, not encoder.text_only)
 
 
-def show_next_commands(console: Console, run_dir: RunDir) -> None:
+def show_next_commands(console: Console, run_dir: RunDir, takes_media: bool) -> None:
     console.print(
         f"\nThe run is in {run_dir.path}. Next:\n"
         f"  open {run_dir.path}/report.html          images, questions, answers before and after\n"
         f"  mmdora eval {run_dir.path}               evaluate it again\n"
-        f"  mmdora chat {run_dir.path} --image FILE  chat with the model\n"
+        f"  mmdora chat {run_dir.path}{' --image FILE' if takes_media else '             '}  chat with the model\n"
         f"  mmdora merge {run_dir.path} OUT          write a plain Hugging Face model",
         soft_wrap=True,
     )

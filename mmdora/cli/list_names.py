@@ -44,14 +44,14 @@ def list_names(
 
 def _config_rows() -> list[tuple[str, ...]]:
     """Return the shipped configs, each with the first sentence of its comment."""
-    from mmdora.core.config_files import shipped_configs
+    from mmdora.core.config_files import shipped_configs, shipped_name
 
     rows: list[tuple[str, ...]] = []
     for path in shipped_configs():
         _, *lines = path.read_text(encoding="utf-8").splitlines()  # the first line is the launch command
         comment = takewhile(lambda line: line.startswith("#"), lines)
         text = " ".join(line.removeprefix("#").strip() for line in comment).strip()
-        rows.append((path.stem, text.partition(". ")[0].removesuffix(".") + "."))
+        rows.append((shipped_name(path), text.partition(". ")[0].removesuffix(".") + "."))
     return rows
 
 

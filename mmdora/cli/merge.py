@@ -45,4 +45,4 @@ def merge(
     console.print(f"adapter against merged and reloaded: largest logit difference {result.max_difference:.2e}")
     console.print(f"(logits from {low:.1f} to {high:.1f}, {result.dtype})")
     how = "after `import mmdora.models`" if result.needs_mmdora else "without mmdora"
-    console.print(f"{out} loads with AutoModelForImageTextToText and AutoProcessor, {how}", soft_wrap=True)
+    console.print(f"{out} loads with {' and '.join(result.auto_names)}, {how}", soft_wrap=True)

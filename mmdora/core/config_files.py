@@ -41,7 +41,14 @@ def path_exists(value: str) -> bool:
 def shipped_configs() -> list[Path]:
     """Return the files of the shipped configs, sorted by name."""
     quickstart = shipped_path("configs/quickstart.yaml")
-    return sorted(quickstart.parent.glob("*.yaml")) if quickstart else []
+    return sorted(quickstart.parent.rglob("*.yaml")) if quickstart else []
+
+
+def shipped_name(path: Path) -> str:
+    """Return the name of a shipped config, as commands take it: `quickstart`, `paper/...`."""
+    folder = shipped_path("configs/quickstart.yaml")
+    assert folder is not None
+    return path.relative_to(folder.parent).with_suffix("").as_posix()
 
 
 def find_config(name: str) -> Path:
@@ -52,7 +59,7 @@ def find_config(name: str) -> Path:
     shipped = shipped_path(f"configs/{name}.yaml") or shipped_path(name)
     if shipped is not None and shipped.is_file():
         return shipped
-    known = [file.stem for file in shipped_configs()]
+    known = [shipped_name(file) for file in shipped_configs()]
     raise UserError(
         f"no config at {name!r}.{nearest(path.name.removesuffix('.yaml'), known)} Shipped configs: {', '.join(known)}"
     )

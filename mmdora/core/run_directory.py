@@ -11,7 +11,7 @@ import yaml
 
 from mmdora.core.atomic import damage
 from mmdora.core.config import RunConfig
-from mmdora.core.config_files import parse_config
+from mmdora.core.config_files import find_path, parse_config
 from mmdora.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,15 @@ class RunDir:
         config = parse_config(tree, str(self.config_file))
         model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         return config.model_copy(update={"model": model, "plugins": []})
+
+
+def find_adapter(name: str) -> Path:
+    """Return the adapter directory of a run, or the adapter directory itself. Raises UserError."""
+    path = find_path(name)
+    folder = RunDir(path).adapter if RunDir(path).config_file.is_file() else path
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{name!r} is neither a finished run nor an adapter directory")
+    return folder
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:

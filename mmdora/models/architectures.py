@@ -141,6 +141,8 @@ def architecture_of(model: nn.Module) -> Architecture:
         return Architecture()
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
+    if language_model := language_model_parts(model, config):
+        return Architecture(language_model)
     state = state_of(model)
     if state.guessed_parts is None:  # kept on the model, so that the guess is made and logged once
         state.guessed_parts = guess_architecture(model, config).parts
@@ -148,6 +150,19 @@ def architecture_of(model: nn.Module) -> Architecture:
             found = ", ".join(f"{part}: {' + '.join(paths)}" for part, paths in state.guessed_parts.items())
             log.warning("the family %r has no entry in ARCHITECTURES; its parts were guessed: %s", model_type, found)
     return Architecture(state.guessed_parts)
+
+
+def language_model_parts(model: nn.Module, config: Any) -> dict[str, tuple[str, ...]]:
+    """Return the parts of a decoder alone, whatever its family: `language` is its base model, `lm_head` its head.
+
+    Empty for any other model.
+    """
+    body, head = getattr(model, "base_model", model), embeddings_of(model, "output")
+    whole = getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config
+    if whole or body is model or head is None or getattr(model, "main_input_name", "") != "input_ids":
+        return {}
+    paths = {module: path for path, module in model.named_modules()}
+    return {"language": (paths[body],), "lm_head": (paths[head],)}
 
 
 # Names that families give to the projector when it is inside the vision encoder.

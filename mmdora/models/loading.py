@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
@@ -15,6 +16,7 @@ from mmdora.core.deepspeed import load_unpartitioned
 from mmdora.core.errors import UserError
 from mmdora.models.composed_processor import check_chat_template
 from mmdora.models.composing import compose
+from mmdora.models.language_models import TextProcessor, auto_class, check_decoder, is_language_model
 from mmdora.models.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.models.model_card import write_model_card
@@ -31,18 +33,25 @@ log = logging.getLogger(__name__)
 FAILED_MERGE = "MERGE_FAILED.txt"  # marks the directory of a merged model that is not the adapted model
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
-    """Return the model in `config.dtype` and in evaluation mode, and its processor. Raises UserError."""
+def load_model(
+    config: ModelConfig, change: Callable[[PreTrainedModel], None] = lambda model: None
+) -> tuple[PreTrainedModel, Any]:
+    """Return the model in `config.dtype` and in evaluation mode, and its processor.
+
+    `change` is called with the model before its weights are quantized. Raises UserError.
+    """
     with load_unpartitioned():
         if config.path is None:
             model, processor = compose(config)
             model.to(getattr(torch, config.dtype))
         else:
-            processor, model = _load_processor(config), _load_weights(config)
+            model_config = _load_config(config)
+            processor, model = _load_processor(config, model_config), _load_weights(config, model_config)
         if config.new_tokens:
             add_tokens(model, processor, config.new_tokens)
     _prepare(processor, config)
     model.eval()
+    change(model)
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
     return model, processor
@@ -52,7 +61,7 @@ def load_processor(config: ModelConfig) -> Any:
     """Return the processor of `load_model`. Reads no weights, except for a composed model. Raises UserError."""
     if config.path is None:
         return load_model(config)[1]
-    processor = _load_processor(config)
+    processor = _load_processor(config, _load_config(config))
     if config.new_tokens:
         extend_tokenizer(processor.tokenizer, config.new_tokens)
     _prepare(processor, config)
@@ -67,11 +76,11 @@ def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     if config.path is None:
         model, processor = load_model(config)
         return model.to("meta"), processor
-    processor = _load_processor(config)
+    model_config = _load_config(config)
+    processor = _load_processor(config, model_config)
     try:
-        model_config = AutoConfig.from_pretrained(**_source(config))
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
+            model = auto_class(model_config).from_config(
                 model_config,
                 dtype=getattr(torch, config.dtype),
                 # FlashAttention may not be installed here. It needs as much memory as PyTorch's fused attention.
@@ -79,7 +88,7 @@ def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
                 trust_remote_code=config.trust_remote_code,
             )
     except LOADING_ERRORS as error:
-        raise _cannot_load(config, error) from error
+        raise _cannot_load(config, error, model_config) from error
     keep_linear(model)
     if config.new_tokens:
         add_tokens(model, processor, config.new_tokens)
@@ -99,6 +108,8 @@ def _prepare(processor: Any, config: ModelConfig) -> None:
             raise UserError(f"model.chat_template: {template} is not UTF-8 ({error})") from error
     if isinstance(processor.chat_template, str):  # a byte order mark would begin every prompt
         processor.chat_template = processor.chat_template.removeprefix("\ufeff")
+    if processor.chat_template is None and isinstance(processor, TextProcessor):
+        processor.use_plain_template(str(config.path))
     if processor.chat_template is None:
         raise UserError(f"{config.path or 'the model'} has no chat template; name a Jinja file in model.chat_template")
     if config.path is None:
@@ -107,16 +118,36 @@ def _prepare(processor: Any, config: ModelConfig) -> None:
         pad_to_square(processor, config.path or "a composed model")
 
 
-def _load_processor(config: ModelConfig) -> Any:
+def load_saved_processor(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the processor of a model as a run or a merged model has saved it."""
+    kind = TextProcessor if is_language_model(model.config) else AutoProcessor
+    return kind.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+
+
+def _load_config(config: ModelConfig) -> Any:
+    """Return the config of the model in `config.path`. Raises UserError."""
     try:
-        return AutoProcessor.from_pretrained(**_source(config))
+        model_config = AutoConfig.from_pretrained(**_source(config))
     except LOADING_ERRORS as error:
         raise _cannot_load(config, error) from error
+    if is_language_model(model_config):
+        check_decoder(model_config, str(config.path))
+    return model_config
 
 
-def _load_weights(config: ModelConfig) -> PreTrainedModel:
+def _load_processor(config: ModelConfig, model_config: Any) -> Any:
+    kind = TextProcessor if is_language_model(model_config) else AutoProcessor
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        return kind.from_pretrained(**_source(config))
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
+    except LOADING_ERRORS as error:
+        raise _cannot_load(config, error, model_config) from error
+
+
+def _load_weights(config: ModelConfig, model_config: Any) -> PreTrainedModel:
+    try:
+        model, info = auto_class(model_config).from_pretrained(
             **_source(config),
             dtype=getattr(torch, config.dtype),  # except for modules that the family keeps in fp32
             attn_implementation=config.attention,
@@ -124,7 +155,7 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # check_complete names them; transformers would not
         )
     except LOADING_ERRORS as error:
-        raise _cannot_load(config, error) from error
+        raise _cannot_load(config, error, model_config) from error
     check_complete("model.path", str(config.path), info)
     keep_linear(model)
     return model
@@ -145,11 +176,14 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _cannot_load(config: ModelConfig, error: BaseException) -> UserError:
+def _cannot_load(config: ModelConfig, error: BaseException, model_config: Any = None) -> UserError:
     reason = why(error, str(config.path), config.revision)
+    kind = "an image-text-to-text model or a causal language model"
     if "Unrecognized configuration class" in reason:
-        reason += " If it is a language model, compose one with model.language_model and model.vision_encoder"
-    return UserError(f"model.path: cannot load {config.path!r} as an image-text-to-text model: {reason}")
+        reason = f"a model of type {model_config.model_type!r} is neither"
+    elif model_config is not None:
+        kind = "a causal language model" if is_language_model(model_config) else "an image-text-to-text model"
+    return UserError(f"model.path: cannot load {config.path!r} as {kind}: {reason}")
 
 
 def to_plain_transformers(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
+from mmdora.models.language_models import auto_names, is_language_model
 
 NEEDS_MMDORA = """\
 Some of its classes are part of mmdora, not of transformers. **Import `mmdora.models` before you load the model**: that
@@ -41,7 +42,8 @@ def _model_card(model: PreTrainedModel, name: str, needs_mmdora: bool) -> str:
     base = public_name(getattr(model.config, "_name_or_path", "") or "")
     names = [parts["vision_encoder"], parts["language_model"]] if parts else [base]
     on_hub = [model_id for model_id in names if model_id.count("/") == 1]
-    metadata = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
+    task = "text-generation" if is_language_model(model.config) else "image-text-to-text"
+    metadata = ["library_name: transformers", f"pipeline_tag: {task}"]
     metadata += ["base_model:", *(f"- {model_id}" for model_id in on_hub)] if on_hub else []
     made_from = [f"Base model: `{base}`"] if base else []
     if parts:
@@ -53,15 +55,17 @@ def _model_card(model: PreTrainedModel, name: str, needs_mmdora: bool) -> str:
             f"- projector: `{parts['projector']}`",
             f"- language model: `{parts['language_model']}`",
         ]
+    auto_model, auto_processor = auto_names(model.config)
+    variable = "tokenizer" if auto_processor == "AutoTokenizer" else "processor"
     lines = [
         *("---", *metadata, "---", f"# {name}\n"),
         f"A `{type(model).__name__}`, saved by mmdora.\n",
         f"{NEEDS_MMDORA if needs_mmdora else WITHOUT_MMDORA}\n",
         "```python",
         *(["import mmdora.models"] if needs_mmdora else []),
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        f'model = AutoModelForImageTextToText.from_pretrained("{name}")',
-        f'processor = AutoProcessor.from_pretrained("{name}")',
+        f"from transformers import {auto_model}, {auto_processor}",
+        f'model = {auto_model}.from_pretrained("{name}")',
+        f'{variable} = {auto_processor}.from_pretrained("{name}")',
         "```\n",
         *made_from,
     ]

@@ -60,7 +60,14 @@ class ModelState:
     merge_undo: MergeUndo | None = None  # set while the model is merged reversibly
     untied: bool = False  # whether an adapter needed tensors of its own for weights that the model's config ties
     new_tokens: dict[str, int] = field(default_factory=dict)  # ids of the tokens that `add_tokens` added
+    frozen_adapter: str | None = None  # the adapter directory that was added to the weights (`model.frozen_adapter`)
     guessed_parts: dict[str, tuple[str, ...]] | None = None  # for a family without an entry in ARCHITECTURES
+
+
+def frozen_adapter_of(model: nn.Module) -> str | None:
+    """Return the adapter directory that was added to the model's weights, if any. The model does not change."""
+    state: ModelState | None = model.__dict__.get(ATTRIBUTE)
+    return None if state is None else state.frozen_adapter
 
 
 def state_of(model: nn.Module) -> ModelState:

@@ -66,7 +66,8 @@ def longest_sample(config: RunConfig, encoder: Encoder) -> Encoded:
             samples += encoded_samples(read_source(source, config.training.seed), encoder)
     if not samples and max_length is None:
         raise UserError("plan: the data does not exist, so the length of samples is unknown; set data.max_length")
-    longest = max(samples or [encoder.encode(placeholder_sample())], key=lambda encoded: encoded["input_ids"].shape[1])
+    samples = samples or [encoder.encode(placeholder_sample(encoder.text_only))]
+    longest = max(samples, key=lambda encoded: encoded["input_ids"].shape[1])
     missing = (max_length or 0) - longest["input_ids"].shape[1]
     if missing <= 0:
         return longest
@@ -87,13 +88,14 @@ def encoded_samples(source: Any, encoder: Encoder) -> list[Encoded]:
     return encoded
 
 
-def placeholder_sample() -> Sample:
-    """Return a question about an image."""
+def placeholder_sample(text_only: bool = False) -> Sample:
+    """Return a question about an image, or without one."""
     from PIL import Image as PILImage
 
     data = io.BytesIO()
     PILImage.new("RGB", PLACEHOLDER_SIZE).save(data, "png")
-    question = Message("user", (Image(Path("image.png"), data.getvalue()), Text("What is this?")))
+    image = () if text_only else (Image(Path("image.png"), data.getvalue()),)
+    question = Message("user", (*image, Text("What is this?")))
     return Sample("placeholder", (question, Message("assistant", (Text("An image."),))), "plan")
 
 

@@ -89,11 +89,12 @@ def flop_costs(model: Any) -> FlopCosts:
     flows_in_vision = sizes[True][1] > 0
     flows = flows_in_vision or any(parameter.requires_grad for parameter in model.parameters())
     text = model.config.get_text_config()
-    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
+    width = heads and heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return FlopCosts(
         per_token=(4.0 if flows else 2.0) * sizes[False][0] + 2 * sizes[False][1],
         per_patch=(4.0 if flows_in_vision else 2.0) * sizes[True][0] + 2 * sizes[True][1],
-        per_pair=(12.0 if flows else 4.0) * text.num_hidden_layers * heads,
+        per_pair=(12.0 if flows else 4.0) * text.num_hidden_layers * width,
         patch_values=_patch_values(model.config),
     )
 

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdora.core.config import DataConfig
 from mmdora.core.errors import UserError
 
-# tests/test_packing.py shows for these that loss and gradients of packed rows equal those of the single samples.
+# tests/test_packing.py and tests/test_language_models.py show for these that loss and gradients of packed rows equal
+# those of the single samples.
 SUPPORTED_FAMILIES = (
     "llava",
     "llava_next",
@@ -44,6 +45,31 @@ SUPPORTED_LANGUAGE_MODELS = (
     "qwen2_5_vl_text",
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "glm4",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "persimmon",
+    "phi",
+    "qwen2_moe",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
 )
 BIDIRECTIONAL = ("paligemma", "gemma3")
 
@@ -52,9 +78,10 @@ def check_packing(config: Any) -> None:
     """Raise UserError if packed rows are not known to be exact for a model with this config."""
     family = config.model_type
     text = config.get_text_config()
+    alone = text is config  # a language model alone
     if family in BIDIRECTIONAL:
         reason = f"{family} attends in both directions over images or prompt, so packed rows would mix samples"
-    elif family not in SUPPORTED_FAMILIES or text.model_type not in SUPPORTED_LANGUAGE_MODELS:
+    elif not (alone or family in SUPPORTED_FAMILIES) or text.model_type not in SUPPORTED_LANGUAGE_MODELS:
         unknown = text.model_type if family in SUPPORTED_FAMILIES else family
         reason = f"{unknown} has not been tested with packed rows"
     else:

@@ -29,7 +29,7 @@ def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
     """Return the adapter layer class that a module has or can take; None if it cannot have adapters.
 
     Only the classes in `LAYERS` themselves count, since a subclass may compute anything. The exceptions are layers of
-    bitsandbytes and transformers' scaled embeddings.
+    bitsandbytes, transformers' scaled embeddings, and Falcon's linear layer, which computes what `nn.Linear` does.
     """
     if isinstance(module, AdapterLayer):
         return type(module)
@@ -39,6 +39,8 @@ def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
         return quantized_layer_class(module)
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return AdaptedEmbedding
+    if type(module).__name__ == "FalconLinear":
+        return AdaptedLinear
     return LAYERS.get(type(module))
 
 

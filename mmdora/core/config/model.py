@@ -36,7 +36,9 @@ class LanguageModelConfig(Section):
 class ModelConfig(Section):
     """A model that exists (`path`), or one composed of a vision encoder, a projector and a language model."""
 
-    path: str | None = Field(default=None, description="Hub id or directory of an image-text-to-text model.")
+    path: str | None = Field(
+        default=None, description="Hub id or directory of an image-text-to-text model or a causal language model."
+    )
     revision: str = Field(default="main", description="Branch, tag or commit of `path` on the hub.")
     vision_encoder: VisionEncoderConfig | None = Field(
         default=None,
@@ -67,11 +69,23 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
     chat_template: str | None = Field(
-        default=None, description="A Jinja file that replaces the processor's chat template; needed if it has none."
+        default=None,
+        description="A Jinja file that replaces the chat template. A language model without one gets "
+        "`assets/alpaca.jinja`; any other model without one needs this key.",
     )
     new_tokens: list[str] = Field(
         default=[],
         description="Tokens to add to the vocabulary. Of the embeddings and the head, only their rows are trained.",
+    )
+    adapter: str | None = Field(
+        default=None,
+        description="A run or an adapter directory, PEFT's too, from which training continues; `parts` describes the "
+        "same adapter.",
+    )
+    frozen_adapter: str | None = Field(
+        default=None,
+        description="A run or an adapter directory that stays frozen below the trained one: it is added to the weights "
+        "when they are loaded.",
     )
     pad_to_square: bool = Field(
         default=False,
