@@ -217,6 +217,27 @@ def test_quantized_layers_without_an_adapter_are_dequantized(bits, tmp_path):
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in merged.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_quantized_is_saved_dequantized(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, num_attention_heads=2)).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    settings = hf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, device_map="cpu")
+    mmdora.inject_adapters(model.eval(), {"model": {**DORA, "targets": ["q_proj"]}})
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = changed(model)(input_ids=ids).logits
+        merged = mmdora.merge_adapters(model)
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=0.03, rtol=0.05)
+        merged.save_pretrained(tmp_path / "merged")
+        again = hf.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, atol=0.03, rtol=0.05)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
 class Net(nn.Module):
     """An attention beside a linear layer, inside a module."""
 

@@ -15,7 +15,7 @@ from mmdora.adapters.injection import check_has_adapters, check_new_name, set_ad
 from mmdora.adapters.layers.experts import AdaptedExperts
 from mmdora.adapters.layers.linear import LinearLayer
 from mmdora.adapters.layers.shared_input import share_inputs
-from mmdora.adapters.layers.wrapping import dequantize
+from mmdora.adapters.layers.wrapping import dequantize, name_original_dtype
 from mmdora.adapters.ops.functional import dora_gain
 from mmdora.adapters.peft_format import PREFIX, VALUES, metadata, peft_config
 from mmdora.adapters.save_load import is_in_peft, write_adapter
@@ -52,6 +52,7 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
     if name is not None:
         set_adapter(model, name)
     ties, snapshots = tied_weights(model), _snapshots(model) if reversible else []
+    name_original_dtype(model)
     for _, layer in list(adapter_layers(model)):
         if layer.active is not None:
             layer.merge(layer.active)

@@ -14,6 +14,7 @@ from mmdora.adapters.layers.embedding import AdaptedEmbedding
 from mmdora.adapters.layers.experts import AdaptedExperts, adopt_experts, expert_parameters, expert_shapes
 from mmdora.adapters.layers.linear import AdaptedConv1D, AdaptedLinear
 from mmdora.adapters.spec import LowRankSpec
+from mmdora.models.quantization import ORIGINAL_DTYPE
 
 LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
     nn.Linear: AdaptedLinear,
@@ -56,8 +57,17 @@ def adopt(module: nn.Module) -> AdapterLayer:
     return module
 
 
+def name_original_dtype(model: nn.Module) -> None:
+    """Note the model's dtype on layers that bitsandbytes quantized elsewhere, for when they are dequantized."""
+    for module in model.modules():
+        quantized = any(base.__module__.startswith("bitsandbytes.") for base in type(module).__mro__)
+        if quantized and hasattr(model, "dtype") and not hasattr(module, ORIGINAL_DTYPE):
+            setattr(module, ORIGINAL_DTYPE, model.dtype)
+
+
 def dequantize(model: nn.Module) -> None:
     """Turn the layers that bitsandbytes quantized into `nn.Linear`, in place."""
+    name_original_dtype(model)
     quantized = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
     for module in quantized:
         if layer_class(module) is not None:
