@@ -195,7 +195,11 @@ def _batch_problems(config: RunConfig, training: Sequence[Source], encoder: Enco
     except UserError as error:
         problems.append(Problem("error", str(error), "data.max_tokens"))
     if config.model.path is not None:
-        architecture = AutoConfig.from_pretrained(find_path(config.model.path), revision=config.model.revision)
+        architecture = AutoConfig.from_pretrained(
+            find_path(config.model.path),
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         try:
             check_micro_batch_size(architecture, micro_batches(config.training, 1)[0])
         except UserError as error:
