@@ -248,8 +248,8 @@ class Encoder:
 
     @property
     def text_only(self) -> bool:
-        """Whether the processor accepts neither images nor videos: that of a language model alone."""
-        return not any(hasattr(self.processor, side) for side in ("image_processor", "video_processor"))
+        """Whether the processor is that of a language model alone, and accepts neither images nor videos."""
+        return getattr(self.processor, "text_only", False)
 
     def _load(self, sample: Sample) -> list[Media]:
         """Load the sample's images and videos, in the order of the conversation. Raises SampleError."""

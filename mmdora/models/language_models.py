@@ -59,6 +59,8 @@ def check_decoder(config: Any, name: str) -> None:
 class TextProcessor:
     """A language model's tokenizer, with what the rest of mmdora uses of a processor. It accepts text only."""
 
+    text_only = True
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
 
