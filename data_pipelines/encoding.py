@@ -7,37 +7,34 @@ encoder labels tokens with -100 (IGNORED); the collator pads labels with the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image as PILImage
-from torch import Tensor
 
-from data_pipelines.images import CHANNELS, channels_first, load_image, unambiguous
 from data_pipelines.labels import align, assign_turns, overlapping, supervised_turns
 from data_pipelines.layout import Encoded as Encoded
-from data_pipelines.layout import Layout, Media, blank_video, find_layout
+from data_pipelines.layout import Layout, Media
+from data_pipelines.processor_calls import (
+    PROCESSOR_ERRORS,
+    MediaKind,
+    ProcessorCalls,
+    blank_sample,
+    check_media,
+    load_medium,
+)
 from data_pipelines.prompts import MARK_LENGTH, Inserted, PlainTokens, Prompts, shortened, without_end
 from data_pipelines.rendering import Span, answer_spans, placeholders, prompt_ends, render, render_marked
 from data_pipelines.samples import Image, MediaError, Message, Sample, SampleError, Text, Video
 from data_pipelines.truncation import check_cut, without_last_answer
-from data_pipelines.video import SampledVideo, load_video
-from data_pipelines.video.metadata import seconds_per_grid, video_metadata
+from data_pipelines.video import SampledVideo
 from mmdora.core.config import VideoConfig
 from mmdora.core.errors import UserError
 
 IGNORED = -100  # label of the tokens that the loss ignores
-# The exceptions that processors raise for text or media that they cannot process.
-PROCESSOR_ERRORS = (
-    ValueError, LookupError, StopIteration, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError
-)  # fmt: skip
-
-MediaKind: TypeAlias = type[Image] | type[Video]
 GREETING = Sample(
     "a greeting", (Message("user", (Text("Hello"),)), Message("assistant", (Text("Hello"),))), "the chat template"
 )
@@ -258,23 +255,15 @@ class Encoder:
             reason = f"it has the {kind} {medium.path}, and the model is a language model alone"
             raise SampleError(sample.id, sample.source, reason, "encode")
         try:
-            return [self._load_part(part) for part in sample.media()]
+            return [load_medium(part, self.video) for part in sample.media()]
         except MediaError as error:
             raise SampleError(sample.id, sample.source, str(error), "media", error.path) from error
-
-    def _load_part(self, part: Image | Video) -> Media:
-        blank = part.path is _BLANK_PATH
-        if isinstance(part, Image):
-            return _BLANK_IMAGE if blank else load_image(part.path, part.data)
-        if blank:
-            return blank_video(np.zeros((self.video.num_frames, 32, 32, 3), np.uint8))
-        return load_video(part.path, self.video.model_copy(update=part.bounds), part.data)
 
     def _process(self, sample: Sample, text: str, plain: PlainTokens | None, media: list[Media]) -> Encoded:
         own = media[: len(list(sample.media()))]
         images = [medium for medium in own if isinstance(medium, PILImage.Image)]
         videos = [medium for medium in own if isinstance(medium, SampledVideo)]
-        self._check_media(sample, text, len(images), len(videos))
+        check_media(self.processor, sample, text, len(images), len(videos))
         if own or self._text_keys is None:
             return self._call_processor(sample, text, own)
         assert plain is not None, "plain tokens may be omitted only for samples with media"
@@ -293,65 +282,14 @@ class Encoder:
             raise SampleError(sample.id, sample.source, "the model's processor makes no input_ids of a text", "encode")
         return encoded
 
-    def _call(self, texts: list[str], media: list[list[Media]], **options: Any) -> Encoded:
-        """Call the processor on a batch of texts with their media. Raises PROCESSOR_ERRORS."""
-        images = [[self._readable(m) for m in own if isinstance(m, PILImage.Image)] for own in media]
-        videos = [[m for m in own if isinstance(m, SampledVideo)] for own in media]
-        if any(images):
-            options["images"] = images
-        if any(videos):
-            options["videos"] = [[channels_first(video.frames) for video in own] for own in videos]
-            options["video_metadata"] = [[video_metadata(video) for video in own] for own in videos]
-            options |= {"do_sample_frames": False, "return_metadata": True}
-        adds_bos = self._adds_bos(texts[0])
-        output = self.processor(text=texts, return_tensors="pt", add_special_tokens=adds_bos, **options)
-        encoded = {key: value for key, value in output.items() if isinstance(value, Tensor)}
-        for key, value in encoded.items():
-            seconds = seconds_per_grid(key, [video for own in videos for video in own], self.processor)
-            encoded[key] = value if seconds is None else torch.tensor(seconds, dtype=value.dtype)
-        return encoded
-
-    def _readable(self, image: PILImage.Image) -> PILImage.Image | np.ndarray:
-        return unambiguous(image) if image.height in CHANNELS and self._confuses_rows else image
-
     @cached_property
-    def _confuses_rows(self) -> bool:
-        """Whether the image processor takes the rows of an image of 3 rows for its channels."""
-        image = PILImage.fromarray(np.arange(360).reshape(3, 40, 3).astype(np.uint8))
-        try:
-            read, right = (self.processor.image_processor(i, return_tensors="pt") for i in (image, unambiguous(image)))
-        except PROCESSOR_ERRORS:  # it accepts no arrays
-            return False
-        if isinstance(right, Tensor):  # Idefics
-            return not torch.equal(read, right)
-        return any(isinstance(right[key], Tensor) and not torch.equal(read[key], right[key]) for key in right)
+    def _call(self) -> ProcessorCalls:
+        return ProcessorCalls(self.processor)
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
-        """How the processor's tensors form a batch. Computed on first access, because it processes blank media."""
-        kinds = {"image_processor": PILImage.Image, "video_processor": SampledVideo}
-        return find_layout(self._probe, [k for name, k in kinds.items() if getattr(self.processor, name, None)])
-
-    def _probe(self, batch: Sequence[tuple[list[Media], str]]) -> Encoded | None:
-        """Encode questions about media in memory as one batch; None if the processor rejects them."""
-        parts = [
-            [Image(_BLANK_PATH) if isinstance(m, PILImage.Image) else Video(_BLANK_PATH) for m in media]
-            for media, _ in batch
-        ]
-        samples = [
-            Sample("probe", (Message("user", (*own, Text(text))),), "probe")
-            for own, (_, text) in zip(parts, batch, strict=True)
-        ]
-        tokenizer = self.processor.tokenizer
-        pad_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.pad_token or tokenizer.eos_token
-        try:
-            texts = [self.render(sample, add_generation_prompt=True) for sample in samples]
-            encoded = self._call(texts, [media for media, _ in batch], **({"padding": True} if len(batch) > 1 else {}))
-        except (SampleError, *PROCESSOR_ERRORS):
-            return None
-        finally:
-            tokenizer.pad_token = pad_token
-        return encoded if "input_ids" in encoded else None
+        """How the processor's tensors form a batch. The first access is slow, because it processes blank media."""
+        return self._call.layout
 
     def _turns(self, sample: Sample, inserted: Inserted, found: list[Span | None], ids: list[int]) -> list[int]:
         """Return, for each token of the encoded sample, the number of its assistant turn, from 1; 0 for none."""
@@ -390,35 +328,3 @@ class Encoder:
                 reason = f"the processor encodes what precedes its answer {turn} in another way when more images or "
                 reason += "videos follow, so it would not be trained as it is generated; split the conversation there"
                 raise SampleError(sample.id, sample.source, reason, "encode")
-
-    def _check_media(self, sample: Sample, text: str, images: int, videos: int) -> None:
-        """Raise SampleError for media that the processor would silently ignore: an unsupported kind, or media without a
-        placeholder."""
-        reason = None
-        known = placeholders(self.processor)
-        written = sum(map(text.count, known))
-        video_processor: Any = getattr(self.processor, "video_processor", None)
-        if videos and video_processor is None:
-            reason = "it has a video, and the model's processor accepts images only"
-        elif images and videos and "pixel_values" in video_processor.model_input_names:
-            # SmolVLM: the video frames would replace the images.
-            reason = "it has images and videos, and the model's processor accepts only one kind per sample"
-        elif known and written != images + videos:
-            reason = (
-                f"the chat template writes {written} media placeholders for {images + videos} images and videos; "
-                "does its text contain a literal placeholder, or does the template (model.chat_template) omit one?"
-            )
-        if reason is not None:
-            raise SampleError(sample.id, sample.source, reason, "encode")
-
-
-_BLANK_PATH = Path(
-    "blank"
-)  # compared by identity: this object stands for a filler's media, and a file may have the name
-_BLANK_IMAGE = PILImage.new("RGB", (32, 32))
-
-
-def blank_sample(*kinds: MediaKind) -> Sample:
-    """Return a prompt with a blank image or video of each kind."""
-    parts = (*(kind(_BLANK_PATH) for kind in kinds), Text("."))
-    return Sample("a blank sample", (Message("user", parts),), "a blank sample")

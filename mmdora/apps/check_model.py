@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from data_pipelines.dataset import TrainDataset, kinds_in
-from data_pipelines.encoding import Encoded, Encoder, MediaKind, blank_sample
+from data_pipelines.encoding import Encoded, Encoder
+from data_pipelines.processor_calls import MediaKind, blank_sample
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from data_pipelines.sources import IMAGES, VIDEOS
 from mmdora.core.config import RunConfig
