@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.samples import Message, Text
 from mmdora.core.config import ModelConfig
-from mmdora.models.loading import load_processor
+from mmdora.models.loading import load_shape
 
 
 def user(*parts) -> Message:
@@ -28,4 +28,4 @@ def tiny_processor() -> Any:
 
 @cache
 def _loaded_processor() -> Any:
-    return load_processor(ModelConfig(path="assets/tiny-llava"))
+    return load_shape(ModelConfig(path="assets/tiny-llava"))[1]

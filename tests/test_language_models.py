@@ -23,7 +23,7 @@ from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import architecture_of
 from mmdora.models.language_models import TextProcessor, is_language_model
-from mmdora.models.loading import load_model, load_processor
+from mmdora.models.loading import load_model, load_shape
 from mmdora.training.packing import SUPPORTED_LANGUAGE_MODELS, check_packing
 from tests.grid import deepspeed_file, run_in_two_processes
 from tests.media import write_image
@@ -145,7 +145,7 @@ def test_a_model_that_is_not_a_decoder_is_refused(model_config, reason, tmp_path
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tokenizer_without_a_chat_template_gets_the_papers_prompt(family, tmp_path, caplog):
     """Training and the commonsense benchmarks give a question the same ids, up to the answer's first token."""
-    processor = load_processor(ModelConfig(path=str(write_model(tmp_path, family))))
+    processor = load_shape(ModelConfig(path=str(write_model(tmp_path, family))))[1]
     assert "has no chat template; prompts get the form of Alpaca (assets/alpaca.jinja)" in caplog.text
     encoder = Encoder(processor)
     encoded = encoder.encode(sample("Is 2 even?", "the correct answer is true"))
@@ -158,7 +158,7 @@ def test_a_tokenizer_without_a_chat_template_gets_the_papers_prompt(family, tmp_
 
 
 def test_the_plain_prompt_has_turns_and_a_system_message(tmp_path):
-    encoder = Encoder(load_processor(ModelConfig(path=str(write_model(tmp_path)))))
+    encoder = Encoder(load_shape(ModelConfig(path=str(write_model(tmp_path))))[1])
     turns = sample("One?", "First.", "Two?", "Second.").messages
     text = encoder.render(Sample("s", (Message("system", (Text("Be kind."),)), *turns), "t"))
     assert text.startswith("Be kind.\n\nBelow is an instruction")
@@ -170,7 +170,7 @@ def test_the_plain_prompt_has_turns_and_a_system_message(tmp_path):
 def test_templates_get_strings_or_parts_as_they_need(tmp_path):
     """Most templates of language models concatenate the content; some iterate over its parts."""
     special = {"eos_token": "<|im_end|>"}
-    processor = load_processor(ModelConfig(path=str(write_model(tmp_path, chat_template=CHATML, **special))))
+    processor = load_shape(ModelConfig(path=str(write_model(tmp_path, chat_template=CHATML, **special))))[1]
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
     assert Encoder(processor).render(sample("Hi", "Hello")) == expected
     processor.chat_template = CHATML.replace("m.content", "m.content[0].text")
@@ -187,7 +187,7 @@ def test_generation_markers_of_a_language_models_template_are_used(tmp_path):
     )
     marked = marked.replace("{%- endfor -%}", "{%- endif -%}{%- endfor -%}")
     special = {"eos_token": "<|im_end|>"}
-    encoder = Encoder(load_processor(ModelConfig(path=str(write_model(tmp_path, chat_template=marked, **special)))))
+    encoder = Encoder(load_shape(ModelConfig(path=str(write_model(tmp_path, chat_template=marked, **special))))[1])
     labels = encoder.encode(sample("Hi", "Hello", "And?", "Bye"))["labels"][0]
     assert encoder.processor.tokenizer.decode(labels[labels != IGNORED]) == "Hello<|im_end|>Bye<|im_end|>"
 
@@ -351,7 +351,7 @@ def test_a_language_model_has_no_vision_encoder(trained, tmp_path, capsys):
 
 
 def test_a_saved_processor_is_the_tokenizer(tmp_path):
-    processor = load_processor(ModelConfig(path=str(write_model(tmp_path / "model"))))
+    processor = load_shape(ModelConfig(path=str(write_model(tmp_path / "model"))))[1]
     assert isinstance(processor, TextProcessor)
     processor.save_pretrained(tmp_path / "saved")
     again = TextProcessor.from_pretrained(str(tmp_path / "saved"))

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor, 
 from mmdora.apps.load_target import load_target
 from mmdora.core.config import ModelConfig
 from mmdora.core.errors import UserError
-from mmdora.models.loading import load_processor
+from mmdora.models.loading import load_shape
 from mmdora.models.preprocessing import pad_to_square
 from tests.families import CROPPED, FAMILIES
 from tests.media import picture, write_image
@@ -56,7 +56,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def padded(base):
     """The processor of `base` with `pad_to_square`."""
-    return load_processor(ModelConfig(path=str(base), dtype="float32", pad_to_square=True))
+    return load_shape(ModelConfig(path=str(base), dtype="float32", pad_to_square=True))[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,7 +73,7 @@ def test_pixel_values_equal_those_of_llava(shape, padded, tmp_path):
 
 
 def test_without_the_setting_nothing_changes(base):
-    processor = load_processor(ModelConfig(path=str(base), dtype="float32"))
+    processor = load_shape(ModelConfig(path=str(base), dtype="float32"))[1]
     assert processor.image_processor.to_dict() == AutoImageProcessor.from_pretrained(base).to_dict()
     image = picture(1, SHAPES["wide"])
     assert torch.equal(pixels(processor, image), pixels(AutoProcessor.from_pretrained(base), image))

@@ -15,7 +15,7 @@ from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.images import load_image
 from data_pipelines.samples import Image, Message, Sample, SampleError, Text, Video
 from mmdora.core.config import ModelConfig, VideoConfig
-from mmdora.models.loading import load_processor
+from mmdora.models.loading import load_shape
 from tests.conversations import assistant, tiny_processor, user
 from tests.families import FAMILIES, paligemma
 from tests.media import write_image, write_video
@@ -262,11 +262,11 @@ def test_paligemma_is_trained_on_what_its_processor_makes_of_a_prompt(media):
 
 def test_a_byte_order_mark_is_no_part_of_a_chat_template(tmp_path):
     base = "assets/tiny-llava"
-    template = load_processor(ModelConfig(path=base)).chat_template
+    template = load_shape(ModelConfig(path=base))[1].chat_template
     (tmp_path / "t.jinja").write_text(template, encoding="utf-8-sig")
-    assert load_processor(ModelConfig(path=base, chat_template=str(tmp_path / "t.jinja"))).chat_template == template
+    assert load_shape(ModelConfig(path=base, chat_template=str(tmp_path / "t.jinja")))[1].chat_template == template
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template, encoding="utf-8-sig")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llava_onevision"}')
-    assert load_processor(ModelConfig(path=str(tmp_path / "model"))).chat_template == template
+    assert load_shape(ModelConfig(path=str(tmp_path / "model")))[1].chat_template == template

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from mmdora.core.config import ModelConfig
 from mmdora.core.config_files import find_path
-from mmdora.models.loading import load_processor
+from mmdora.models.loading import load_shape
 
 NAME = "assets/vicuna_v1.jinja"
 TWO_TURNS = (
@@ -81,5 +81,5 @@ def test_the_generation_markers_enclose_answers_and_their_end_tokens(tokenizer):
 
 
 def test_a_config_can_name_the_template():
-    processor = load_processor(ModelConfig(path="assets/tiny-llava", dtype="float32", chat_template=NAME))
+    processor = load_shape(ModelConfig(path="assets/tiny-llava", dtype="float32", chat_template=NAME))[1]
     assert processor.apply_chat_template(TURNS, add_generation_prompt=True) == TWO_TURNS

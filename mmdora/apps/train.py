@@ -72,11 +72,7 @@ def train(config: RunConfig, resume: bool, overwrite: bool, console: Console, lo
             resolve_parts(model, config.parts)  # fails here for a part that does not exist, not after `evaluate_base`
             encoder = make_encoder(config, model, processor)
             dataset = TrainDataset(data.train, encoder, ledger, config.training.seed, config.data.temperature)
-            check_text_only(encoder, data.sources, data.by_setting(config))
-            check_media(config, dataset)
-            check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
-            check_model(config, model, dataset)
-            check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
+            check_run(config, arguments, model, data, dataset)
 
             start.create()
             if is_main():
@@ -170,6 +166,17 @@ def stop_tokens(model: Any, processor: Any) -> set[int]:
     ids = model.generation_config.eos_token_id
     stop = set(ids if isinstance(ids, list) else [ids]) | {processor.tokenizer.eos_token_id}
     return {token for token in stop if token is not None}
+
+
+def check_run(
+    config: RunConfig, arguments: TrainingArguments, model: Any, data: RunData, dataset: TrainDataset
+) -> None:
+    """Raise UserError if the config, the model and the data do not fit together."""
+    check_text_only(dataset.encoder, data.sources, data.by_setting(config))
+    check_media(config, dataset)
+    check_micro_batch_size(model.config, arguments.per_device_train_batch_size)
+    check_model(config, model, dataset)
+    check_batches(config, arguments.per_device_train_batch_size, arguments.world_size, dataset)
 
 
 def find_checkpoint(run_dir: RunDir) -> Path | None:

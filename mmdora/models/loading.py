@@ -20,7 +20,7 @@ from mmdora.models.language_models import TextProcessor, auto_class, check_decod
 from mmdora.models.llava_resampler import LlavaResamplerForConditionalGeneration
 from mmdora.models.loading_errors import LOADING_ERRORS, check_complete, why
 from mmdora.models.model_card import write_model_card
-from mmdora.models.new_tokens import add_tokens, extend_tokenizer
+from mmdora.models.new_tokens import add_tokens
 from mmdora.models.preprocessing import pad_to_square
 from mmdora.models.projectors import keep_linear
 from mmdora.models.quantization import quantize_language_model
@@ -55,17 +55,6 @@ def load_model(
     if config.quantization is not None:
         quantize_language_model(model, config.quantization)
     return model, processor
-
-
-def load_processor(config: ModelConfig) -> Any:
-    """Return the processor of `load_model`. Reads no weights, except for a composed model. Raises UserError."""
-    if config.path is None:
-        return load_model(config)[1]
-    processor = _load_processor(config, _load_config(config))
-    if config.new_tokens:
-        extend_tokenizer(processor.tokenizer, config.new_tokens)
-    _prepare(processor, config)
-    return processor
 
 
 def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
