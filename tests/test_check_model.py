@@ -19,6 +19,7 @@ from mmdora.apps.check_model import check_model, count_features, media_problems,
 from mmdora.core.config import RunConfig, SourceConfig, VideoConfig
 from mmdora.core.config_files import find_path
 from mmdora.core.errors import UserError
+from mmdora.models.new_tokens import add_tokens
 from tests.families import FAMILIES
 from tests.media import write_image
 from tests.test_runs import command
@@ -139,3 +140,12 @@ def test_text_for_a_family_that_needs_images_is_an_error_before_training(tmp_pat
         check_model(config, model, dataset(tmp_path, encoder, 6, 2))
     model, processor = FAMILIES["llava"].build()
     check_model(config, model, dataset(tmp_path, Encoder(processor), 6, 2))
+
+
+def test_counting_features_leaves_every_weight_where_it_is(tiny):
+    """The rows of new tokens are one module with two names, below the embeddings and the head."""
+    model, processor = tiny
+    add_tokens(model, processor, ["<left>", "<right>"])
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert media_problems(model, Encoder(processor), Image) == []
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before

@@ -73,6 +73,7 @@ def test_a_run_ends_and_resumes_with_the_exact_count(world, tmp_path, scripted):
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_end_together(world, tmp_path):
     """With learning rate 0 the loss is constant, so the second evaluation is no improvement."""
     output = tmp_path / "run"

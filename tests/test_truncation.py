@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers as hf
 
-from data_pipelines import encoding
+from data_pipelines import processor_calls
 from data_pipelines.encoding import IGNORED, Encoder
 from data_pipelines.samples import Image, Message, Sample, SampleError
 from mmdora.core.config_files import load_config
@@ -74,8 +74,8 @@ def test_media_are_loaded_once_however_many_turns_are_dropped(processor, image, 
     for i in range(20):
         messages += [user("And?", *([image] if i == 10 else [])), assistant("b")]
     loaded: list[str] = []
-    load = encoding.load_image
-    monkeypatch.setattr(encoding, "load_image", lambda path, data: loaded.append(path.name) or load(path, data))
+    load = processor_calls.load_image
+    monkeypatch.setattr(processor_calls, "load_image", lambda path, data: loaded.append(path.name) or load(path, data))
     limit = count_tokens(processor, *messages[:2])
     loaded.clear()
     encoded, changes = encode(processor, limit, *messages)

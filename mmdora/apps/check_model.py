@@ -161,13 +161,15 @@ def count_features(model: Any, encoded: Encoded, name: str) -> int | None:
     known = inspect.signature(getattr(model, method)).parameters
     inputs = {k: v.to("meta") if v.is_floating_point() else v for k, v in encoded.items() if k in known}
     module = _Features(model, method)
+    # Each module once: `functional_call` would leave the tensors of a module with two names on the meta device.
     weights = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # `to` would change quantized weights
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        f"{path}.{key}": torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # `to` changes quantized weights
+        for path, part in module.named_modules()
+        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     }
     try:
         with torch.no_grad():
-            return _count(functional_call(module, weights, (), inputs))
+            return _count(functional_call(module, weights, (), inputs, tie_weights=False))
     except ValueError:
         raise
     except Exception:  # any error of an operation that the meta device does not have
