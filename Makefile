@@ -9,7 +9,7 @@ setup: .venv/ready
 quickstart: .venv/ready
 	$(BIN)/mmdora train configs/quickstart.yaml --overwrite
 
-# A test process per core; tests of one file stay together, because they share fixtures.
+# One test process per core, up to four. Tests of one file stay together, because they share fixtures.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint

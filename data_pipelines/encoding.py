@@ -139,7 +139,7 @@ class Encoder:
             encoded, _ = self._prompts.without_marks(encoded, encoded["input_ids"][0].tolist())
         first = next((i for i, message in enumerate(sample.messages) if message.role == "assistant"), None)
         if encoded.pop("labels", None) is not None and first is not None:
-            # As in training, PaliGemma's tokens from the first answer on do not attend in both directions.
+            # PaliGemma's tokens from the first answer on do not attend in both directions, here as in training.
             prompt = self._encode_prompt(replace(sample, messages=sample.messages[:first]), media)
             encoded["token_type_ids"][0, prompt["input_ids"].shape[1] :] = 1
         return encoded

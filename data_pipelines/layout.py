@@ -30,7 +30,7 @@ FRAMES = 4  # per probed video
 
 @dataclass(frozen=True)
 class Layout:
-    """What each key of an encoded sample is. Keys that are not listed count media along their first dimension."""
+    """The meaning of each key of an encoded sample. Other keys count media along their first dimension."""
 
     per_token: frozenset[str] = frozenset(TOKEN_KEYS)  # [1, tokens, ...]
     # [1, ...], however many media the sample has, and needed of every sample: its tokens address media by their number.

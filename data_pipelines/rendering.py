@@ -21,7 +21,7 @@ from data_pipelines.samples import Image, Message, Part, Sample, SampleError, Te
 
 Span: TypeAlias = tuple[int, int]  # characters of the rendered text: start, end (exclusive)
 
-# What templates raise: Jinja's own errors, and those of the Python expressions in them.
+# The exceptions that templates raise: Jinja's own, and those of the Python expressions in them.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ANSWER = "\u2039the answer\u203a"  # stands for an answer, to see what a template writes around one

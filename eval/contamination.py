@@ -85,8 +85,8 @@ def contamination_check(
     """Return a function that compares a run's training data with its benchmarks when it is first called.
 
     Its result is each entry's part of the receipt, by entry name. Training data that no longer exists is listed as
-    `absent`, with the reason. Samples that the run held out for validation are not training data; if some data is
-    absent, they cannot be told apart and count.
+    `absent`, with the reason. Samples that the run held out for validation are not training data. If some data
+    is absent, the split cannot be repeated, and they count as training data.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""What transformers' video processors need to know of sampled frames: their times and their spacing."""
+"""The times and the spacing of sampled frames, in the form that transformers' video processors read."""
 
 from __future__ import annotations
 
