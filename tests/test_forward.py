@@ -118,8 +118,8 @@ def test_forward_is_a_setting_of_low_rank_methods():
 
 def test_merged_trains_as_well_as_exact():
     """In bf16 and at a large model's learning rate, one step's change of a weight is below its precision."""
-    exact, merged = (losses(forward, torch.bfloat16, 2e-4, 0.03, seed=0, steps=60) for forward in ("exact", "merged"))
-    for step in (20, 40, 60):
+    exact, merged = (losses(forward, torch.bfloat16, 2e-4, 0.03, seed=0, steps=40) for forward in ("exact", "merged"))
+    for step in (20, 30, 40):
         a, b = sum(exact[step - 10 : step]), sum(merged[step - 10 : step])
         assert b < 1.03 * a, (step, a, b)
-    assert sum(merged[-10:]) < 0.65 * sum(merged[:10])
+    assert sum(merged[-10:]) < 0.75 * sum(merged[:10])

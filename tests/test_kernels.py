@@ -81,9 +81,14 @@ def test_merge_and_norm(shape, dtype, transposed):
     close(kernels.norm(weight, a.float(), b.float(), 0.3), expected.norm(dim=1), torch.float32)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("rank", [16, 128])
+BUILDS = [(capability, dtype, rank) for capability in (80, 90) for dtype in ("bf16", "fp32") for rank in (16, 128)]
+QUICK = [(80, "fp32", 16), (90, "bf16", 128)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rank"),
+    [pytest.param(*b, marks=[] if b in QUICK else pytest.mark.slow) for b in BUILDS],
+)
 def test_the_kernels_compile_for_gpus(capability, dtype, rank):
     """To machine code, without a GPU, within the shared memory that the GPU has."""
     code = f"""

@@ -40,6 +40,7 @@ def small(world: Path, output: Path, steps: int = 4) -> list[str]:
         "training.micro_batch_size=4",
         "training.save_every=2",
         "training.warmup_ratio=0",
+        "data.num_workers=0",
         f"evaluation=[{{{benchmark}, limit: 6, before: true}}]",
     ]
 
@@ -289,7 +290,7 @@ def test_nlvr(shared, tmp_path, monkeypatch):
 def test_a_run_on_a_quantized_language_model(bits, world, tmp_path, capsys):
     bnb = pytest.importorskip("bitsandbytes")
     run, out = tmp_path / "run", tmp_path / "merged"
-    assert command("train", *small(world, run, steps=6), f"model.quantization={bits}") == 0
+    assert command("train", *small(world, run, steps=2), f"model.quantization={bits}") == 0
     model = load_target(str(run)).model
     kind = bnb.nn.Linear4bit if bits == "4bit" else bnb.nn.Linear8bitLt
     assert sum(isinstance(m, kind) for m in model.model.language_model.modules()) == 21

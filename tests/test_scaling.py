@@ -200,6 +200,7 @@ def losses(run: Path) -> list[float]:
 
 
 @linux
+@pytest.mark.slow
 def test_two_nodes_train_like_one_process(world, tmp_path):
     """Two launchers with one rendezvous, as on two machines: ZeRO-2, one process each."""
     settings = ["training.save_every=null", "evaluation=[]"]

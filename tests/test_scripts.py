@@ -56,6 +56,7 @@ def test_the_adapter_benchmark_measures_every_candidate(tmp_path):
     assert saved["mmdora DoRA"] < saved["PEFT DoRA"]
 
 
+@pytest.mark.slow
 def test_the_soak_counts_what_it_reads(tmp_path):
     out = tmp_path / "result.json"
     script("benchmarks/media_soak.py", "--videos=6", "--images=24", "--workers=2", f"--out={out}")
