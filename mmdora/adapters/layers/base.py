@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.adapters.ops import norm_cache
-from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight, row_norms
+from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
 from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
@@ -154,7 +154,7 @@ class AdapterLayer(nn.Module, ABC):
             self._put(self.low_rank[1], name, nn.Parameter(b))
         if spec.use_dora:
             with gathered([self.weight]):
-                norm = row_norms(self.matrix()).float()
+                norm = dora_norm(self.matrix(), None, None, 1.0).float()
             self._put("lora_magnitude_vector", name, nn.Parameter(norm.view(shapes.magnitude)))
         self.specs[name], self.norm_keys[name] = spec, norm_cache.new_key()
         self.active = name

@@ -20,6 +20,7 @@ CPU_ROWS = 256
 OTHER_ROWS = 8192
 # Elements of expert weights that are processed at once; at least those of one expert, and on a CPU no more.
 EXPERT_ELEMENTS = 2**26
+NORM_COLUMNS = 2048
 
 
 @cache
@@ -55,42 +56,43 @@ def expert_slices(weight: Tensor) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def row_norms(weight: Tensor) -> Tensor:
-    """Return ‖W‖ [..., out] of the rows of W [..., out, in], in fp32; in float64 for float64."""
-    return torch.linalg.vector_norm(weight, dim=-1, dtype=working_dtype(weight.dtype))
-
-
-@torch.no_grad()
 def dora_norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float) -> Tensor:
     """Return the row norms n = ‖W + sBA‖ [..., out] in fp32 (float64 for float64); ‖W‖ if A and B are None.
 
     W is [..., out, in], A [..., r, in] and B [..., out, r]. The sum is built in fp32 for a part of the weight at a
     time, so that there is neither a copy of the whole weight nor of BA. On a GPU, a Triton kernel does that.
     """
-    if lora_a is None or lora_b is None:
-        return row_norms(weight)
     dtype = working_dtype(weight.dtype)
-    a, b = lora_a.to(dtype), lora_b.to(dtype)
-    if weight.is_cuda and weight.dim() == 2 and has_triton():
-        from mmdora.adapters.ops import triton_kernels
+    a = b = None
+    if lora_a is not None and lora_b is not None:
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        if weight.is_cuda and weight.dim() == 2 and has_triton():
+            from mmdora.adapters.ops import triton_kernels
 
-        return triton_kernels.norm(weight, a, b, scale)
-    b = scale * b
-    norms = torch.empty(weight.shape[:-1], dtype=dtype, device=weight.device)
+            return triton_kernels.norm(weight, a, b, scale)
+        b = scale * b
     if weight.dim() > 2:
+        norms = []
         for experts in expert_slices(weight):
-            v = weight[experts].to(dtype, copy=True).baddbmm_(b[experts], a[experts])
-            norms[experts] = torch.linalg.vector_norm(v, dim=-1)
-        return norms
-    if weight.stride(0) < weight.stride(1):  # stored as [in, out]: its rows are the columns of W
-        squares = []
-        for columns in row_slices(weight.T):
-            v = weight.T[columns].to(dtype, copy=True).addmm_(a.T[columns], b.T)
-            squares.append(torch.linalg.vector_norm(v, dim=0).square())
-        return torch.stack(squares).sum(0).sqrt()
-    for rows in row_slices(weight):
-        norms[rows] = torch.linalg.vector_norm(weight[rows].to(dtype, copy=True).addmm_(b[rows], a), dim=-1)
-    return norms
+            part = weight[experts].to(dtype)
+            part = part if a is None or b is None else torch.baddbmm(part, b[experts], a[experts])
+            norms.append(_row_norms(part))
+        return torch.cat(norms)
+    norms = []
+    # Memory is read in order: parts of a weight that is stored as [in, out] have all rows and a few columns.
+    transposed = weight.stride(0) < weight.stride(1)
+    for places in row_slices(weight.T if transposed else weight):
+        part = (weight[:, places] if transposed else weight[places]).to(dtype)
+        if a is not None and b is not None:
+            part = torch.addmm(part, b if transposed else b[places], a[:, places] if transposed else a)
+        norms.append(_row_norms(part))
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0) if transposed else torch.cat(norms)
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    """Return the norms of the rows. On a CPU, one sum over a long row would be exact to a few 1e-6 only."""
+    norms = [torch.linalg.vector_norm(part, dim=-1) for part in matrix.split(NORM_COLUMNS, dim=-1)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
