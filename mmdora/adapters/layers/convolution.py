@@ -72,7 +72,8 @@ class AdaptedConv(AdapterLayer, _ConvNd):
     def _apply_a(self, x: Tensor, a: Tensor) -> Tensor:
         """Convolve x with A, with the layer's own stride, padding and dilation, in the dtype of A."""
         # A is shared by all groups, so they are moved into the batch dimension for A and back for its output.
-        x, padding = x.to(a.dtype).unflatten(1, (self.groups, -1)).flatten(0, 1), self.padding
+        x = x.to(a.dtype).unflatten(1, (self.groups, -1)).flatten(0, 1)
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         h = type(self).convolve(x, a, stride=self.stride, padding=padding, dilation=self.dilation)

@@ -36,7 +36,7 @@ class AdaptedRowsFunction(torch.autograd.Function):
         y = kernels.epilogue(rows, flat_h, scaled_b, gain, None, True)
         ctx.save_for_backward(None if gain is None else rows, flat_h, b, gain, norm)
         ctx.scale, ctx.shapes = scale, (u.shape, None if h is None else h.shape)
-        return torch.ops.aten._unsafe_view(y, u.shape)  # type: ignore[no-any-return]
+        return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
     @once_differentiable
