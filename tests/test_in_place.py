@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, Llama4ForCausalLM, Llama4TextConfig
 
 import mmdora
@@ -154,6 +155,30 @@ def test_outputs_of_a_shared_input_and_recomputed_outputs(forward, bias, checkpo
         results.append([out, inputs.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
     for expected, actual in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("saved", ["mm", "all products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("forward", ["exact", "merged"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_selective_checkpointing_that_saves_products(method, forward, dtype, saved):
+    """A saved product must not change afterwards, neither visibly nor through an output that shares its memory."""
+    products = [torch.ops.aten.mm.default] + ([torch.ops.aten.addmm.default] if saved == "all products" else [])
+    for bias in (False, True):
+        torch.manual_seed(0)
+        net = Changing(bias).to(dtype)
+        mmdora.inject_adapters(net, {"": {"method": method, "rank": 4, "forward": forward}})
+        randomize(net)
+        x, results = torch.randn(2, 40, 12, dtype=dtype), []
+        for context in (None, partial(create_selective_checkpoint_contexts, products)):
+            inputs = x.clone().requires_grad_()
+            net.zero_grad()
+            keywords = {} if context is None else {"context_fn": context}
+            out = net(inputs) if context is None else checkpoint(net, inputs, use_reentrant=False, **keywords)
+            out.square().sum().backward()
+            results.append([out, inputs.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+        for expected, actual in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_explicit_attention():

@@ -128,6 +128,24 @@ def test_a_combined_adapter_equals_the_weighted_sum(several):
         assert error < 1e-5, key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_combined_adapter_in_half_precision(several, dtype):
+    """The weights W' of the sum before they are rounded to the weights' dtype."""
+    for parameter in several.parameters():
+        parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
+    factors = {"a": 0.7, "c": 0.25}
+    mmdora.combine_adapters(several, factors, "sum")
+    for path, layer in adapter_layers(several):
+        base = layer.matrix().double()
+        expected = base.clone()
+        for name, factor in factors.items():
+            a, b = (t.double() for t in layer.factors(name))
+            v = base + layer.specs[name].scale * b @ a
+            expected += factor * (layer.magnitude(name).double()[:, None] * v / v.norm(dim=1, keepdim=True) - base)
+        error = (layer.merged("sum").double() - expected).norm() / expected.norm()
+        assert error < 1e-6, path
+
+
 def test_a_sum_in_which_a_row_vanishes_is_refused():
     net = Net()
     for name in "ab":

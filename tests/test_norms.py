@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmdora
 from mmdora.adapters.ops import norm_cache as norms
+from mmdora.adapters.ops.functional import dora_norm
 from tests.processes import python
 
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
@@ -154,6 +155,37 @@ def test_compiled_is_the_same_without_a_graph_break(net):
         gradients.append([out.detach()] + [p.grad.clone() for p in net.parameters() if p.requires_grad])
     for eager, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(192, 256), (300, 5000), (6, 20000), (3, 20, 40)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norms_of_half_precision_weights_are_exact(transposed, shape, dtype):
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(shape)).to(dtype)
+    weight = weight.mT.contiguous().mT if transposed else weight
+    a, b = torch.randn(*shape[:-2], 8, shape[-1]), 0.01 * torch.randn(*shape[:-1], 8)
+    for low_rank in (False, True):
+        norm = dora_norm(weight, a, b, 0.7) if low_rank else dora_norm(weight, None, None, 0.7)
+        exact = (weight.double() + (0.7 * b.double() @ a.double() if low_rank else 0)).norm(dim=-1)
+        assert norm.dtype == torch.float32
+        torch.testing.assert_close(norm.double(), exact, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("forward", ["exact", "merged"])
+def test_the_forward_pass_uses_the_exact_norm(forward):
+    """Also where W + sBA is rounded to bf16 for the product."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32)).bfloat16()
+    mmdora.inject_adapters(net, {"": DORA | {"forward": forward}})
+    net[0].lora_B["default"].data = 0.1 * torch.randn(32, 4)
+    with norms.weights_fixed():
+        net(torch.randn(9, 64).bfloat16())
+        cached = net[0].norm("default")
+    exact = (net[0].weight.double() + 2 * net[0].lora_B["default"].double() @ net[0].lora_A["default"].double()).norm(
+        dim=1
+    )
+    torch.testing.assert_close(cached.double(), exact, atol=0, rtol=1e-6)
 
 
 DEEPSPEED = """

@@ -201,6 +201,84 @@ def test_an_input_that_is_changed_in_place_gives_no_stale_output():
         torch.testing.assert_close(output, expected)
 
 
+def by_detached_view(x):
+    x.detach()[0].mul_(-1)
+    return x
+
+
+def without_gradient(x):
+    with torch.no_grad():
+        x.mul_(-1)
+    return x
+
+
+def in_inference_mode(x):
+    with torch.inference_mode():
+        x.mul_(-1)
+    return x
+
+
+IN_PLACE = {
+    "relu_": torch.relu_,
+    "ReLU": nn.ReLU(inplace=True),
+    "functional": lambda x: nn.functional.relu(x, inplace=True),
+    "module without its result": lambda x: (nn.LeakyReLU(0.1, inplace=True)(x), x)[1],
+    "method": lambda x: x.add_(1),
+    "operator": lambda x: x.__imul__(3),
+    "copy": lambda x: x.copy_(-x),
+    "index": lambda x: (x.__setitem__(0, 5.0), x)[1],
+    "for-each": lambda x: (torch._foreach_mul_([x], -1.0), x)[1],
+    "dropout": lambda x: nn.functional.dropout(x, 1.0, True, True),
+    "detached view": by_detached_view,
+    "no_grad": without_gradient,
+    "inference mode": in_inference_mode,
+}
+
+
+class Changing(Attention):
+    """Changes its input in place after `after` of the three layers."""
+
+    def forward(self, x):
+        outputs = []
+        for i, layer in enumerate((self.q, self.k, self.v)):
+            outputs.append(layer(x))
+            x = self.change(x) if i == self.after else x
+        return torch.cat(outputs, dim=-1)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_every_way_to_change_the_input_in_place(way, after):
+    net = Changing()
+    net.change, net.after = IN_PLACE[way], after
+    net = adapted(net)
+    x = torch.randn(2, 9, 12)
+    for read in (lambda: x.clone(), lambda: x.clone().requires_grad_() * 1.0):
+        torch.testing.assert_close(net(read()), separated(net)(read()))
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """A copy as `nn.DataParallel` makes it: shallow, with its parameters as plain attributes."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(copied, name, parameter)
+    for name, child in module.named_children():
+        copied._modules[name] = replica(child)
+    return copied
+
+
+def test_shallow_copies_compute_alone():
+    net = adapted(Attention(bias=True))
+    x = torch.randn(2, 9, 12)
+    expected = net(x)
+    torch.testing.assert_close(replica(net)(x), expected)
+    shallow = copy.copy(net)
+    shallow._modules = dict(net._modules) | {"k": copy.copy(net.k)}
+    torch.testing.assert_close(shallow(x), expected)
+    assert calls(net(x)) == 1
+    assert replica(net).q.norm_keys != net.q.norm_keys
+
+
 def test_checkpointing_autocast_and_compile_compute_the_same():
     net = adapted(Attention(bias=True))
     x = torch.randn(2, 9, 12)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdora.adapters.layers.base import AdapterLayer
 from mmdora.adapters.layers.experts import expert_parameters
-from mmdora.adapters.layers.wrapping import layer_class
+from mmdora.adapters.layers.wrapping import is_weight_computed, layer_class
 from mmdora.core.config import PartConfig
 from mmdora.core.errors import UserError
 from mmdora.models.architectures import Region, unused_blocks
@@ -49,8 +49,12 @@ def resolve_targets(model: nn.Module, part: str, region: Region, config: PartCon
     for p in selected:
         layer = inside[p]
         if isinstance(layer, nn.Module) and layer_class(layer) is None:
+            reason = ""
+            if is_weight_computed(layer):
+                reason = ": its weight is computed from other parameters (weight_norm, or a parametrization)"
             raise UserError(
                 f"parts.{part}.{key}: {join(path, p)} is a {type(layer).__name__}, which cannot have a low-rank adapter"
+                f"{reason}"
             )
     return [join(path, p) for p in selected]
 

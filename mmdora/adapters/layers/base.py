@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mmdora.adapters.ops import norm_cache
 from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
-from mmdora.core.deepspeed import gathered
+from mmdora.core.deepspeed import gathered, true_shape
+from mmdora.core.errors import UserError
 
 Shape = tuple[int, ...]
 
@@ -97,7 +98,21 @@ class AdapterLayer(nn.Module, ABC):
         return self._output(x, self.active)
 
     def _output(self, x: Tensor, name: str | None) -> Tensor:
-        return self.plain(x) if name is None or name not in self.specs else self.adapted(x, name)
+        if name is None or name not in self.specs:
+            return self.plain(x)
+        self.check_frozen()
+        return self.adapted(x, name)
+
+    def check_frozen(self) -> None:
+        """Raise UserError if the layer's own weight or bias requires a gradient, which the adapter does not compute."""
+        for attribute in ("weight", "bias") if torch.is_grad_enabled() else ():
+            tensor = getattr(self, attribute)
+            if tensor is not None and tensor.requires_grad:
+                raise UserError(
+                    f"the {attribute} {[*true_shape(tensor)]} of an {type(self).__name__} requires a gradient, but a "
+                    f"layer with an adapter has a frozen {attribute}: call requires_grad_(False) on it, or train the "
+                    "layer in full, without an adapter"
+                )
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the base layer's output."""
@@ -138,8 +153,8 @@ class AdapterLayer(nn.Module, ABC):
             self._put(self.low_rank[0], name, nn.Parameter(a.to(device)))
             self._put(self.low_rank[1], name, nn.Parameter(b))
         if spec.use_dora:
-            with gathered([self.weight]), torch.no_grad():
-                norm = torch.linalg.vector_norm(self.matrix(), dim=-1, dtype=torch.float32)
+            with gathered([self.weight]):
+                norm = dora_norm(self.matrix(), None, None, 1.0).float()
             self._put("lora_magnitude_vector", name, nn.Parameter(norm.view(shapes.magnitude)))
         self.specs[name], self.norm_keys[name] = spec, norm_cache.new_key()
         self.active = name
@@ -248,6 +263,12 @@ class AdapterLayer(nn.Module, ABC):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         new.norm_keys = {name: norm_cache.new_key() for name in self.norm_keys}  # the copy's norms are its own
         return new
+
+    def _replicate_for_data_parallel(self) -> AdapterLayer:
+        """Return a replica for `nn.DataParallel`, whose norms are on another device."""
+        replica = super()._replicate_for_data_parallel()
+        replica.norm_keys = {name: norm_cache.new_key() for name in self.norm_keys}
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

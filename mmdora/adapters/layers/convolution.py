@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
 
+from mmdora.adapters.layers.autocast import no_autocast
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
+from mmdora.adapters.ops.functional import working_dtype
+from mmdora.adapters.ops.output_functions import AdaptedChannelsFunction
 
 
 class AdaptedConv(AdapterLayer, _ConvNd):
@@ -43,29 +48,36 @@ class AdaptedConv(AdapterLayer, _ConvNd):
             return self.adapted(x[None], name)[0]
         spec = self.specs[name]
         dropped = F.dropout(x, spec.dropout) if spec.dropout and self.training else x
-        rest, bias = None, self.bias
+        rest = None
         if dropped is not x and spec.peft_dropout and spec.use_dora:
             rest = self._conv_forward(x - dropped, self.weight, None)
             x = dropped
-        y = self._conv_forward(x, self.weight, None)
-        ones = [1] * len(self.kernel_size)
-        if spec.rank:
-            a, b = (getattr(self, attribute)[name].to(x.dtype) for attribute in self.low_rank)
-            # A is shared by all groups, so they are moved into the batch dimension for A and back for B.
-            grouped = dropped.unflatten(1, (self.groups, -1)).flatten(0, 1)
-            h = self._apply_a(grouped, a).unflatten(0, (-1, self.groups)).flatten(1, 2)
-            y = y + spec.scale * type(self).convolve(h, b, groups=self.groups)
-        if spec.use_dora:
-            y = y * self.gain(name).to(y.dtype).view(-1, *ones)
-        y = y if rest is None else y + rest
-        return y if bias is None else y + bias.to(y.dtype).view(-1, *ones)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        u = self._conv_forward(x, self.weight, bias)
+        magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
+        with no_autocast(u.device.type):
+            h, b = self._h(dropped, name) if spec.rank else (None, None)
+            y = AdaptedChannelsFunction.apply(u, h, b, magnitude, norm, bias, spec.scale)
+        return y if rest is None else y + rest
+
+    def _h(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Return the output of A [batch, groups · r, ...] in the working dtype of x, and B [out, r]."""
+        a, b = (getattr(self, attribute)[name] for attribute in self.low_rank)
+        a = a.to(working_dtype(x.dtype))
+        if a.dtype == x.dtype or not torch.is_grad_enabled():
+            return self._apply_a(x, a), b.flatten(1)
+        # The backward pass makes the copy of x in fp32 again, so that it is not kept.
+        return checkpoint(self._apply_a, x, a, use_reentrant=False, preserve_rng_state=False), b.flatten(1)
 
     def _apply_a(self, x: Tensor, a: Tensor) -> Tensor:
-        """Convolve x with A, with the layer's own stride, padding and dilation."""
+        """Convolve x with A, with the layer's own stride, padding and dilation, in the dtype of A."""
+        # A is shared by all groups, so they are moved into the batch dimension for A and back for its output.
+        x = x.to(a.dtype).unflatten(1, (self.groups, -1)).flatten(0, 1)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return type(self).convolve(x, a, stride=self.stride, padding=padding, dilation=self.dilation)
+        h = type(self).convolve(x, a, stride=self.stride, padding=padding, dilation=self.dilation)
+        return h.unflatten(0, (-1, self.groups)).flatten(1, 2)
 
 
 class AdaptedConv1d(AdaptedConv, nn.Conv1d):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdora.adapters.layers.autocast import no_autocast
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
+from mmdora.adapters.ops.output_functions import AdaptedRowsFunction
 from mmdora.models.new_tokens import scaled
 
 
@@ -41,13 +43,12 @@ class AdaptedEmbedding(AdapterLayer, nn.Embedding):
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
         spec = self.specs[name]
-        y = self._look_up(x, self.weight)
+        u = self._look_up(x, self.weight)
         a, b = self.factors(name)
-        if a is not None and b is not None:
-            y = y + spec.scale * (self._look_up(x, a.T.to(y.dtype)) @ b.T.to(y.dtype))
-        if spec.use_dora:
-            y = y * self.gain(name).to(y.dtype)
-        return scaled(self, y)
+        magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
+        with no_autocast(u.device.type):
+            h = None if a is None else self._look_up(x, a.T)
+            return scaled(self, AdaptedRowsFunction.apply(u, h, b, magnitude, norm, spec.scale))
 
     def plain(self, x: Tensor) -> Tensor:
         return scaled(self, self._look_up(x, self.weight))

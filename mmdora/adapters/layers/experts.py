@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
 from mmdora.adapters.ops.autograd import MergedWeightFunction
 from mmdora.core.deepspeed import true_shape
+from mmdora.core.errors import UserError
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,6 +81,9 @@ class AdaptedExperts(AdapterLayer):
         magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
         merged = MergedWeightFunction.apply(self.matrix(), *self.factors(name), magnitude, norm, spec.scale)
         return self.from_matrix(merged)
+
+    def _replicate_for_data_parallel(self) -> AdapterLayer:
+        raise UserError("nn.DataParallel does not work with adapters on expert weights; use DistributedDataParallel")
 
     def merge(self, name: str) -> None:
         merged = self.from_matrix(self.merged(name)).to(self.weight.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from mmdora.adapters.layers.autocast import cast_input, no_autocast
 from mmdora.adapters.layers.base import AdapterLayer, Shapes
-from mmdora.adapters.ops.autograd import AdaptedLinearFunction, LinearSettings, LinearTerms, as_is, transposed
+from mmdora.adapters.ops.autograd import (
+    AdaptedLinearFunction,
+    LinearSettings,
+    LinearTerms,
+    as_is,
+    kernels_for,
+    transposed,
+)
 
 
 class InputGroup(Protocol):
@@ -34,15 +41,18 @@ class LinearLayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         output = None if self.shared_input is None else self.shared_input.output(self, x)
-        return super().forward(x) if output is None else output
+        if output is None:
+            return super().forward(x)
+        self.check_frozen()
+        return output
 
     def adapted(self, x: Tensor, name: str) -> Tensor:
         spec = self.specs[name]
         if spec.dropout and self.training and spec.peft_dropout and spec.use_dora:
             # PEFT computes the same: y = W(x − x') + b + g ⊙ (Wx' + sBAx'), where x' is x after dropout.
-            x = _autocast(x)
+            x = cast_input(x)
             dropped = F.dropout(x, spec.dropout)
-            with _no_autocast(x.device.type):
+            with no_autocast(x.device.type):
                 bias = None if self.bias is None else self.bias.to(x.dtype)
                 rest = F.linear(x - dropped, self.matrix().to(x.dtype), bias)
                 terms = self.terms(dropped, name)._replace(bias=None, dropped=None)
@@ -67,8 +77,8 @@ class LinearLayer(AdapterLayer):
 
 def linear_outputs(layers: Sequence[LinearLayer], x: Tensor, name: str) -> Sequence[Tensor]:
     """Return the outputs [..., out] of several layers, each with its adapter `name`, for one x [..., in]."""
-    x = _autocast(x)
-    with _no_autocast(x.device.type):
+    x = cast_input(x)
+    with no_autocast(x.device.type):
         terms = [layer.terms(x, name) for layer in layers]
         merged = _merges([layer.specs[name].forward for layer in layers], terms, x)
         settings = tuple(layer.settings(name) for layer in layers)
@@ -79,25 +89,17 @@ def _merges(forwards: Sequence[str], terms: Sequence[LinearTerms], x: Tensor) ->
     """Return whether to multiply x by W + sBA instead of by W, A and B.
 
     Building W + sBA costs in · out · r operations, in the forward and again in the backward pass. The two products with
-    A and B that it replaces cost tokens · (in + out) · r. So it pays off for many tokens.
+    A and B that it replaces cost tokens · (in + out) · r. So it pays off for many tokens, but in half precision it
+    rounds the weights once more. Without Triton, A and B are then used in fp32, and the layer stays that exact.
     """
     if "exact" in forwards or any(t.dropped is not None or t.lora_b is None for t in terms):
         return False
     if "auto" not in forwards:
         return True
+    if kernels_for(x.device).working_dtype(x.dtype) != x.dtype:
+        return False
     width, outputs = x.shape[-1], sum(t.lora_b.shape[0] for t in terms if t.lora_b is not None)
     return x.numel() // width * (width + outputs) > 2 * width * outputs
-
-
-def _autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if enabled else x
-
-
-def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    # The meta device, on which `mmdora plan` runs a model, has no autocast.
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class AdaptedLinear(LinearLayer, nn.Linear):

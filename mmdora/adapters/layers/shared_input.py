@@ -71,7 +71,7 @@ class SharedInput:
 
     The first layer that is called computes the outputs of all; the others hand theirs out. This happens only inside the
     parent's forward pass, and only if gradients are enabled. Under torch.compile, which cannot compare the versions of
-    a tensor, each layer computes alone.
+    a tensor, each layer computes alone. So do shallow copies of the layers, such as replicas of `nn.DataParallel`.
     """
 
     def __init__(self, parent: nn.Module, layers: list[LinearLayer]):
@@ -110,6 +110,9 @@ class SharedInput:
             return None
         if torch.compiler.is_compiling() or x.is_inference():
             return None
+        place = next((i for i, other in enumerate(self.layers) if other is layer), None)
+        if place is None:  # a shallow copy of a layer
+            return None
         if self.computed is None:
             places = [i for i, other in enumerate(self.layers) if _can_share(other, layer.active, x)]
             if len(places) < 2:
@@ -117,7 +120,6 @@ class SharedInput:
             outputs = linear_outputs([self.layers[i] for i in places], x, layer.active)
             self.computed = _Computed(x, x._version, dict(zip(places, outputs, strict=True)))
         computed = self.computed
-        place = next(i for i, other in enumerate(self.layers) if other is layer)
         if computed.x is not x or computed.version != x._version or place not in computed.outputs:
             return None
         output = computed.outputs.pop(place)

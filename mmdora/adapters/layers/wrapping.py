@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mmdora.adapters.layers.base import AdapterLayer, Shape, change_class
@@ -38,11 +38,18 @@ def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
         from mmdora.adapters.layers.quantized import quantized_layer_class
 
         return quantized_layer_class(module)
+    if is_weight_computed(module):
+        return None
     if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
         return AdaptedEmbedding
     if type(module).__name__ == "FalconLinear":
         return AdaptedLinear
     return LAYERS.get(type(module))
+
+
+def is_weight_computed(module: nn.Module) -> bool:
+    """Return whether a module's weight is computed from other parameters: by a parametrization, or `weight_norm`."""
+    return isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
 
 
 def adopt(module: nn.Module) -> AdapterLayer:

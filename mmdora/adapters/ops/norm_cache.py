@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmdora.adapters.ops.functional import dora_norm
+from mmdora.adapters.ops.functional import dora_norm, working_dtype
 
 _cached: dict[int, Tensor] | None = None
 _keys = itertools.count(1)
@@ -44,7 +44,7 @@ def weights_fixed() -> Iterator[None]:
 
 @torch.library.custom_op("mmdora::norm", mutates_args=())
 def norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
-    """Return ‖W + sBA‖ [out] in fp32, from the cache if a scope is open.
+    """Return ‖W + sBA‖ [..., out] in fp32 (float64 for float64), from the cache if a scope is open.
 
     `key` identifies the adapter on its layer (`new_key`). A custom operator, since torch.compile could not trace the
     branch on the cache.
@@ -58,4 +58,4 @@ def norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: fl
 
 @norm.register_fake
 def _(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scale: float, key: int) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=torch.float32)
+    return weight.new_empty(weight.shape[:-1], dtype=working_dtype(weight.dtype))

@@ -12,16 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmdora.adapters.ops.torch_kernels import add_product, product, times_transposed, transposed_times
+
+__all__ = ["add_product", "epilogue", "gradients", "merge", "norm", "product", "times_transposed", "transposed_times"]
+
 ROWS = 64  # rows of an activation per program
 COLUMNS = 64
 RANKS = 128  # at most this many columns of B at once
 WEIGHT_ROWS = 32  # rows of a weight per program; few, since a program reads whole rows
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of A, B and h beside activations of a dtype: the same. The kernels' sums are in fp32."""
+    return dtype
+
+
 @triton.jit
 def _epilogue(
     u, h, b, gain, bias, y, rows, columns, rank, stride,
-    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
+    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,8 +50,6 @@ def _epilogue(
                 other=0.0,
             )
             total += tl.dot(left, right, input_precision="ieee")
-    if KEEP:
-        tl.store(u + place, total.to(u.dtype.element_ty), mask=inside)
     if HAS_GAIN:
         total *= tl.load(gain + column, mask=column < columns, other=0.0)[None, :]
     if HAS_BIAS:
@@ -55,8 +62,7 @@ def epilogue(
 ) -> Tensor:
     """Return y = g ⊙ (u + hBᵀ) + b for u [rows, out], h [rows, r], B [out, r], g [out] in fp32 and b [out].
 
-    u is overwritten: with y itself, or with `keep` by the sum u + hBᵀ, and y is then a new tensor. h may be a slice of
-    wider rows.
+    With `keep`, y is a new tensor and u stays as it is; otherwise y is u. h may be a slice of wider rows.
     """
     rows, columns = u.shape
     y = torch.empty_like(u) if keep else u
@@ -66,7 +72,7 @@ def epilogue(
     _epilogue[grid](
         u, u if h is None else h, u if b is None else b, u if gain is None else gain, u if bias is None else bias, y,
         rows, columns, rank, 0 if h is None else h.stride(0),
-        HAS_LOW_RANK=h is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, KEEP=keep,
+        HAS_LOW_RANK=h is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None,
         ROWS=ROWS, COLUMNS=COLUMNS, RANKS=block,
     )  # fmt: skip
     return y
@@ -74,8 +80,8 @@ def epilogue(
 
 @triton.jit
 def _gradients(
-    dy, u, gain, b, du, dh, dm, rows, columns, rank,
-    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, SCALED: tl.constexpr,
+    dy, u, gain, bias, b, du, dh, dm, rows, columns, rank,
+    HAS_LOW_RANK: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -88,6 +94,8 @@ def _gradients(
         gradient = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
         if HAS_GAIN:
             out = tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                out -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
             partial = tl.sum(gradient * out, axis=0)
             gradient *= tl.load(gain + column, mask=column < columns, other=0.0)[None, :]
             if tl.program_id(1) == 0:  # all programs of these rows compute this; one stores it
@@ -107,11 +115,12 @@ def _gradients(
 
 
 def gradients(
-    dy: Tensor, u: Tensor | None, gain: Tensor | None, b: Tensor | None, scaled: bool
+    dy: Tensor, u: Tensor | None, gain: Tensor | None, bias: Tensor | None, b: Tensor | None, scaled: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return du = dy ⊙ g, dh = du B and Σ dy ⊙ u over the rows, for dy and u [rows, out], g [out] in fp32, B [out, r].
+    """Return du = dy ⊙ g, dh = (dy ⊙ g) B and the sum of dy ⊙ (u − b) over the rows.
 
-    Without a gain, or if `scaled` is false, du is dy itself. The sum is None without a gain, and dh is None without B.
+    dy and u are [rows, out], g in fp32 and the bias b [out], and B [out, r]. Without a gain, or if `scaled` is false,
+    du is dy itself. The sum is None without a gain, and dh is None without B.
     """
     dy = dy.contiguous()  # autograd may pass an expanded gradient
     rows, columns = dy.shape
@@ -122,9 +131,9 @@ def gradients(
     dh = None if b is None else dy.new_empty(rows, rank)
     dm = None if gain is None else dy.new_empty(blocks, columns, dtype=torch.float32)
     _gradients[(blocks, max(1, triton.cdiv(rank, block)))](
-        dy, dy if u is None else u, dy if gain is None else gain, dy if b is None else b,
+        dy, dy if u is None else u, dy if gain is None else gain, dy if bias is None else bias, dy if b is None else b,
         du, dy if dh is None else dh, dy if dm is None else dm, rows, columns, rank,
-        HAS_LOW_RANK=b is not None, HAS_GAIN=gain is not None, SCALED=scaled,
+        HAS_LOW_RANK=b is not None, HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, SCALED=scaled,
         ROWS=ROWS, COLUMNS=COLUMNS, RANKS=block,
     )  # fmt: skip
     return du, dh, None if dm is None else dm.sum(0)
