@@ -20,6 +20,8 @@ from mmdora.adapters.ops import norm_cache
 from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
 from mmdora.core.deepspeed import gathered
+from mmdora.core.errors import UserError
+from mmdora.core.sharding import is_split, placement, whole_parameters
 
 Shape = tuple[int, ...]
 
@@ -65,6 +67,7 @@ class AdapterLayer(nn.Module, ABC):
     vera_lambda_b: Any
     lora_magnitude_vector: Any
     base_class: type[nn.Module]
+    path: str = "an adapter layer"  # the layer's path in the model
     specs: dict[str, LowRankSpec]
     norm_keys: dict[str, int]  # keys in the norm cache, by adapter name
     active: str | None
@@ -97,7 +100,20 @@ class AdapterLayer(nn.Module, ABC):
         return self._output(x, self.active)
 
     def _output(self, x: Tensor, name: str | None) -> Tensor:
-        return self.plain(x) if name is None or name not in self.specs else self.adapted(x, name)
+        if name is None or name not in self.specs:
+            return self.plain(x)
+        if is_split(x) or is_split(self.weight):
+            raise self.split_error(x)
+        return self.adapted(x, name)
+
+    def split_error(self, x: Tensor) -> UserError:
+        """Return the error for a weight or an input that is a DTensor while the layer computes."""
+        what, tensor = ("weight", self.weight) if is_split(self.weight) else ("input", x)
+        return UserError(
+            f"{self.path} has adapters, and its {what} is a DTensor when it is called ({placement(tensor)}). Adapters "
+            "do not support tensor parallelism (parallelize_module, tp_plan). Under fully_shard, call the model that "
+            "was given to fully_shard, not a module inside of it"
+        )
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the base layer's output."""
@@ -114,6 +130,15 @@ class AdapterLayer(nn.Module, ABC):
             out = out.index_copy(0, index, part)
         assert out is not None
         return out
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter. Raises UserError for `parallelize_module`, which splits all parameters of a layer."""
+        if "." in name and is_split(param):
+            raise UserError(
+                f"{self.path} has adapters, and was given to parallelize_module ({placement(param)}): adapters do not "
+                "support tensor parallelism; shard the model with fully_shard or train it under ZeRO"
+            )
+        super().register_parameter(name, param)
 
     # Adapters and their parameters
 
@@ -211,13 +236,17 @@ class AdapterLayer(nn.Module, ABC):
         assert magnitude is not None
         return dora_gain(magnitude, self.norm(name))
 
+    def holders(self) -> list[nn.Module]:
+        """Return the modules that hold the weight and the adapters' parameters."""
+        return list(self.modules())
+
     @torch.no_grad()
     def fresh_norm(self, name: str) -> Tensor:
         """Return the current ‖W + sBA‖ [out], never cached.
 
         It is also the magnitude with which a DoRA layer computes the same as this LoRA layer.
         """
-        with gathered([self.weight, *self.adapter_tensors(name).values()]):
+        with gathered([self.weight, *self.adapter_tensors(name).values()]), whole_parameters(self.holders()):
             return dora_norm(self.matrix(), *self.factors(name), self.specs[name].scale)
 
     @torch.no_grad()
@@ -238,7 +267,7 @@ class AdapterLayer(nn.Module, ABC):
         """Become the plain base layer again, without adapters."""
         for attribute in (*self.low_rank, "vera", "vera_lambda_d", "vera_lambda_b", "lora_magnitude_vector"):
             self._modules.pop(attribute, None)
-        for attribute in ("specs", "norm_keys", "active", "row_adapters"):
+        for attribute in ("path", "specs", "norm_keys", "active", "row_adapters"):
             self.__dict__.pop(attribute, None)
         change_class(self, self.__dict__.pop("base_class"))
 
