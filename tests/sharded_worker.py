@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
 
 import mmdora
+from mmdora.adapters.layers.wrapping import plain_path
 from mmdora.adapters.ops.norm_cache import weights_fixed
+from mmdora.core.distributed import rank
+from mmdora.core.errors import UserError
 from tests.tiny_language_models import build
-from tests.tiny_models import VIT
+from tests.tiny_models import VIT, write_tokenizer
 
-ROWS, LENGTH, STEPS = 4, 10, 3
+ROWS, LENGTH, STEPS = 4, 10, 2
 DORA = {"method": "dora", "rank": 4, "alpha": 8}
 LEAVES = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
@@ -47,10 +60,10 @@ def vision_tower() -> nn.Module:
 
 
 def with_new_tokens(family: str) -> nn.Module:
-    from tests.sharded_worker import tokenizer
-
     model = language_model(family)
-    mmdora.add_tokens(model, tokenizer(), ["<left>", "<right>"])
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        mmdora.add_tokens(model, AutoTokenizer.from_pretrained(folder), ["<left>", "<right>"])
     return model
 
 
@@ -61,8 +74,8 @@ class Case:
     parts: dict[str, Any]
     build: Callable[[], nn.Module] = language_model
     layout: str = "layers"
-    prepare: Callable[[nn.Module], Any] = lambda model: None  # after the adapters are in
-    policy: MixedPrecisionPolicy = MixedPrecisionPolicy()
+    wrap: Callable[[nn.Module], Any] = lambda model: None  # before the model is sharded
+    policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     second_adapter: bool = False
     micro_batches: int = 1
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,8 +93,8 @@ class Comparison:
     gradients: int
 
 
-def units(model: nn.Module, layout: str) -> Iterable[nn.Module]:
-    """Return the modules that are sharded as one unit each, in the order in which `fully_shard` is called."""
+def units(model: Any, layout: str) -> Sequence[Any]:
+    """Return the modules, or lists of modules, that are one unit each, in the order of the calls of `fully_shard`."""
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     if layout == "linears":
         return [*(m for m in model.modules() if isinstance(m, LEAVES)), *blocks, model]
@@ -89,6 +102,8 @@ def units(model: nn.Module, layout: str) -> Iterable[nn.Module]:
         return [m for m in model.modules() if isinstance(m, LEAVES)] + [model]
     if layout == "mixed":  # q alone, k and v in the unit of their block
         return [*(m for path, m in model.named_modules() if path.endswith("q_proj")), *blocks, model]
+    if layout == "tied":
+        return [*blocks, [model.get_input_embeddings(), model.get_output_embeddings()], model]
     return [*blocks, model] if layout == "layers" else [model]
 
 
@@ -116,7 +131,6 @@ def prepared(case: Case) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_" in name or "vera_" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    case.prepare(model)
     return model
 
 
@@ -135,7 +149,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], micro_batches: int) -> tup
         losses.append(total)
         if step == 0:
             named = model.named_parameters()
-            gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+            gradients = {plain_path(name): whole(p.grad).clone() for name, p in named if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
     return losses, gradients
@@ -158,10 +172,15 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp_min(1e-6)).item() for k in one)
 
 
-def compare(case: Case, folder: Path) -> Comparison:
+def comparison(case: Case, folder: Path) -> dict[str, Any]:
+    """Return the fields of a `Comparison`."""
     alone, sharded = prepared(case), prepared(case)
+    case.wrap(sharded)
+    options = dict(case.options)
+    if "mesh" in options:
+        options["mesh"] = init_device_mesh("cpu", options["mesh"], mesh_dim_names=("replicate", "shard"))
     for unit in units(sharded, case.layout):
-        fully_shard(unit, mp_policy=case.policy, **case.options)
+        fully_shard(unit, mp_policy=case.policy, **options)
     start = saved(alone, folder / "start", "default"), saved(sharded, folder / "sharded_start", "default")
     batch, rank = batch_of(alone), dist.get_rank()
     half = {key: value[rank * ROWS // 2 : (rank + 1) * ROWS // 2] for key, value in batch.items()}
@@ -177,7 +196,7 @@ def compare(case: Case, folder: Path) -> Comparison:
     with torch.no_grad():
         loss_of(sharded, half)
     end = saved(alone, folder / "end", name), saved(sharded, folder / "sharded_end", name)
-    return Comparison(
+    found = Comparison(
         loss=(means / dist.get_world_size() - torch.tensor(losses)).abs().max().item(),
         gradient=difference(gradients, own_gradients),
         saved_at_start=difference(start[0][0], start[1][0]),
@@ -185,9 +204,14 @@ def compare(case: Case, folder: Path) -> Comparison:
         same_config=start[0][1] == start[1][1],
         gradients=len(gradients),
     )
+    return asdict(found)
 
 
-def keep_trained(parameter: nn.Parameter) -> torch.dtype | None:
+def checkpointed(model: nn.Module) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda block: type(block).__name__ == "LlamaDecoderLayer")
+
+
+def dtype_if_trained(parameter: nn.Parameter) -> torch.dtype | None:
     return parameter.dtype if parameter.requires_grad else None
 
 
@@ -206,35 +230,119 @@ CASES = {
         {"language": DORA, "embeddings": {"method": "full"}}, partial(language_model, "qwen2")
     ),
     "embeddings": Case({"embeddings": DORA}, layout="linears"),
-    "new tokens": Case(LANGUAGE, partial(with_new_tokens, "qwen2")),
-    "experts": Case({"language": DORA | {"targets": ["gate_up_proj", "down_proj", "q_proj"]}}, partial(language_model, "mixtral")),
+    "experts": Case(
+        {"language": DORA | {"targets": ["gate_up_proj", "down_proj", "q_proj"]}}, partial(language_model, "mixtral")
+    ),
     "convolution": Case({"": DORA | {"targets": ["patch_embedding", "q_proj", "fc1"]}}, vision_tower, layout="linears"),
     "GPT-2": Case(LANGUAGE, partial(language_model, "gpt2")),
     "lora and dora": Case({"language": DORA | {"magnitude_targets": ["q_proj", "down_proj"]}}, layout="linears"),
     "dvora": Case({"language": {"method": "dvora", "rank": 4}}),
     "magnitude": Case({"language": {"method": "magnitude"}}),
-    "checkpointing": Case(LANGUAGE, prepare=lambda m: m.gradient_checkpointing_enable()),
+    "checkpointing": Case(LANGUAGE, wrap=lambda m: m.gradient_checkpointing_enable()),
     "checkpoint wrapper": Case(
         LANGUAGE,
-        prepare=lambda m: apply_activation_checkpointing(m, check_fn=lambda b: type(b).__name__ == "LlamaDecoderLayer"),
+        wrap=checkpointed,
     ),
     "bf16 base": Case(LANGUAGE, lambda: language_model().bfloat16()),
+    "wrapped block in full": Case({"language": {"method": "full", "last_blocks": 1}}, wrap=checkpointed),
+    "bf16 policy": Case(LANGUAGE, policy=MixedPrecisionPolicy(torch.bfloat16)),
+    "bf16 policy, root": Case(WITH_HEAD, policy=MixedPrecisionPolicy(torch.bfloat16), layout="root"),
+    "bf16 policy, kept": Case(
+        LANGUAGE, policy=MixedPrecisionPolicy(torch.bfloat16, param_dtype_override_fn=dtype_if_trained)
+    ),
+    "new tokens, untied": Case(LANGUAGE, partial(with_new_tokens, "llama"), layout="linears"),
+    "new tokens, tied": Case(LANGUAGE, partial(with_new_tokens, "qwen2"), layout="tied"),
+    "hybrid": Case(LANGUAGE, options={"mesh": (2, 1)}),
     "two adapters": Case({"language": QKV}, second_adapter=True),
     "norms cached": Case(LANGUAGE, layout="linears", micro_batches=2),
 }
 
 
+def error_of(action: Callable[[], Any]) -> str:
+    """Return the message of the UserError that the action raises."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def sharded_model(parts: dict[str, Any] = LANGUAGE) -> nn.Module:
+    model = prepared(Case(parts))
+    for unit in units(model, "layers"):
+        fully_shard(unit)
+    return model
+
+
+def errors(folder: Path) -> dict[str, str]:
+    """Return the error of everything that a sharded or tensor-parallel model does not support."""
+    model, batch = sharded_model(), batch_of(language_model())
+    mmdora.save_adapter(model, folder / "adapter")
+    mmdora.save_adapter(prepared(Case({"language": DORA | {"rank": 2}})), folder / "rank-2")
+    dist.barrier()
+    mesh = init_device_mesh("cpu", (2,))
+    plain = language_model()
+    parallelize_module(plain, mesh, {"model.layers.0.mlp.up_proj": ColwiseParallel()})
+    column, row, inputs = (prepared(Case(LANGUAGE)) for _ in range(3))
+    up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+    layouts = {"input_layouts": (Replicate(),), "desired_input_layouts": (Replicate(),)}
+    parallelize_module(inputs, mesh, {up: PrepareModuleInput(**layouts, use_local_output=False)})
+    wrapped = nn.Sequential(FullyShardedDataParallel.__new__(FullyShardedDataParallel))  # it needs a GPU to be made
+    nn.Module.__init__(wrapped[0])
+    return {
+        "inject_adapters": error_of(lambda: mmdora.inject_adapters(model, LANGUAGE, name="other")),
+        "load_adapter": error_of(lambda: mmdora.load_adapter(model, folder / "adapter", name="other")),
+        "swap_adapter": error_of(lambda: mmdora.swap_adapter(model, folder / "rank-2")),
+        "merge_adapters": error_of(lambda: mmdora.merge_adapters(model)),
+        "combine_adapters": error_of(lambda: mmdora.combine_adapters(model, {"default": 1.0}, "sum")),
+        "export_lora": error_of(lambda: mmdora.export_lora(model, folder / "lora", 2)),
+        "add_tokens": error_of(lambda: mmdora.add_tokens(model, None, ["<left>"])),
+        "a module inside": error_of(lambda: model.model.layers[0].mlp.up_proj(torch.zeros(1, 32))),
+        "tensor parallel: inject_adapters": error_of(lambda: mmdora.inject_adapters(plain, LANGUAGE)),
+        "tensor parallel: columns": error_of(lambda: parallelize_module(column, mesh, {up: ColwiseParallel()})),
+        "tensor parallel: rows": error_of(lambda: parallelize_module(row, mesh, {down: RowwiseParallel()})),
+        "tensor parallel: input": error_of(lambda: inputs(**batch)),
+        "FSDP1": error_of(lambda: mmdora.save_adapter(wrapped, folder / "wrapped")),
+    }
+
+
+def swaps(folder: Path) -> dict[str, Any]:
+    """Swap adapters of a sharded model, before and after a forward pass."""
+    model, batch = sharded_model(WITH_HEAD), batch_of(language_model())
+    before, _ = saved(model, folder / "first", "default")
+    with torch.no_grad():
+        outputs = [model(**batch).logits]
+    train(model, batch, 1)
+    trained, _ = saved(model, folder / "second", "default")
+    with torch.no_grad():
+        outputs.append(model(**batch).logits)
+    mmdora.swap_adapter(model, folder / "first")
+    again, _ = saved(model, folder / "third", "default")
+    with torch.no_grad():
+        outputs.append(model(**batch).logits)
+    return {
+        "changed": difference(before, trained) > 1e-3,
+        "restored": difference(before, again) == 0.0,
+        "outputs": [(outputs[0] - other).abs().max().item() for other in outputs[1:]],
+        "launcher": "RANK" in os.environ,
+        "rank": rank() == dist.get_rank(),
+    }
+
+
 def main(folder: Path, only: list[str]) -> None:
-    dist.init_process_group("gloo")
-    init_device_mesh("cpu", (dist.get_world_size(),))
-    for name, case in CASES.items():
+    # As in a process of torch.multiprocessing: without the variable that launchers set.
+    place, count = int(os.environ.pop("RANK")), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=place, world_size=count, timeout=timedelta(seconds=60))
+    actions = {name: partial(comparison, case) for name, case in CASES.items()} | {"errors": errors, "swaps": swaps}
+    for name, action in actions.items():
         if only and name not in only:
             continue
         try:
-            answer: dict[str, Any] = asdict(compare(case, folder / name.replace(" ", "-")))
+            answer = action(folder / name.replace(" ", "-"))
         except Exception:
             answer = {"error": traceback.format_exc()}
-        print(name, json.dumps(answer) if "error" not in answer else answer["error"][-900:], flush=True)
+        if dist.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 

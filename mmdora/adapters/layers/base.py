@@ -108,11 +108,12 @@ class AdapterLayer(nn.Module, ABC):
 
     def split_error(self, x: Tensor) -> UserError:
         """Return the error for a weight or an input that is a DTensor while the layer computes."""
-        what, tensor = ("weight", self.weight) if is_split(self.weight) else ("input", x)
+        refused = "adapters do not support tensor parallelism (parallelize_module, tp_plan)"
+        if not is_split(self.weight):
+            return UserError(f"{self.path} has adapters, and its input is a DTensor ({placement(x)}): {refused}")
         return UserError(
-            f"{self.path} has adapters, and its {what} is a DTensor when it is called ({placement(tensor)}). Adapters "
-            "do not support tensor parallelism (parallelize_module, tp_plan). Under fully_shard, call the model that "
-            "was given to fully_shard, not a module inside of it"
+            f"{self.path} has adapters, and was called while its weight is split ({placement(self.weight)}). Under "
+            f"fully_shard, call the model that was given to fully_shard, not a module inside of it; {refused}"
         )
 
     def plain(self, x: Tensor) -> Tensor:
@@ -132,8 +133,8 @@ class AdapterLayer(nn.Module, ABC):
         return out
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter. Raises UserError for `parallelize_module`, which splits all parameters of a layer."""
-        if "." in name and is_split(param):
+        """Register a parameter. Raises UserError for `parallelize_module`, which replaces parameters by DTensors."""
+        if is_split(param) and not is_split(self._parameters.get(name)):  # fully_shard does not register parameters
             raise UserError(
                 f"{self.path} has adapters, and was given to parallelize_module ({placement(param)}): adapters do not "
                 "support tensor parallelism; shard the model with fully_shard or train it under ZeRO"
