@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
 
 import mmdora
-from mmdora.adapters.layers.wrapping import plain_path
+from mmdora.adapters.layers.wrapping import adapter_layers, plain_path
 from mmdora.adapters.ops.norm_cache import weights_fixed
 from mmdora.core.distributed import rank
 from mmdora.core.errors import UserError
@@ -324,9 +324,30 @@ def swaps(folder: Path) -> dict[str, Any]:
         "changed": difference(before, trained) > 1e-3,
         "restored": difference(before, again) == 0.0,
         "outputs": [(outputs[0] - other).abs().max().item() for other in outputs[1:]],
+        "read": reading_difference(),
         "launcher": "RANK" in os.environ,
         "rank": rank() == dist.get_rank(),
     }
+
+
+def reading_difference() -> float:
+    """Return the largest difference of norms, gains and merged weights between a sharded model and a whole one."""
+    parts = {"language": DORA | {"targets": ["gate_up_proj", "q_proj"]}}
+    alone, sharded = (prepared(Case(parts, partial(language_model, "mixtral"))) for _ in range(2))
+    for unit in units(sharded, "layers"):
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    pairs = list(zip(adapter_layers(sharded), adapter_layers(alone), strict=True))
+    largest = 0.0
+    with weights_fixed(), torch.no_grad():
+        sharded(**batch_of(alone))  # caches the norms of weights in bf16
+        for module in sharded.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        for read in ("norm", "gain", "merged", "fresh_norm"):
+            for (_, mine), (_, other) in pairs:
+                difference = getattr(mine, read)("default") - getattr(other, read)("default")
+                largest = max(largest, difference.abs().max().item())
+    return largest
 
 
 def main(folder: Path, only: list[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ import torch
 from torch import nn
 
 import mmdora
-from mmdora.adapters.peft_format import PREFIX
 from tests.conftest import ROOT
 from tests.grid import free_port
 from tests.processes import ranks, wait_for_all
@@ -33,7 +34,6 @@ SLOW = {
     "bf16 base",
     "bf16 policy, root",
     "new tokens, untied",
-    "norms cached",
     "hybrid",
 }
 EXACT = 1e-5  # of fp32; the two processes add the gradients of their halves in another order
@@ -86,6 +86,11 @@ def test_a_sharded_model_swaps_adapters_of_the_same_shapes(found):
     assert swaps["outputs"][1] < 1e-5
 
 
+def test_norms_gains_and_merged_weights_of_a_sharded_model_are_those_of_its_whole_weights(found):
+    """Also while the norm cache holds norms of weights that a MixedPrecisionPolicy cast to bf16."""
+    assert found["swaps"]["read"] < 1e-5
+
+
 def test_without_a_launcher_the_rank_is_that_of_the_process_group(found):
     """Otherwise every process of torch.multiprocessing would write the adapter."""
     assert not found["swaps"]["launcher"]
@@ -127,21 +132,30 @@ def test_blocks_that_torch_wraps_keep_their_names_in_the_adapter(tmp_path):
     from safetensors.torch import load_file
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    parts = {"language": {"method": "dora", "rank": 2}, "lm_head": {"method": "full"}}
-    tensors, configs = [], []
-    for wrap in (lambda block: block, checkpoint_wrapper, lambda block: torch.compile(block, backend="eager")):
-        model = build("llama")
-        torch.manual_seed(0)
-        mmdora.inject_adapters(model, parts)
-        model.model.layers = nn.ModuleList(map(wrap, model.model.layers))
-        mmdora.save_adapter(model, tmp_path / "adapter")
-        tensors.append(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-        configs.append((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight" in tensors[0]
-    assert configs[1] == configs[2] == configs[0]
-    for other in tensors[1:]:
-        assert other.keys() == tensors[0].keys()
-        assert all(torch.equal(other[name], tensors[0][name]) for name in other)
+    for parts in (
+        {"language": {"method": "magnitude"}, "lm_head": {"method": "full"}},
+        {"language": {"method": "full"}},
+        {"language": {"method": "full", "last_blocks": 1}},
+    ):
+        expected = None
+        for wrap, first in itertools.product(
+            (None, checkpoint_wrapper, partial(torch.compile, backend="eager")), (0, 1)
+        ):
+            model = build("llama")
+            for step in ("wrap", "inject") if first else ("inject", "wrap"):
+                if step == "inject":
+                    mmdora.inject_adapters(model, parts)
+                elif wrap is not None:
+                    model.model.layers = nn.ModuleList(map(wrap, model.model.layers))
+            mmdora.save_adapter(model, tmp_path / "adapter")
+            tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+            config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+            expected = expected or (tensors, config)
+            assert tensors.keys() == expected[0].keys()
+            assert all(torch.equal(tensors[name], expected[0][name]) for name in tensors)
+            assert config == expected[1]
+            mmdora.swap_adapter(model, tmp_path / "adapter")
+        assert any("model.layers.1.mlp.up_proj" in name for name in expected[0])
 
 
 def test_the_loop_of_the_page_runs(tmp_path):

@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """
     reshard(model)
     check_has_adapters(model, [name])
-    tensors, config, about = adapter_contents(model, name)
+    tensors, config, about = adapter_contents(model, name, keep=is_main())
     if is_main():
         write_adapter(Path(folder), tensors, config, about)
 
@@ -76,8 +76,12 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+def adapter_contents(
+    model: nn.Module, name: str, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """Return the tensors, config and metadata of one adapter, gathered and on the CPU.
+
+    With `keep=False` this process takes part in the gathering, and returns no tensors.
 
     Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
     """
@@ -106,10 +110,12 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
             shared = layer.vera[name]
             if owners.setdefault(id(shared), path) == path:
                 own |= {"vera_A": _cpu(shared.vera_A), "vera_B": _cpu(shared.vera_B)}
-        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items()}
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items() if keep}
     for path in modules_in_full:
         for key, tensor in named_state(model.get_submodule(path), path).items():
-            tensors[f"{PREFIX}{key}"] = _cpu(_whole(tensor).to(tensor.dtype))
+            gathered = _whole(tensor)
+            if keep:
+                tensors[f"{PREFIX}{key}"] = _cpu(gathered.to(tensor.dtype))
     rows = token_row_contents(model)
     tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     base = getattr(model, "name_or_path", None) or None

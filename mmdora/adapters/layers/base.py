@@ -21,7 +21,7 @@ from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
 from mmdora.core.deepspeed import gathered
 from mmdora.core.errors import UserError
-from mmdora.core.sharding import is_split, placement, whole_parameters
+from mmdora.core.sharding import is_split, placement, whole_parameters, whole_tensor
 
 Shape = tuple[int, ...]
 
@@ -227,7 +227,13 @@ class AdapterLayer(nn.Module, ABC):
         return self.lora_magnitude_vector[name].flatten() if self.specs[name].use_dora else None
 
     def norm(self, name: str) -> Tensor:
-        """Return ‖W + sBA‖ [out] in fp32, detached. Inside `weights_fixed` it is computed once."""
+        """Return ‖W + sBA‖ [out] in fp32, detached. Inside `weights_fixed` it is computed once.
+
+        Of a sharded model, outside its forward pass, it is the norm of the gathered weights. That is not cached, since the
+        forward pass may see weights of another dtype.
+        """
+        if is_split(self.weight):
+            return self.fresh_norm(name)
         a, b = (None if f is None else f.detach() for f in self.factors(name))
         return norm_cache.norm(self.matrix().detach(), a, b, self.specs[name].scale, self.norm_keys[name])
 
@@ -235,7 +241,7 @@ class AdapterLayer(nn.Module, ABC):
         """Return g = m / ‖W + sBA‖ [out] in fp32, which scales the output. Only m receives its gradient."""
         magnitude = self.magnitude(name)
         assert magnitude is not None
-        return dora_gain(magnitude, self.norm(name))
+        return dora_gain(whole_tensor(magnitude) if is_split(magnitude) else magnitude, self.norm(name))
 
     def holders(self) -> list[nn.Module]:
         """Return the modules that hold the weight and the adapters' parameters."""
@@ -253,8 +259,9 @@ class AdapterLayer(nn.Module, ABC):
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
         """Return W' [out, in] in fp32."""
-        a, b = self.factors(name)
-        return merged_weight(self.matrix(), a, b, self.specs[name].scale, self.magnitude(name))
+        with whole_parameters(self.holders()):
+            a, b = self.factors(name)
+            return merged_weight(self.matrix(), a, b, self.specs[name].scale, self.magnitude(name))
 
     # Back to a plain layer
 

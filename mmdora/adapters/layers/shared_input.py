@@ -107,13 +107,13 @@ class SharedInput:
 
     def output(self, layer: LinearLayer, x: Tensor) -> Tensor | None:
         """Return the layer's output for x, or None if the layer has to compute alone."""
-        if not self.in_forward or not torch.is_grad_enabled() or layer.active is None:
+        if not self.in_forward or not torch.is_grad_enabled() or layer.active is None or is_unit(layer):
             return None
         if torch.compiler.is_compiling() or x.is_inference():
             return None
         if self.computed is None:
             places = [i for i, other in enumerate(self.layers) if _can_share(other, layer.active, x)]
-            if len(places) < 2 or all(self.layers[i] is not layer for i in places):
+            if len(places) < 2:
                 return None
             outputs = linear_outputs([self.layers[i] for i in places], x, layer.active)
             self.computed = _Computed(x, x._version, dict(zip(places, outputs, strict=True)))
