@@ -235,7 +235,7 @@ CASES = {
     ),
     "convolution": Case({"": DORA | {"targets": ["patch_embedding", "q_proj", "fc1"]}}, vision_tower, layout="linears"),
     "GPT-2": Case(LANGUAGE, partial(language_model, "gpt2")),
-    "lora and dora": Case({"language": DORA | {"magnitude_targets": ["q_proj", "down_proj"]}}, layout="linears"),
+    "lora and dora": Case({"language": DORA | {"magnitude_targets": ["q_proj", "down_proj"]}}),
     "dvora": Case({"language": {"method": "dvora", "rank": 4}}),
     "magnitude": Case({"language": {"method": "magnitude"}}),
     "checkpointing": Case(LANGUAGE, wrap=lambda m: m.gradient_checkpointing_enable()),

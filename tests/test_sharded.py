@@ -33,6 +33,8 @@ SLOW = {
     "checkpointing",
     "bf16 base",
     "bf16 policy, root",
+    "bf16 policy, kept",
+    "wrapped block in full",
     "new tokens, untied",
     "hybrid",
 }

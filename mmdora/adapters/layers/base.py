@@ -229,8 +229,8 @@ class AdapterLayer(nn.Module, ABC):
     def norm(self, name: str) -> Tensor:
         """Return ‖W + sBA‖ [out] in fp32, detached. Inside `weights_fixed` it is computed once.
 
-        Of a sharded model, outside its forward pass, it is the norm of the gathered weights. That is not cached, since the
-        forward pass may see weights of another dtype.
+        For a sharded model, outside its forward pass, the weights are gathered for it. The result is not cached, since
+        the forward pass may use weights of another dtype.
         """
         if is_split(self.weight):
             return self.fresh_norm(name)
