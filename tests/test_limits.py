@@ -18,7 +18,7 @@ def test_a_layers_own_weight_stays_frozen(kind):
     net = adapted(base)
     for attribute in ("weight", "bias") if net.layer.bias is not None else ("weight",):
         tensor = getattr(net.layer, attribute).requires_grad_(True)
-        with pytest.raises(UserError, match=rf"the {attribute} \[.*\] of an Adapted\w+ requires a gradient"):
+        with pytest.raises(UserError, match=f"the {attribute} of layer requires a gradient"):
             net(x)
         with torch.no_grad():
             net(x)
@@ -41,13 +41,13 @@ def test_weights_of_siblings_and_experts_stay_frozen():
     net = Siblings()
     mmdora.inject_adapters(net, {"": {"method": "dora", "rank": 2}})
     net.k_proj.bias.requires_grad_(True)
-    with pytest.raises(UserError, match=r"the bias \[4\] of an AdaptedLinear"):
+    with pytest.raises(UserError, match="the bias of k_proj requires a gradient"):
         net(torch.randn(3, 6))
     block, inputs = mixtral()
     experts = Model(block)
     mmdora.inject_adapters(experts, {"": {"method": "dora", "rank": 2, "targets": ["gate_up_proj"]}})
     block.gate_up_proj.requires_grad_(True)
-    with pytest.raises(UserError, match="of an AdaptedExperts requires a gradient"):
+    with pytest.raises(UserError, match=r"the weight of \S*gate_up_proj requires a gradient"):
         experts(*inputs)
     block.gate_up_proj.requires_grad_(False)
     with pytest.raises(UserError, match="DataParallel does not work with adapters on expert weights"):

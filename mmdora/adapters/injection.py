@@ -18,6 +18,7 @@ from mmdora.adapters.targets import is_weight, join, layers_inside
 from mmdora.core.config import PartConfig
 from mmdora.core.deepspeed import numel
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import check_not_split, reshard
 from mmdora.models.architectures import Region, architecture_of, find_parts, is_inside
 from mmdora.models.attention import ExplicitAttention, convert_attention, restore_multihead
 from mmdora.models.model_state import AdapterRecord, state_of
@@ -67,8 +68,10 @@ def inject_adapters(
         name: Name of the adapter.
 
     Raises:
-        UserError: If a part, method or target does not exist. The model is then unchanged.
+        UserError: If a part, method or target does not exist, or if the model is sharded by `fully_shard` or split by
+            tensor parallelism already. The model is then unchanged.
     """
+    check_not_split(model, "inject_adapters", "call inject_adapters before fully_shard")
     configs = {part: _part_config(part, value) for part, value in parts.items()}
     check_new_name(model, name)
     regions, plans = resolve_parts(model, configs)
@@ -149,6 +152,7 @@ def resolve_parts(model: nn.Module, configs: Mapping[str, PartConfig]) -> tuple[
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make `name` the active adapter and the only trainable one. Raises UserError if the model does not have it."""
     check_has_adapters(model, [name])
+    reshard(model)
     for _, layer in adapter_layers(model):
         layer.active = name if name in layer.specs else None
         for other in layer.specs:

@@ -13,12 +13,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mmdora.adapters import AdapterLayer, LowRankSpec, tensor_shapes, wrap
+from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers, tensor_shapes, wrap
 from mmdora.adapters.layers.base import SharedVeRA
+from mmdora.adapters.layers.wrapping import plain_path
 from mmdora.adapters.peft_format import PREFIX, Adapter
 from mmdora.adapters.token_rows import check_token_rows, load_token_rows, row_owners
 from mmdora.core.deepspeed import gathered, true_shape
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import copy_whole, whole_tensor
 from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention, convert_attention
 from mmdora.models.model_state import frozen_adapter_of
@@ -118,12 +120,23 @@ def apply_plan(model: nn.Module, plan: LoadPlan, name: str) -> None:
     load_token_rows(model, plan.adapter.token_rows, plan.row_owners)
 
 
+def new_parameters(model: nn.Module, plan: LoadPlan, name: str) -> str | None:
+    """Return the first layer whose adapter `name`, which it has, would get new parameters; None if there is none."""
+    for path, layer in adapter_layers(model, name):
+        spec = plan.specs[path]
+        pair = plan.adapter.layers[plan.vera_owners[path]] if spec.use_vera else None
+        if not _has_same_parameters(layer, name, spec, pair):
+            return path
+    return None
+
+
 def named_state(module: nn.Module, path: str = "") -> dict[str, Tensor]:
     """Return the tensors of a module's state dict themselves, not detached: tied ones under each name, and buffers."""
-    kept = module.state_dict(prefix=f"{path}." if path else "").keys()
+    kept = {plain_path(key) for key in module.state_dict(prefix=f"{path}." if path else "")}
     tensors: dict[str, Tensor] = dict(module.named_parameters(path, remove_duplicate=False))
     tensors |= dict(module.named_buffers(path, remove_duplicate=False))
-    return {key: tensor for key, tensor in tensors.items() if key in kept}
+    plain = {plain_path(key): tensor for key, tensor in tensors.items()}
+    return {key: tensor for key, tensor in plain.items() if key in kept}
 
 
 def _attentions_to_replace(model: nn.Module, adapter: Adapter) -> dict[str, ExplicitAttention]:
@@ -182,6 +195,7 @@ def _check_base(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     """Check that base weights which the directory contains are those of the model."""
     for path, expected in adapter.base_weights.items():
         weight = tensors.get(f"{path}.weight")
+        weight = None if weight is None else whole_tensor(weight)
         same = weight is not None and weight.shape == expected.shape
         if weight is not None and same:
             differs = ~_is_close(weight, expected)
@@ -292,4 +306,4 @@ def _replace_adapter(layer: AdapterLayer, name: str, spec: LowRankSpec, shared: 
 @torch.no_grad()
 def _copy(parameter: Tensor, tensor: Tensor) -> None:
     with gathered([parameter], write=True):
-        parameter.copy_(tensor)
+        copy_whole(parameter, tensor)

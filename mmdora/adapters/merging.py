@@ -21,6 +21,7 @@ from mmdora.adapters.peft_format import PREFIX, VALUES, metadata, peft_config
 from mmdora.adapters.save_load import is_in_peft, write_adapter
 from mmdora.adapters.token_rows import token_row_contents
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import check_not_split
 from mmdora.models.attention import ExplicitAttention, restore_multihead
 from mmdora.models.model_state import AdapterRecord, MergeUndo, Snapshot, frozen_adapter_of, state_of
 from mmdora.models.new_tokens import fold_token_rows, new_tokens, token_rows
@@ -30,6 +31,7 @@ from mmdora.models.tied_weights import FLAG, clear_tied_flags, holder_of, tied_w
 MIN_ROW_SCALE = 1e-3
 # Largest matrix side for which `best_low_rank` computes the exact SVD, which takes minutes at 4096.
 MAX_EXACT_SVD = 1024
+IN_ONE_PROCESS = "call save_adapter, and do this in one process with load_adapter on the base model"
 
 
 def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool = False) -> nn.Module:
@@ -44,8 +46,9 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
     tied weights was adapted, the two are no longer tied, and the model's config says so.
 
     Raises:
-        UserError: If the model is merged reversibly already, or has no adapter `name`.
+        UserError: If the model is merged reversibly already, has no adapter `name`, or is sharded by `fully_shard`.
     """
+    check_not_split(model, "merge_adapters", IN_ONE_PROCESS)
     state = state_of(model)
     if reversible and state.merge_undo is not None:
         raise UserError("the model is merged already; call unmerge_adapters(model) first")
@@ -75,6 +78,7 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
 
 def unmerge_adapters(model: nn.Module) -> nn.Module:
     """Undo `merge_adapters(model, reversible=True)` exactly. Raises UserError if the model is not merged so."""
+    check_not_split(model, "unmerge_adapters", "call unmerge_adapters before fully_shard")
     state = state_of(model)
     undo, state.merge_undo = state.merge_undo, None
     if undo is None:
@@ -121,6 +125,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     """
     if not weights:
         raise UserError("combine_adapters: `weights` names no adapter")
+    check_not_split(model, "combine_adapters", IN_ONE_PROCESS)
     check_has_adapters(model, list(weights))
     check_new_name(model, name)
     combined = {
@@ -192,6 +197,7 @@ def export_lora(model: nn.Module, folder: str | Path, rank: int, name: str = "de
     Raises:
         UserError: If there is no adapter `name`, `rank` is below 1, or PEFT has no plain LoRA for a layer.
     """
+    check_not_split(model, "export_lora", IN_ONE_PROCESS)
     check_has_adapters(model, [name])
     if frozen := frozen_adapter_of(model):
         raise UserError(f"export_lora: the adapter was trained on top of {frozen}, which a plain LoRA cannot name")

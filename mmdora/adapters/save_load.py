@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
 from mmdora.adapters.injection import check_has_adapters, check_new_name, set_adapter
-from mmdora.adapters.load_plan import LoadPlan, apply_plan, named_state, plan_load
+from mmdora.adapters.layers.wrapping import plain_path
+from mmdora.adapters.load_plan import LoadPlan, apply_plan, named_state, new_parameters, plan_load
 from mmdora.adapters.peft_format import (
     MAGNITUDE,
     PREFIX,
@@ -33,6 +34,7 @@ from mmdora.core.atomic import written_aside
 from mmdora.core.deepspeed import full_parameter
 from mmdora.core.distributed import is_main
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import check_not_split, is_split, reshard, whole_tensor
 from mmdora.models.architectures import is_inside
 from mmdora.models.attention import ExplicitAttention
 from mmdora.models.model_state import AdapterRecord, frozen_adapter_of, state_of
@@ -45,11 +47,12 @@ log = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Write one adapter as a directory that PEFT can read too.
 
-    The directory appears complete or not at all. Under ZeRO every rank has to call this; rank 0 writes. Raises
-    UserError if the model has no such adapter.
+    The directory appears complete or not at all. Under ZeRO and `fully_shard` every process has to call this, outside
+    the forward pass; rank 0 writes. Raises UserError if the model has no such adapter.
     """
+    reshard(model)
     check_has_adapters(model, [name])
-    tensors, config, about = adapter_contents(model, name)
+    tensors, config, about = adapter_contents(model, name, keep=is_main())
     if is_main():
         write_adapter(Path(folder), tensors, config, about)
 
@@ -73,13 +76,18 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
         (aside / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+def adapter_contents(
+    model: nn.Module, name: str, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """Return the tensors, config and metadata of one adapter, gathered and on the CPU.
+
+    With `keep=False` this process takes part in the gathering, and returns no tensors.
 
     Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
     """
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
-    if both := [path for path in layers if any(is_inside(path, module) for module in record.modules_in_full)]:
+    modules_in_full = [plain_path(path) for path in record.modules_in_full]
+    if both := [path for path in layers if any(is_inside(path, module) for module in modules_in_full)]:
         raise UserError(
             f"{both[0]} has a low-rank adapter, and its weight is tied to one that was trained in full. An adapter "
             "directory cannot hold this any more: merge the adapter instead"
@@ -95,22 +103,24 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
     for path, layer in layers.items():
         own: dict[str, Tensor] = {}
         for suffix, parameter in layer.adapter_tensors(name).items():
-            own[suffix] = _cpu(full_parameter(parameter))
+            own[suffix] = _cpu(_whole(parameter))
         if dora:
             own = _as_dora(layer, name, own)
         if specs[path].use_vera:
             shared = layer.vera[name]
             if owners.setdefault(id(shared), path) == path:
                 own |= {"vera_A": _cpu(shared.vera_A), "vera_B": _cpu(shared.vera_B)}
-        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items()}
-    for path in record.modules_in_full:
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items() if keep}
+    for path in modules_in_full:
         for key, tensor in named_state(model.get_submodule(path), path).items():
-            tensors[f"{PREFIX}{key}"] = _cpu(full_parameter(tensor).to(tensor.dtype))
+            gathered = _whole(tensor)
+            if keep:
+                tensors[f"{PREFIX}{key}"] = _cpu(gathered.to(tensor.dtype))
     rows = token_row_contents(model)
     tensors |= {f"{PREFIX}{path}.{VALUES}": values for path, (_, values) in rows.items()}
     base = getattr(model, "name_or_path", None) or None
     ids = {path: ids for path, (ids, _) in rows.items()}
-    config = (peft_config if in_peft else own_config)(base, specs, record.modules_in_full, ids)
+    config = (peft_config if in_peft else own_config)(base, specs, modules_in_full, ids)
     if frozen is not None:
         config["frozen_adapter"] = frozen
     vera_owners = {path: owners[id(layer.vera[name])] for path, layer in layers.items() if specs[path].use_vera}
@@ -143,8 +153,10 @@ def _as_dora(layer: AdapterLayer, name: str, tensors: dict[str, Tensor]) -> dict
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Add the adapter of a directory, written here or by PEFT, to `model`. It becomes trainable and active.
 
-    Raises UserError that names the file and the tensor if the directory does not fit; the model is then unchanged.
+    Raises UserError that names the file and the tensor if the directory does not fit; the model is then unchanged. A
+    model that is sharded by `fully_shard` does not take new adapters; `swap_adapter` works for adapters that it has.
     """
+    check_not_split(model, "load_adapter", "load the adapter before fully_shard, or use swap_adapter")
     check_new_name(model, name)
     plan = plan_load(model, read_adapter(Path(folder)))
     owned, others = [*plan.modules_in_full, *plan.token_tables], state_of(model).adapters
@@ -168,7 +180,8 @@ def swap_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Replace an adapter of the model by the adapter of a directory, which must adapt the same layers.
 
     Ranks and scales may differ. Parameters whose shapes agree are kept and overwritten, so that optimizers and compiled
-    code remain valid. Raises UserError if the directory does not fit; the model is then unchanged.
+    code remain valid. Under `fully_shard` all shapes must agree, and every process calls this. Raises UserError if the
+    directory does not fit; the model is then unchanged.
     """
     plan = _plan_replacement(model, Path(folder), name)
     apply_plan(model, plan, name)
@@ -214,6 +227,7 @@ def _function(spec: LowRankSpec) -> str:
 
 def _plan_replacement(model: nn.Module, folder: Path, name: str) -> LoadPlan:
     """Return the plan of a directory that adapts the same modules as the model's adapter `name`. Raises UserError."""
+    reshard(model)
     check_has_adapters(model, [name])
     plan = plan_load(model, read_adapter(folder))
     if plan.untied:
@@ -226,7 +240,16 @@ def _plan_replacement(model: nn.Module, folder: Path, name: str) -> LoadPlan:
     for mine, others in zip(current, (plan.specs, plan.modules_in_full, plan.token_tables), strict=True):
         if different := sorted(set(mine) ^ set(others)):
             raise UserError(f"{folder}: made with other `parts`: {different[0]} is adapted in only one of the two")
+    if any(is_split(parameter) for parameter in model.parameters()) and (changed := new_parameters(model, plan, name)):
+        raise UserError(
+            f"{folder}: {changed} needs tensors of other shapes than the model's adapter {name!r}, which is sharded by "
+            "fully_shard; load it before fully_shard"
+        )
     return plan
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return whole_tensor(parameter) if is_split(parameter) else full_parameter(parameter)
 
 
 def _cpu(tensor: Tensor) -> Tensor:

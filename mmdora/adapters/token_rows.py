@@ -12,6 +12,7 @@ from mmdora.adapters.layers.base import AdapterLayer
 from mmdora.adapters.peft_format import PREFIX, VALUES, Adapter
 from mmdora.core.deepspeed import full_parameter, gathered, true_shape
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import copy_whole, is_split, whole_tensor
 from mmdora.models.architectures import embeddings_of
 from mmdora.models.new_tokens import TOKEN_ADAPTER, TokenRows, put_token_rows, tied_tables, token_rows
 from mmdora.models.tied_weights import FLAG, holder_of
@@ -24,7 +25,9 @@ def token_row_contents(model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
     """
     contents = {}
     for path, rows in token_rows(model):
-        contents[path] = (rows.ids, full_parameter(rows.trainable_tokens_delta).to("cpu", copy=True).contiguous())
+        values: Tensor = rows.trainable_tokens_delta
+        values = whole_tensor(values) if is_split(values) else full_parameter(values)
+        contents[path] = (rows.ids, values.detach().to("cpu", copy=True).contiguous())
     return contents
 
 
@@ -98,7 +101,7 @@ def load_token_rows(model: nn.Module, by_table: Mapping[str, Mapping[int, Tensor
             put_token_rows(model, path, ids, values)
         else:
             with gathered([rows.trainable_tokens_delta], write=True):
-                rows.trainable_tokens_delta.copy_(values)
+                copy_whole(rows.trainable_tokens_delta, values)
             written.add(rows)
     for path, owner in owners.items():
         shared: Any = model.get_submodule(owner).get_submodule(TOKEN_ADAPTER)

@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """Return the launcher's rank; without a launcher, that of the process group if there is one."""
+    if "RANK" not in os.environ and (group := _process_group()):
+        return group.get_rank()
     return int(os.environ.get("RANK", "0"))
 
 
@@ -48,6 +52,12 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Return whether this is rank 0, the only process that prints and writes results."""
     return rank() == 0
+
+
+def _process_group() -> Any:
+    """Return torch.distributed if a process group exists, as in processes that `torch.multiprocessing` started."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_available() and module.is_initialized() else None
 
 
 def to_local_device(model: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import check_not_split
 from mmdora.models.architectures import embeddings_of, is_inside
 from mmdora.models.model_state import state_of
 from mmdora.models.tied_weights import holder_of, tied_weights
@@ -74,8 +75,9 @@ def add_tokens(model: Any, processor: Any, tokens: Sequence[str]) -> list[int]:
         processor: A processor or a tokenizer.
 
     Raises:
-        UserError: If a token is in the vocabulary already, or the model has new tokens already.
+        UserError: If a token is in the vocabulary already, the model has new tokens already, or it is sharded.
     """
+    check_not_split(model, "add_tokens", "call add_tokens before fully_shard")
     if list(token_rows(model)):
         raise UserError("the model has new tokens already; add all of them in one call")
     ids, pieces = extend_tokenizer(getattr(processor, "tokenizer", processor), tokens)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mmdora.adapters.ops import norm_cache
 from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
-from mmdora.core.deepspeed import gathered, true_shape
+from mmdora.core.deepspeed import gathered
 from mmdora.core.errors import UserError
+from mmdora.core.sharding import is_split, placement, whole_parameters, whole_tensor
 
 Shape = tuple[int, ...]
 
@@ -66,6 +67,7 @@ class AdapterLayer(nn.Module, ABC):
     vera_lambda_b: Any
     lora_magnitude_vector: Any
     base_class: type[nn.Module]
+    path: str = "an adapter layer"  # the layer's path in the model
     specs: dict[str, LowRankSpec]
     norm_keys: dict[str, int]  # keys in the norm cache, by adapter name
     active: str | None
@@ -100,8 +102,20 @@ class AdapterLayer(nn.Module, ABC):
     def _output(self, x: Tensor, name: str | None) -> Tensor:
         if name is None or name not in self.specs:
             return self.plain(x)
+        if is_split(x) or is_split(self.weight):
+            raise self.split_error(x)
         self.check_frozen()
         return self.adapted(x, name)
+
+    def split_error(self, x: Tensor) -> UserError:
+        """Return the error for a weight or an input that is a DTensor while the layer computes."""
+        refused = "adapters do not support tensor parallelism (parallelize_module, tp_plan)"
+        if not is_split(self.weight):
+            return UserError(f"{self.path} has adapters, and its input is a DTensor ({placement(x)}): {refused}")
+        return UserError(
+            f"{self.path} has adapters, and was called while its weight is split ({placement(self.weight)}). Under "
+            f"fully_shard, call the model that was given to fully_shard, not a module inside of it; {refused}"
+        )
 
     def check_frozen(self) -> None:
         """Raise UserError if the layer's own weight or bias requires a gradient, which the adapter does not compute."""
@@ -109,9 +123,8 @@ class AdapterLayer(nn.Module, ABC):
             tensor = getattr(self, attribute)
             if tensor is not None and tensor.requires_grad:
                 raise UserError(
-                    f"the {attribute} {[*true_shape(tensor)]} of an {type(self).__name__} requires a gradient, but a "
-                    f"layer with an adapter has a frozen {attribute}: call requires_grad_(False) on it, or train the "
-                    "layer in full, without an adapter"
+                    f"the {attribute} of {self.path} requires a gradient, but a layer with an adapter has a frozen "
+                    f"{attribute}: call requires_grad_(False) on it, or train the layer in full, without an adapter"
                 )
 
     def plain(self, x: Tensor) -> Tensor:
@@ -129,6 +142,15 @@ class AdapterLayer(nn.Module, ABC):
             out = out.index_copy(0, index, part)
         assert out is not None
         return out
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter. Raises UserError for `parallelize_module`, which replaces parameters by DTensors."""
+        if is_split(param) and not is_split(self._parameters.get(name)):  # fully_shard does not register parameters
+            raise UserError(
+                f"{self.path} has adapters, and was given to parallelize_module ({placement(param)}): adapters do not "
+                "support tensor parallelism; shard the model with fully_shard or train it under ZeRO"
+            )
+        super().register_parameter(name, param)
 
     # Adapters and their parameters
 
@@ -216,7 +238,13 @@ class AdapterLayer(nn.Module, ABC):
         return self.lora_magnitude_vector[name].flatten() if self.specs[name].use_dora else None
 
     def norm(self, name: str) -> Tensor:
-        """Return ‖W + sBA‖ [out] in fp32, detached. Inside `weights_fixed` it is computed once."""
+        """Return ‖W + sBA‖ [out] in fp32, detached. Inside `weights_fixed` it is computed once.
+
+        For a sharded model, outside its forward pass, the weights are gathered for it. The result is not cached, since
+        the forward pass may use weights of another dtype.
+        """
+        if is_split(self.weight):
+            return self.fresh_norm(name)
         a, b = (None if f is None else f.detach() for f in self.factors(name))
         return norm_cache.norm(self.matrix().detach(), a, b, self.specs[name].scale, self.norm_keys[name])
 
@@ -224,7 +252,11 @@ class AdapterLayer(nn.Module, ABC):
         """Return g = m / ‖W + sBA‖ [out] in fp32, which scales the output. Only m receives its gradient."""
         magnitude = self.magnitude(name)
         assert magnitude is not None
-        return dora_gain(magnitude, self.norm(name))
+        return dora_gain(whole_tensor(magnitude) if is_split(magnitude) else magnitude, self.norm(name))
+
+    def holders(self) -> list[nn.Module]:
+        """Return the modules that hold the weight and the adapters' parameters."""
+        return list(self.modules())
 
     @torch.no_grad()
     def fresh_norm(self, name: str) -> Tensor:
@@ -232,14 +264,15 @@ class AdapterLayer(nn.Module, ABC):
 
         It is also the magnitude with which a DoRA layer computes the same as this LoRA layer.
         """
-        with gathered([self.weight, *self.adapter_tensors(name).values()]):
+        with gathered([self.weight, *self.adapter_tensors(name).values()]), whole_parameters(self.holders()):
             return dora_norm(self.matrix(), *self.factors(name), self.specs[name].scale)
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
         """Return W' [out, in] in fp32."""
-        a, b = self.factors(name)
-        return merged_weight(self.matrix(), a, b, self.specs[name].scale, self.magnitude(name))
+        with whole_parameters(self.holders()):
+            a, b = self.factors(name)
+            return merged_weight(self.matrix(), a, b, self.specs[name].scale, self.magnitude(name))
 
     # Back to a plain layer
 
@@ -253,7 +286,7 @@ class AdapterLayer(nn.Module, ABC):
         """Become the plain base layer again, without adapters."""
         for attribute in (*self.low_rank, "vera", "vera_lambda_d", "vera_lambda_b", "lora_magnitude_vector"):
             self._modules.pop(attribute, None)
-        for attribute in ("specs", "norm_keys", "active", "row_adapters"):
+        for attribute in ("path", "specs", "norm_keys", "active", "row_adapters"):
             self.__dict__.pop(attribute, None)
         change_class(self, self.__dict__.pop("base_class"))
 

@@ -57,6 +57,9 @@ class AdaptedExperts(AdapterLayer):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.mT if is_transposed(self.block) else matrix
 
+    def holders(self) -> list[nn.Module]:
+        return [self.block, *self.modules()]
+
     def factors(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         if not self.specs[name].rank:
             return None, None

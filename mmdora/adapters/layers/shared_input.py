@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmdora.adapters.layers.linear import LinearLayer, linear_outputs
 from mmdora.core.deepspeed import is_partitioned
+from mmdora.core.sharding import is_split, is_unit
 from mmdora.models.resampler import Resampler
 
 # Names of sibling layers that read the same tensor, from transformers and from this project's modules. A test compares
@@ -106,7 +107,7 @@ class SharedInput:
 
     def output(self, layer: LinearLayer, x: Tensor) -> Tensor | None:
         """Return the layer's output for x, or None if the layer has to compute alone."""
-        if not self.in_forward or not torch.is_grad_enabled() or layer.active is None:
+        if not self.in_forward or not torch.is_grad_enabled() or layer.active is None or is_unit(layer):
             return None
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -142,10 +143,11 @@ def _can_share(layer: LinearLayer, name: str, x: Tensor) -> bool:
     """Return whether the layer's output for x may be computed when another layer is called.
 
     Not if the batch rows have adapters of their own, another adapter is active, or dropout works as in PEFT. Not if
-    the weight is only present while the layer itself is called (ZeRO-3, offloading).
+    the weight is only present while the layer itself is called (ZeRO-3, `fully_shard` on the layer, offloading).
     """
     if layer.active != name or layer.row_adapters is not None or name not in layer.specs:
         return False
     spec, weight = layer.specs[name], layer.weight
     peft_dropout = spec.dropout and layer.training and spec.peft_dropout
-    return not peft_dropout and weight.device == x.device and not is_partitioned(weight)
+    own_weight = is_partitioned(weight) or is_unit(layer) or is_split(weight)
+    return not peft_dropout and weight.device == x.device and not own_weight

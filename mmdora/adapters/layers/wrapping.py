@@ -24,6 +24,8 @@ LAYERS: dict[type[nn.Module], type[AdapterLayer]] = {
     nn.Conv3d: AdaptedConv3d,
     nn.Embedding: AdaptedEmbedding,
 }
+# Children's names in torch's `CheckpointWrapper` and `OptimizedModule`, which give out attributes of these children.
+WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
 
 
 def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
@@ -91,8 +93,11 @@ def wrap(model: nn.Module, path: str) -> AdapterLayer:
     """
     parent, _, leaf = path.rpartition(".")
     if leaf in expert_parameters(model.get_submodule(parent)):
-        return adopt_experts(model.get_submodule(parent), leaf)
-    return adopt(model.get_submodule(path))
+        layer: AdapterLayer = adopt_experts(model.get_submodule(parent), leaf)
+    else:
+        layer = adopt(model.get_submodule(path))
+    layer.path = path
+    return layer
 
 
 def takes_dropout(model: nn.Module, path: str) -> bool:
@@ -118,8 +123,14 @@ def tensor_shapes(model: nn.Module, path: str, spec: LowRankSpec) -> dict[str, S
     return None if layer is None else layer.named_shapes(layer.shapes(module, spec.rank), spec)
 
 
+def plain_path(path: str) -> str:
+    """Return a path without the modules that torch's activation checkpointing and torch.compile put around others."""
+    return ".".join(name for name in path.split(".") if name not in WRAPPERS)
+
+
 def adapter_layers(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
-    """Yield every adapter layer with its path; with `name`, only those that have an adapter of that name."""
+    """Yield every adapter layer with its plain path; with `name`, only those that have an adapter of that name."""
     for path, module in model.named_modules():
         if isinstance(module, AdapterLayer) and (name is None or name in module.specs):
-            yield path.removesuffix("_adapter") if isinstance(module, AdaptedExperts) else path, module
+            plain = plain_path(path)
+            yield plain.removesuffix("_adapter") if isinstance(module, AdaptedExperts) else plain, module
