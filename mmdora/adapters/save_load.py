@@ -48,7 +48,6 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     The directory appears complete or not at all. Under ZeRO every rank has to call this; rank 0 writes. Raises
     UserError if the model has no such adapter.
     """
-    check_has_adapters(model, [name])
     tensors, config, about = adapter_contents(model, name)
     if is_main():
         write_adapter(Path(folder), tensors, config, about)
@@ -78,6 +77,7 @@ def adapter_contents(model: nn.Module, name: str) -> tuple[dict[str, Tensor], di
 
     Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
     """
+    check_has_adapters(model, [name])
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
     if both := [path for path in layers if any(is_inside(path, module) for module in record.modules_in_full)]:
         raise UserError(

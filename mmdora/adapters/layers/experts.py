@@ -45,6 +45,10 @@ class AdaptedExperts(AdapterLayer):
     def weight(self) -> Any:
         return self.block._parameters[self.parameter]
 
+    @property
+    def weight_holder(self) -> tuple[nn.Module, str]:
+        return self.block, self.parameter
+
     @staticmethod
     def shapes(module: nn.Module, rank: int) -> Shapes:
         assert isinstance(module, AdaptedExperts)
@@ -80,11 +84,6 @@ class AdaptedExperts(AdapterLayer):
         magnitude, norm = (self.magnitude(name), self.norm(name)) if spec.use_dora else (None, None)
         merged = MergedWeightFunction.apply(self.matrix(), *self.factors(name), magnitude, norm, spec.scale)
         return self.from_matrix(merged)
-
-    def merge(self, name: str) -> None:
-        merged = self.from_matrix(self.merged(name)).to(self.weight.dtype)
-        self.block._parameters[self.parameter] = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self.unwrap()
 
     def unwrap(self) -> None:
         del self.block._modules[f"{self.parameter}_adapter"]
