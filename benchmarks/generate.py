@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from machine import about_machine
 from torch import Tensor
@@ -59,14 +58,12 @@ def candidates(base: Any, rank: int) -> dict[str, Candidate]:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
     merged = mmdora.merge_adapters(copy.deepcopy(adapted))
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=True)
     return {
         "base": (base, nullcontext),
         "separate": (adapted, nullcontext),
         "norms once": (adapted, weights_fixed),
         "merged_weights": (adapted, lambda: mmdora.merged_weights(adapted)),
         "merge_adapters": (merged, nullcontext),
-        "PEFT DoRA": (peft.get_peft_model(copy.deepcopy(base), config).eval(), nullcontext),
     }
 
 
