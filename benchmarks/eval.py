@@ -1,13 +1,17 @@
-"""Measure answers per CPU second against a plain transformers loop, and the time from command to first answer.
+"""Measure answers per CPU second with a DoRA adapter against a plain transformers loop over the merged model, and the
+time from command to first answer.
 
     python benchmarks/eval.py --out benchmarks/results/eval.json
 
-The plain loop is a hand-written script: the same images and prompts through the model's own processor, sorted by
-length, in left-padded batches, with `generate` and one output line per question. It computes no digests, cannot be
-resumed and does not score. Both sides compute in fp32 and must give the same answers.
-- `answers`: both loops alternate in one process, over the same model; CPU seconds of all threads.
-- `commands`: `mmdora eval` with its scores and report, and the plain loop as a script; both from start to end, CPU
-  seconds of the processes. `first_answer_seconds` is wall-clock time until responses.jsonl has a line.
+The adapter has random values and the `parts` of the quickstart. The plain loop is a hand-written script: the same
+images and prompts through the merged model's own processor, sorted by length, in left-padded batches, with `generate`
+and one output line per question. It computes no digests, cannot be resumed and does not score. Both sides compute in
+fp32 and must give the same answers.
+- `answers`: the loops alternate in one process; CPU seconds of all threads. mmdora's time includes merging the adapter
+  and restoring the weights. `adapter separate` is mmdora without the merge.
+- `commands`: `mmdora eval` on the adapter directory, with its scores and report, and the plain loop as a script; both
+  from start to end, CPU seconds of the processes. `first_answer_seconds` is wall-clock time until responses.jsonl has a
+  line.
 Figures are medians over the rounds, and ratios within one run: above 1, mmdora is faster.
 """
 
@@ -24,6 +28,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +92,27 @@ def plain_loop(model: Any, processor: Any, data: Path, out: Path, size: int) -> 
                 file.write(json.dumps({"id": question_id, "response": text.strip()}) + "\n")
 
 
-def load() -> tuple[Any, Any]:
+def load(path: Path) -> tuple[Any, Any]:
     import mmdora.models  # noqa: F401  (registers the model's vision encoder in transformers)
 
-    return AutoModelForImageTextToText.from_pretrained(
-        MODEL, dtype=torch.float32
-    ).eval(), AutoProcessor.from_pretrained(MODEL)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(path)
+
+
+def write_models(folder: Path) -> None:
+    """Write `adapter`, a directory with a DoRA adapter, and `merged`, the plain model that computes the same."""
+    import mmdora
+    from mmdora.core.config_files import load_config
+
+    model, processor = load(MODEL)
+    mmdora.inject_adapters(model, load_config("quickstart").parts)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    mmdora.save_adapter(model, folder / "adapter")
+    mmdora.merge_adapters(model).save_pretrained(folder / "merged")
+    processor.save_pretrained(folder / "merged")
 
 
 def answers(out: Path) -> dict[str, str]:
@@ -101,6 +122,7 @@ def answers(out: Path) -> dict[str, str]:
 
 def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
     """Return the CPU seconds of each round."""
+    import mmdora
     from data_pipelines.encoding import Encoder
     from eval.digests import weights_digest
     from eval.generation import answer_all
@@ -108,20 +130,23 @@ def loops(data: Path, size: int, rounds: int) -> dict[str, list[float]]:
     from eval.run import read_questions
     from mmdora.core.config import EvaluationConfig
 
-    model, processor = load()
+    (adapted, processor), (merged, _) = load(MODEL), load(data.parent / "merged")
+    mmdora.load_adapter(adapted, data.parent / "adapter")
     config = EvaluationConfig(name="vqa", benchmark="vqa", data=str(data))
 
-    def run_mmdora(folder: Path) -> Path:
+    def run_mmdora(folder: Path, merge: bool = True) -> Path:
         questions, encoder = read_questions(config), Encoder(processor)
-        keys = question_keys(questions, encoder, NEW_TOKENS, weights_digest(model))
-        answer_all(model, encoder, questions, keys, folder, size, NEW_TOKENS)
+        keys = question_keys(questions, encoder, NEW_TOKENS, weights_digest(adapted))
+        with mmdora.merged_weights(adapted) if merge else nullcontext():
+            answer_all(adapted, encoder, questions, keys, folder, size, NEW_TOKENS)
         return folder / "responses.jsonl"
 
     def run_plain(folder: Path) -> Path:
-        plain_loop(model, processor, data, folder / "answers.jsonl", size)
+        plain_loop(merged, processor, data, folder / "answers.jsonl", size)
         return folder / "answers.jsonl"
 
-    return alternate({"mmdora": run_mmdora, "plain loop": run_plain}, rounds, time.process_time)
+    ways = {"mmdora": run_mmdora, "plain loop": run_plain, "mmdora, adapter separate": partial(run_mmdora, merge=False)}
+    return alternate(ways, rounds, time.process_time)
 
 
 def commands(data: Path, size: int, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
@@ -130,7 +155,7 @@ def commands(data: Path, size: int, rounds: int) -> tuple[dict[str, list[float]]
 
     def run_mmdora(folder: Path) -> Path:
         options = ["--benchmark", "vqa", "--data", str(data), "--batch-size", str(size), "--out", str(folder)]
-        command = [sys.executable, "-m", "mmdora.cli", "eval", str(MODEL), *options]
+        command = [sys.executable, "-m", "mmdora.cli", "eval", str(data.parent / "adapter"), *options]
         start, responses = time.perf_counter(), folder / "vqa" / "responses.jsonl"
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (responses.exists() and responses.stat().st_size):
@@ -166,8 +191,8 @@ def alternate(
                 out = candidates[name](Path(folder))
                 seconds[name] += [clock() - start] if number else []
                 results.append(answers(out))
-        if results[0] != results[1]:
-            raise RuntimeError("the two sides give different answers")
+        if any(result != results[0] for result in results):
+            raise RuntimeError("the candidates give different answers")
     return seconds
 
 
@@ -177,14 +202,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--plain", nargs=2, type=Path, metavar=("DATA", "OUT"), help="run only the plain loop")
+    parser.add_argument("--note", help="a remark on the machine, for the file")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
     if args.plain:
-        plain_loop(*load(), *args.plain, args.batch)
+        plain_loop(*load(args.plain[0].parent / "merged"), *args.plain, args.batch)
         return
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MMDORA_CACHE"] = folder
         data = write_questions(Path(folder), args.questions)
+        write_models(Path(folder))
         in_process = loops(data, args.batch, args.rounds)
         whole, first = commands(data, args.batch, args.rounds)
     figures: dict[str, Any] = {}
@@ -192,10 +219,14 @@ def main() -> None:
         rates = {name: args.questions / statistics.median(values) for name, values in seconds.items()}
         figures[section] = {f"{name}, questions a CPU second": round(rate, 2) for name, rate in rates.items()}
         figures[section]["over the plain loop"] = round(rates["mmdora"] / rates["plain loop"], 3)
+        if "mmdora, adapter separate" in rates:
+            figures[section]["separate, over the plain loop"] = round(
+                rates["mmdora, adapter separate"] / rates["plain loop"], 3
+            )
     figures["commands"]["first_answer_seconds"] = round(statistics.median(first[1:]), 2)
     print(json.dumps(figures, indent=2))
     if args.out is not None:
-        shape = {"questions": args.questions, "batch": args.batch, "rounds": args.rounds}
+        shape = {"questions": args.questions, "batch": args.batch, "rounds": args.rounds, "note": args.note}
         args.out.write_text(
             json.dumps(about_machine() | shape | {"figures": figures}, indent=2) + "\n", encoding="utf-8"
         )

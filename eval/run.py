@@ -16,6 +16,7 @@ from eval.questions import max_new_tokens_for, read_questions
 from eval.receipts import common_receipt, reuse_report
 from eval.responses import question_keys
 from eval.scoring import score_and_write
+from mmdora.adapters.temporary_merge import merged_weights
 from mmdora.core.config import EvaluationConfig
 from mmdora.core.distributed import from_main, is_main
 
@@ -33,8 +34,11 @@ def evaluate(
     overwrite: bool = False,
     weights: str | None = None,
     contamination: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+    merge_memory: float | None = None,
 ) -> dict[str, Any]:
     """Generate answers, score them and write the report into `folder`; every process returns the report.
+
+    An adapter is merged into the weights while the answers are generated, and separate again afterwards.
 
     A finished result of the same questions and weights is returned unchanged. Only rank 0 scores, since scoring may
     call a judge or Java.
@@ -44,6 +48,7 @@ def evaluate(
         origin: where the model comes from, for the receipt.
         weights: the digest of the weights. Give it if no process holds all of them, or if it is known already.
         contamination: called after generation; returns the contamination part of the receipt by entry name.
+        merge_memory: most host memory for the unmerged weights, in GiB (`merged_weights`).
 
     Raises:
         UserError: `folder` holds the result of another evaluation and `overwrite` is not set.
@@ -59,7 +64,10 @@ def evaluate(
     if (report := reuse_report(folder, config.benchmark, receipt, overwrite)) is not None:
         advance(len(questions))
         return report
-    responses = answer_all(model, encoder, questions, keys, folder, config.batch_size, max_new_tokens, advance)
+    with merged_weights(model, merge_memory) as adapter:
+        responses = answer_all(model, encoder, questions, keys, folder, config.batch_size, max_new_tokens, advance)
+    if adapter is not None:
+        receipt["adapter_weights"] = adapter
     responses = {question_id: benchmark.prediction(response) for question_id, response in responses.items()}
     if is_main():
         if contamination is not None:

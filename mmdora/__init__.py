@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from mmdora.adapters.merging import LoRAExport, combine_adapters, export_lora, merge_adapters, unmerge_adapters
     from mmdora.adapters.save_load import load_adapter, save_adapter, swap_adapter
+    from mmdora.adapters.temporary_merge import merged_weights
     from mmdora.models.new_tokens import add_tokens
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ _MODULES = {
     "inject_adapters": "mmdora.adapters.injection",
     "load_adapter": "mmdora.adapters.save_load",
     "merge_adapters": "mmdora.adapters.merging",
+    "merged_weights": "mmdora.adapters.temporary_merge",
     "save_adapter": "mmdora.adapters.save_load",
     "set_adapter": "mmdora.adapters.injection",
     "swap_adapter": "mmdora.adapters.save_load",
@@ -57,6 +59,7 @@ __all__ = [
     "inject_adapters",
     "load_adapter",
     "merge_adapters",
+    "merged_weights",
     "save_adapter",
     "set_adapter",
     "swap_adapter",

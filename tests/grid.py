@@ -180,7 +180,8 @@ class Grid:
     def metrics(self, name: str, key: str) -> list[float]:
         """Return a figure of every step. Raises AssertionError if the run failed."""
         assert self.outcomes[name] == "ok", self.outcomes[name]
-        return [json.loads(line)[key] for line in (self.folder / name / "metrics.jsonl").open()]
+        rows = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").open()]
+        return [row[key] for row in rows if "eval" not in row]
 
     def adapter(self, name: str) -> dict[str, Tensor]:
         return load_file(self.folder / name / "adapter" / "adapter_model.safetensors")

@@ -36,6 +36,8 @@ from mmdora.training.validation import evaluating, rank_batches, validation_loss
 from tests.grid import run_in_two_processes
 from tests.test_runs import command, small
 
+# Results of a run under ZeRO-3, and how their adapter was computed.
+RECEIPTS = {"before": None, "during/step-4": "separate: ZeRO-3 partitions the weights", ".": "merged"}
 PLUGIN = """
 import logging, warnings
 warnings.warn("a warning of all processes")
@@ -131,6 +133,7 @@ def test_benchmarks_are_scored_during_training(run):
         assert report["n"] == 5
         assert report["scores"]["official"]["value"] == line["eval"]["counting"]
         assert report["receipt"]["adapter"] == f"step {line['step']}"
+        assert report["receipt"]["adapter_weights"] == "merged"
     # The last evaluation used the model that was saved: it gives the same answers when it is loaded.
     answers = [(run / "eval" / where / "scores.jsonl").read_text() for where in ("during/step-4/counting", "counting")]
     assert answers[0] == answers[1]
@@ -353,6 +356,8 @@ def test_two_processes_under_zero3_evaluate_like_one(run, world, held_out, tmp_p
         for r in (output, run)
     ]
     assert answers[0] == answers[1]
+    receipts = [json.loads((output / f"eval/{f}/counting/report.json").read_text())["receipt"] for f in RECEIPTS]
+    assert [receipt.get("adapter_weights") for receipt in receipts] == list(RECEIPTS.values())
     assert json.loads((output / "best" / "best.json").read_text())["step"] == 4
     assert printed.count("UserWarning: a warning of all processes") == 1
     assert "a note of all processes" not in printed

@@ -49,8 +49,10 @@ def grid(tmp_path_factory) -> Grid:
     runs.add("pairs-ddp")
     checkpointed = ["training.micro_batch_size=1", "training.gradient_checkpointing=true"]
     runs.add("mixed-zero3", stage[3], *batches, *checkpointed, evaluation)
-    for n in (0, 1):
-        runs.add(f"bf16-zero{n}", stage[n], "model.dtype=bfloat16", "training.max_steps=3", record=False)
+    half = ["model.dtype=bfloat16", "training.max_steps=3"]
+    during = f"evaluation=[{{name: five, {benchmark}, limit: 5, during: true}}]"
+    runs.add("bf16-zero0", stage[0], *half, record=False)
+    runs.add("bf16-zero1", stage[1], *half, during, "training.evaluate_every=1", record=False)
     runs.run(processes=2)
     return runs
 
@@ -86,7 +88,13 @@ def test_zero3_with_accumulation_and_checkpointing_trains_and_answers_like_one_p
 
 
 def test_half_precision_trains_fp32_weights_at_every_stage(grid):
-    """The step that DeepSpeed takes itself at stage 0 has no effect. The adapter is the fp32 copy, not its rounding."""
+    """The step that DeepSpeed takes itself at stage 0 has no effect. The adapter is the fp32 copy, not its rounding.
+
+    Stage 1 is evaluated after every step, with the adapter merged into the weights meanwhile.
+    """
+    for step in (1, 2, 3):
+        report = json.loads((grid.folder / f"bf16-zero1/eval/during/step-{step}/five/report.json").read_text())
+        assert report["receipt"]["adapter_weights"] == "merged"
     assert grid.metrics("bf16-zero0", "loss")[:2] == grid.metrics("bf16-zero1", "loss")[:2]
     assert grid.largest_difference("bf16-zero0", "bf16-zero1") <= 2e-3
     for name in ("bf16-zero0", "bf16-zero1"):

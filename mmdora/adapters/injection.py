@@ -96,8 +96,17 @@ def inject_adapters(
     return _report(model, configs, regions, plans)
 
 
+def check_not_merged(model: nn.Module) -> None:
+    """Raise UserError inside `merged_weights`, where the frozen weights are not those that the adapters belong to."""
+    if state_of(model).holds_merged:
+        raise UserError(
+            "inside merged_weights, adapters cannot be changed, switched, merged or saved; leave the block first"
+        )
+
+
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise UserError if the model cannot have another adapter of this name."""
+    check_not_merged(model)
     adapters = state_of(model).adapters
     if name in adapters:
         raise UserError(f"the model already has an adapter named {name!r}; give the new one another name")
@@ -114,7 +123,8 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 
 def check_has_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise UserError if the model lacks one of these adapters."""
+    """Raise UserError if the model lacks one of these adapters, or is inside `merged_weights`."""
+    check_not_merged(model)
     adapters = state_of(model).adapters
     for name in names:
         if name not in adapters:
@@ -164,6 +174,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Compute without low-rank adapters inside the block. Weights trained in full keep their trained values."""
+    check_not_merged(model)
     before = [(layer, layer.active, layer.row_adapters) for _, layer in adapter_layers(model)]
     try:
         for layer, _, _ in before:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdora.adapters import AdapterLayer, LowRankSpec, adapter_layers
-from mmdora.adapters.injection import check_has_adapters, check_new_name, set_adapter
+from mmdora.adapters.injection import check_has_adapters, check_new_name, check_not_merged, set_adapter
 from mmdora.adapters.layers.experts import AdaptedExperts
 from mmdora.adapters.layers.linear import LinearLayer
 from mmdora.adapters.layers.shared_input import share_inputs
@@ -49,6 +49,7 @@ def merge_adapters(model: nn.Module, name: str | None = None, reversible: bool =
         UserError: If the model is merged reversibly already, has no adapter `name`, or is sharded by `fully_shard`.
     """
     check_not_split(model, "merge_adapters", IN_ONE_PROCESS)
+    check_not_merged(model)
     state = state_of(model)
     if reversible and state.merge_undo is not None:
         raise UserError("the model is merged already; call unmerge_adapters(model) first")

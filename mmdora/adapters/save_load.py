@@ -51,7 +51,6 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     the forward pass; rank 0 writes. Raises UserError if the model has no such adapter.
     """
     reshard(model)
-    check_has_adapters(model, [name])
     tensors, config, about = adapter_contents(model, name, keep=is_main())
     if is_main():
         write_adapter(Path(folder), tensors, config, about)
@@ -85,6 +84,7 @@ def adapter_contents(
 
     Raises UserError for an adapter on a weight that is trained in full, as version 0.1.0 allowed for tied weights.
     """
+    check_has_adapters(model, [name])
     layers, record = dict(adapter_layers(model, name)), state_of(model).adapters[name]
     modules_in_full = [plain_path(path) for path in record.modules_in_full]
     if both := [path for path in layers if any(is_inside(path, module) for module in modules_in_full)]:

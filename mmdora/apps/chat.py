@@ -10,6 +10,7 @@ from data_pipelines.encoding import Encoder
 from data_pipelines.samples import Image, Message, Part, Sample, Text, Video
 from eval.benchmarks import Question
 from eval.generation import generate
+from mmdora.adapters.temporary_merge import merged_weights
 from mmdora.apps.load_target import load_target
 from mmdora.core.console import make_console
 from mmdora.core.errors import UserError
@@ -34,12 +35,13 @@ def run(target: str, images: list[Path], videos: list[Path], max_new_tokens: int
     sample = Sample("chat", (), "the terminal")
     if sys.stdin.isatty():
         console.print("Type a question; an empty line ends the chat.")
-    while question := _read_line():
-        parts = (*media, Text(question)) if not sample.messages else (Text(question),)
-        sample = Sample("chat", (*sample.messages, Message("user", parts)), "the terminal")
-        answer = reply(loaded.model, encoder, sample, max_new_tokens)
-        console.print(answer, markup=False)
-        sample = Sample("chat", (*sample.messages, Message("assistant", (Text(answer),))), "the terminal")
+    with merged_weights(loaded.model, loaded.merge_memory):
+        while question := _read_line():
+            parts = (*media, Text(question)) if not sample.messages else (Text(question),)
+            sample = Sample("chat", (*sample.messages, Message("user", parts)), "the terminal")
+            answer = reply(loaded.model, encoder, sample, max_new_tokens)
+            console.print(answer, markup=False)
+            sample = Sample("chat", (*sample.messages, Message("assistant", (Text(answer),))), "the terminal")
 
 
 def reply(model: Any, encoder: Encoder, sample: Sample, max_new_tokens: int) -> str:

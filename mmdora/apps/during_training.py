@@ -72,7 +72,14 @@ class Evaluator:
             questions, folder = self.questions[entry.name], self.run_dir.result(entry.name, step=step)
             with self.metrics.bar(f"{entry.name}, step {step}", len(questions)) as advance:
                 args = (entry, questions, folder, advance, origin)
-                report = evaluate(trainer.model, self.encoder, *args, overwrite=True, weights=weights)
+                report = evaluate(
+                    trainer.model,
+                    self.encoder,
+                    *args,
+                    overwrite=True,
+                    weights=weights,
+                    merge_memory=self.config.model.merge_memory,
+                )
             release_gathered(trainer.model_wrapped)
             scores[entry.name] = report["scores"]["official"]["value"]
             if is_main():

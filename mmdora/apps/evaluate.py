@@ -78,6 +78,7 @@ def evaluate_answers(
                     overwrite=request.overwrite,
                     weights=weights,
                     contamination=contamination,
+                    merge_memory=loaded.merge_memory,
                 )
             reports.append(report)
     return reports

@@ -27,6 +27,11 @@ class Loaded:
     video: VideoConfig
     config: RunConfig | None  # if the target is a run
 
+    @property
+    def merge_memory(self) -> float | None:
+        """Most host memory for the unmerged weights while the model generates, in GiB (`merged_weights`)."""
+        return None if self.config is None else self.config.model.merge_memory
+
 
 def load_base(config: ModelConfig) -> tuple[Any, Any]:
     """Return the model of a config, with its frozen adapter in the weights, and its processor. Raises UserError."""

@@ -207,7 +207,8 @@ def evaluate_base(
             folder, origin = run_dir.result(entry.name, before=True), {"model": config.model.path, "adapter": start}
             with progress_bar(console, f"{entry.name}, before", len(questions[entry.name])) as advance:
                 # Overwrites the report of a start that was corrected. Answers whose key is the same are kept.
-                evaluate(model, encoder, entry, questions[entry.name], folder, advance, origin, overwrite=True)
+                args = (entry, questions[entry.name], folder, advance, origin)
+                evaluate(model, encoder, *args, overwrite=True, merge_memory=config.model.merge_memory)
     if partitioned:
         model.to("cpu")
 
@@ -282,7 +283,7 @@ def evaluate_adapter(
         with progress_bar(console, f"{entry.name}, after", len(questions[entry.name])) as advance:
             # A resumed run may hold the results of fewer steps: overwrite them.
             args = (entry, questions[entry.name], after, advance, origin, True, weights, contamination)
-            evaluate(loaded.model, encoder, *args)
+            evaluate(loaded.model, encoder, *args, merge_memory=config.model.merge_memory)
         results.append((after, before if (before / "report.json").exists() else None))
     if not is_main():
         return

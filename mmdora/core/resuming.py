@@ -13,6 +13,7 @@ NEUTRAL_KEYS = (
     "evaluation",
     "plugins",
     "model.trust_remote_code",
+    "model.merge_memory",
     "data.num_workers",
     "data.max_skipped",
     "data.max_tokens",

@@ -58,6 +58,7 @@ class ModelState:
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)  # by name
     merge_undo: MergeUndo | None = None  # set while the model is merged reversibly
+    holds_merged: bool = False  # whether the model is inside `merged_weights`
     untied: bool = False  # whether an adapter needed tensors of its own for weights that the model's config ties
     new_tokens: dict[str, int] = field(default_factory=dict)  # ids of the tokens that `add_tokens` added
     frozen_adapter: str | None = None  # the adapter directory that was added to the weights (`model.frozen_adapter`)

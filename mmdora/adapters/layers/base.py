@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmdora.adapters.layers.autocast import no_autocast
 from mmdora.adapters.ops import norm_cache
 from mmdora.adapters.ops.functional import dora_gain, dora_norm, merged_weight
 from mmdora.adapters.spec import LowRankSpec
@@ -269,17 +270,26 @@ class AdapterLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
-        """Return W' [out, in] in fp32."""
-        with whole_parameters(self.holders()):
+        """Return W' [out, in] in fp32, also under autocast."""
+        with whole_parameters(self.holders()), no_autocast(self.weight.device.type):
             a, b = self.factors(name)
             return merged_weight(self.matrix(), a, b, self.specs[name].scale, self.magnitude(name))
+
+    @property
+    def weight_holder(self) -> tuple[nn.Module, str]:
+        """The module whose parameter the frozen weight is, and the parameter's name in it."""
+        return self, "weight"
+
+    def merged_weight(self, name: str) -> Tensor:
+        """Return W' in the shape and dtype of the layer's weight."""
+        return self.from_matrix(self.merged(name)).to(self.weight.dtype).contiguous()
 
     # Back to a plain layer
 
     def merge(self, name: str) -> None:
         """Become a plain layer whose weight is W' of the adapter `name`."""
-        weight = self.from_matrix(self.merged(name)).to(self.weight.dtype)
-        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        module, parameter = self.weight_holder
+        module._parameters[parameter] = nn.Parameter(self.merged_weight(name), requires_grad=False)
         self.unwrap()
 
     def unwrap(self) -> None:

@@ -46,6 +46,10 @@ class AdaptedExperts(AdapterLayer):
     def weight(self) -> Any:
         return self.block._parameters[self.parameter]
 
+    @property
+    def weight_holder(self) -> tuple[nn.Module, str]:
+        return self.block, self.parameter
+
     @staticmethod
     def shapes(module: nn.Module, rank: int) -> Shapes:
         assert isinstance(module, AdaptedExperts)
@@ -87,11 +91,6 @@ class AdaptedExperts(AdapterLayer):
 
     def _replicate_for_data_parallel(self) -> AdapterLayer:
         raise UserError("nn.DataParallel does not work with adapters on expert weights; use DistributedDataParallel")
-
-    def merge(self, name: str) -> None:
-        merged = self.from_matrix(self.merged(name)).to(self.weight.dtype)
-        self.block._parameters[self.parameter] = nn.Parameter(merged.contiguous(), requires_grad=False)
-        self.unwrap()
 
     def unwrap(self) -> None:
         del self.block._modules[f"{self.parameter}_adapter"]

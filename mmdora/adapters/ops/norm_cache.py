@@ -34,12 +34,17 @@ def fix_weights(fixed: bool) -> None:
 
 @contextmanager
 def weights_fixed() -> Iterator[None]:
-    """Cache every norm at its first use inside the block, in which no weight and no adapter may change."""
-    fix_weights(True)
+    """Cache every norm at its first use inside the block, in which no weight and no adapter may change.
+
+    A block inside another one uses the cache of the outer one, which stays open.
+    """
+    global _cached
+    outer = _cached
+    _cached = {} if outer is None else outer
     try:
         yield
     finally:
-        fix_weights(False)
+        _cached = outer
 
 
 @torch.library.custom_op("mmdora::norm", mutates_args=())

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmdora.core.config.section import PositiveInt, Section
+from mmdora.core.config.section import NonNegativeFloat, PositiveInt, Section
 
 
 class VisionEncoderConfig(Section):
@@ -86,6 +86,13 @@ class ModelConfig(Section):
         default=None,
         description="A run or an adapter directory that stays frozen below the trained one: it is added to the weights "
         "when they are loaded.",
+    )
+    merge_memory: NonNegativeFloat | None = Field(
+        default=None,
+        description="While a model generates (evaluation, chat), its adapter is merged into the weights, and the "
+        "original weights are kept in host memory. The most that each process may use for them, in GiB; null means "
+        "half of its share of the available memory. Beyond it the adapter stays separate, which is slower; 0 never "
+        "merges.",
     )
     pad_to_square: bool = Field(
         default=False,
