@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from mmdora.core.deepspeed import as_one_call, gather_in_forward
 from mmdora.models.architectures import embeddings_of
 from mmdora.training.deferred_logits import DeferredLogits, Recipe
 
-CHUNK_BYTES = 2**26  # size of a chunk's logits in fp32; cross-entropy takes twice as much
+CHUNK_BYTES = 96 * 2**20  # size of a chunk's logits in fp32; the loss takes three times as much
 # Without it, gradients of the logits, most of which are near 1 / vocabulary, would be rounded to 0 in fp16.
-FP16_SCALE = 256.0
+FP16_GRADIENT = 256.0
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,21 @@ class ChunkedLoss:
         heads = (embeddings_of(module, "output") for module in model.modules())  # a model inside it may hold the head
         head = next((head for head in heads if isinstance(head, nn.Linear)), None)
         self.holders: list[tuple[nn.Module, str]] = []
+        self.items: Tensor | None = None
         if head is None:
             log.warning("%s has no linear head, so its loss is computed from all logits", type(model).__name__)
             return
-        self.deferred = _DeferredHead(head, type(model).__name__)
+        self.deferred = _DeferredHead(head, type(model).__name__, self)
         for module in model.modules():
             self.holders += [(module, name) for name, child in module._modules.items() if child is head]
+
+    def dividing_by(self, items: Tensor | None) -> ChunkedLoss:
+        """Return itself, for a loss that will be divided by this number of tokens.
+
+        Gradients are right for any number, but are rounded once more if it is not this one.
+        """
+        self.items = items
+        return self
 
     def __enter__(self) -> None:
         for module, name in self.holders:
@@ -54,7 +64,6 @@ class ChunkedLoss:
         for module, name in self.holders:
             module.__dict__.pop(name, None)
 
-
     def gather_head(self) -> None:
         """Have ZeRO-3 gather new tokens' rows with the head. Call it before DeepSpeed takes the model over."""
         if self.holders:
@@ -63,8 +72,8 @@ class ChunkedLoss:
 
 
 class _DeferredHead:
-    def __init__(self, head: nn.Linear, name: str):
-        self.head, self.name = head, name
+    def __init__(self, head: nn.Linear, name: str, settings: ChunkedLoss):
+        self.head, self.name, self.settings = head, name, settings
 
     def __call__(self, hidden: Tensor) -> DeferredLogits:
         # Idefics appends the logits of additional tokens.
@@ -72,13 +81,16 @@ class _DeferredHead:
         device = hidden.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        return DeferredLogits(Recipe(self.head, self.name, hidden, width, dtype), chunked_cross_entropy)
+        return DeferredLogits(
+            Recipe(self.head, self.name, hidden, width, dtype), partial(chunked_cross_entropy, self.settings.items)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.head, name)
 
 
 def chunked_cross_entropy(
+    items: Tensor | None,
     recipe: Recipe,
     target: Tensor,
     weight: Tensor | None = None,
@@ -90,7 +102,7 @@ def chunked_cross_entropy(
 ) -> Tensor | None:
     """Return the cross-entropy in fp32, from hidden states [rows, d] and targets [rows]; see `F.cross_entropy`.
 
-    Returns None for arguments that are not supported.
+    `items` is the number by which a sum is going to be divided. Returns None for arguments that are not supported.
     """
     other = weight is not None or label_smoothing or size_average is not None or reduce is not None
     if other or reduction not in ("mean", "sum") or target.shape != recipe.hidden.shape[:-1] or target.ndim != 1:
@@ -104,10 +116,12 @@ def chunked_cross_entropy(
     inputs = [value for operation in recipe.operations for value in operation.inputs]
     trained = [value for value in (*recipe.head.parameters(), *inputs) if value.requires_grad]
     targets = target[supervised]
+    expected = 1 / max(1, count) if reduction == "mean" else 1 if items is None else 1 / items
 
     def loss_of(rows: Tensor) -> Tensor:
         gradients = torch.is_grad_enabled()
-        return _ChunkedSum.apply(recipe.logits, rows_per_chunk(recipe), float(count > 0), gradients, targets, rows, *trained)
+        settings = rows_per_chunk(recipe), float(count > 0), gradients, expected
+        return _ChunkedSum.apply(recipe.logits, *settings, targets, rows, *trained)
 
     total = as_one_call(recipe.head, loss_of, recipe.hidden[supervised])
     return total / count if reduction == "mean" else total
@@ -123,7 +137,11 @@ def rows_per_chunk(recipe: Recipe) -> int:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The sum of cross-entropies over rows, times `weight`; the forward pass computes the gradients."""
+    """The sum of cross-entropies over rows, times `weight`.
+
+    The forward pass computes the gradients, for an `expected` gradient of the sum. The backward pass multiplies them by
+    the ratio of the true one to it. If both are equal, nothing is rounded more often than in `F.cross_entropy`.
+    """
 
     @staticmethod
     def forward(
@@ -132,10 +150,12 @@ class _ChunkedSum(torch.autograd.Function):
         size: int,
         weight: float,
         gradients: bool,
+        expected: Tensor | float,
         targets: Tensor,
         rows: Tensor,
         *trained: Tensor,
     ) -> Tensor:
+        ctx.expected = expected
         needed = gradients and any(value.requires_grad for value in (rows, *trained))
         losses, row_grads, trained_grads = [], [], [None] * len(trained)
         for chunk, target in zip(rows.detach().split(size), targets[:, None].split(size), strict=True):
@@ -147,10 +167,14 @@ class _ChunkedSum(torch.autograd.Function):
             losses.append(log_p.gather(1, target).sum().neg())
             if not needed:
                 continue
-            ctx.scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-            gradient = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand(target.shape))
-            gradient = gradient.mul_(weight * ctx.scale).to(logits.dtype)
+            if logits.dtype == torch.float16:
+                ctx.expected = FP16_GRADIENT
+            step = weight * torch.as_tensor(ctx.expected, dtype=dtype, device=log_p.device)
+            gradient = torch.zeros_like(log_p).scatter_(1, target, -step.expand(target.shape))
+            # What autograd calls for `log_softmax`, in place. `log_p.exp()` is not equal to it to the last bit.
+            torch.ops.aten._log_softmax_backward_data(gradient, log_p, 1, dtype, out=gradient)
             del log_p
+            gradient = gradient.to(logits.dtype)
             wanted = ([chunk] if rows.requires_grad else []) + list(trained)
             found = list(torch.autograd.grad(logits, wanted, gradient, allow_unused=True))
             if rows.requires_grad:
@@ -164,9 +188,9 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss was backpropagated a second time; its gradients are freed after the first")
-        factor, (rows, *trained), ctx.gradients = gradient / ctx.scale, ctx.gradients, None
+        factor, (rows, *trained), ctx.gradients = gradient / ctx.expected, ctx.gradients, None
         scaled = [None if value is None else value.mul_(factor) for value in (rows, *trained)]
-        return None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, *scaled
 
 
 def _added(total: Tensor | None, new: Tensor | None) -> Tensor | None:

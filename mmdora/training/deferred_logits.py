@@ -20,8 +20,8 @@ from torch.nn import functional as F
 # Functions and methods of one tensor that compute each element from itself, Python numbers, and tensors that are the
 # same for all rows.
 ELEMENTWISE = frozenset(
-    "add clamp div divide double float mul multiply neg sub subtract tanh to true_divide "
-    "__add__ __mul__ __neg__ __radd__ __rmul__ __rsub__ __rtruediv__ __sub__ __truediv__".split()
+    ("add", "clamp", "div", "divide", "double", "float", "mul", "multiply", "neg", "sub", "subtract", "tanh", "to")
+    + ("__add__", "__mul__", "__neg__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__")
 )
 
 log = logging.getLogger(__name__)

@@ -197,11 +197,11 @@ class AdapterTrainer(Trainer):
         indices = inputs.pop("index", None)  # of the samples in the dataset
         if "attention_mask" not in inputs:  # a packed batch
             inputs = packed_inputs(self.model, inputs)
-        with self.chunked_loss:
+        with self.chunked_loss.dividing_by(num_items_in_batch):
             if self.model_accepts_loss_kwargs or num_items_in_batch is None:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             else:
-                # Qwen's families, PaliGemma and Gemma 3 return the mean over the micro-batch, which may hold few tokens.
+                # Qwen's families, PaliGemma and Gemma 3 return the mean over the micro-batch, which may be few tokens.
                 loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
                 loss = loss * (num_supervised(inputs["labels"]) / num_items_in_batch * world_size())
         if torch.is_grad_enabled() and not loss.requires_grad:
