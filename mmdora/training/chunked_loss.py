@@ -168,7 +168,9 @@ class _ChunkedSum(torch.autograd.Function):
             if not needed:
                 continue
             if logits.dtype == torch.float16:
-                ctx.expected = FP16_GRADIENT
+                # A power of 2 times what is expected, so that the ratio rounds nothing.
+                expected = torch.as_tensor(expected, dtype=dtype, device=log_p.device)
+                ctx.expected = expected * torch.exp2(torch.log2(FP16_GRADIENT / expected).round())
             step = weight * torch.as_tensor(ctx.expected, dtype=dtype, device=log_p.device)
             gradient = torch.zeros_like(log_p).scatter_(1, target, -step.expand(target.shape))
             # What autograd calls for `log_softmax`, in place. `log_p.exp()` is not equal to it to the last bit.
