@@ -27,6 +27,7 @@ from mmdora.planning.engine_memory import (
     memory_with_deepspeed,
     memory_without_deepspeed,
 )
+from mmdora.training.chunked_loss import ChunkedLoss
 from mmdora.training.packing import packed_inputs, row_length
 
 ENGINES = ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_nvme")
@@ -106,6 +107,7 @@ class ActivationProfiler:
         self.model, self.example = model, example
         self.collate = Collator(0, pack=row_length(model, config.data), layout=layout)
         self.dtype = getattr(torch, config.model.dtype)
+        self.chunked_loss = ChunkedLoss(model)
         self.measured: dict[int, Activations] = {}
 
     def __call__(self, micro_batch_size: int) -> Activations:
@@ -116,7 +118,8 @@ class ActivationProfiler:
             for key, value in batch.items():  # DeepSpeed's engine casts images to the model's dtype
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
                     batch[key] = value.to(self.dtype)
-            self.measured[micro_batch_size] = measure(self.model, batch, lambda output: output.loss)
+            with self.chunked_loss:
+                self.measured[micro_batch_size] = measure(self.model, batch, lambda output: output.loss)
         return self.measured[micro_batch_size]
 
 

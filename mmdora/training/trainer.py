@@ -30,6 +30,7 @@ from mmdora.training.audit import AUDITED_STEPS, Audit
 from mmdora.training.bad_steps import BadSteps, GuardedAdamW
 from mmdora.training.batches import MicroBatches, batch_spec
 from mmdora.training.checkpoints import Resumed, rotate, save_checkpoint
+from mmdora.training.chunked_loss import ChunkedLoss
 from mmdora.training.ema import Average
 from mmdora.training.flops import flop_costs
 from mmdora.training.loader_workers import start_worker, unwrapped_worker_errors
@@ -90,6 +91,7 @@ class AdapterTrainer(Trainer):
         super().__init__(**kwargs)
         self.run_config = config
         self.loss_is_scaled_for_ga = not DIVIDES_AGAIN  # by `compute_loss`
+        self.chunked_loss = ChunkedLoss(self.model)
         self.meter = ThroughputMeter(self.args.device, flop_costs(self.model))
         self.evaluator: Callable[[AdapterTrainer], dict[str, float]] | None = None
         self.audit: Audit | None = None
@@ -195,12 +197,13 @@ class AdapterTrainer(Trainer):
         indices = inputs.pop("index", None)  # of the samples in the dataset
         if "attention_mask" not in inputs:  # a packed batch
             inputs = packed_inputs(self.model, inputs)
-        if self.model_accepts_loss_kwargs or num_items_in_batch is None:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        else:
-            # Qwen's families, PaliGemma and Gemma 3 return the mean over the micro-batch, which may hold few tokens.
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            loss = loss * (num_supervised(inputs["labels"]) / num_items_in_batch * world_size())
+        with self.chunked_loss.dividing_by(num_items_in_batch):
+            if self.model_accepts_loss_kwargs or num_items_in_batch is None:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            else:
+                # Qwen's families, PaliGemma and Gemma 3 return the mean over the micro-batch, which may be few tokens.
+                loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+                loss = loss * (num_supervised(inputs["labels"]) / num_items_in_batch * world_size())
         if torch.is_grad_enabled() and not loss.requires_grad:
             loss.requires_grad_()  # no trainable parameter was used, e.g. text only when just the projector is trained
         if model.training:
@@ -293,6 +296,7 @@ class AdapterTrainer(Trainer):
         if self.is_deepspeed_enabled:
             for _, layer in adapter_layers(self.model):
                 gather_in_forward(layer, [p for name in layer.specs for p in layer.adapter_tensors(name).values()])
+            self.chunked_loss.gather_head()
             if resume_from_checkpoint is not None:  # before DeepSpeed takes the weights over
                 self._load_from_checkpoint(resume_from_checkpoint)
             if is_zero3_enabled():

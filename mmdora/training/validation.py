@@ -91,7 +91,7 @@ def validation_loss(
 def summed_loss(trainer: Any, batch: dict[str, torch.Tensor], supervised: int) -> float:
     """Return the sum of the losses of a batch's supervised tokens, whose number is given."""
     inputs = trainer._prepare_inputs(batch)
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), trainer.chunked_loss:
         if trainer.model_accepts_loss_kwargs:
             return float(trainer.model(**inputs, num_items_in_batch=torch.tensor(1, device=trainer.args.device)).loss)
         return float(trainer.model(**inputs).loss) * supervised

@@ -18,6 +18,7 @@ from mmdora.core.deepspeed.config import (
     zero_stage,
 )
 from mmdora.core.deepspeed.parameters import (
+    as_one_call,
     compute_device,
     full_parameter,
     gather_in_forward,
@@ -34,6 +35,7 @@ from mmdora.core.deepspeed.parameters import (
 )
 
 __all__ = [
+    "as_one_call",
     "compute_device",
     "full_parameter",
     "gather_in_forward",

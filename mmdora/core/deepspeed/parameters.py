@@ -6,7 +6,7 @@ Every function also takes ordinary parameters. torch and DeepSpeed are imported 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,53 @@ def gather_in_forward(module: nn.Module, parameters: Iterable[nn.Parameter]) -> 
 
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def as_one_call(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `function(x)`, which may call `module` any number of times, as one forward pass of it to ZeRO-3.
+
+    So ZeRO-3 gathers the module's weights once, and its trace does not depend on the number of calls.
+    """
+    modules = list(module.modules())
+    if not any(is_partitioned(p) for p in module.parameters()):
+        return function(x)
+    before = [(m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    forward = module.__dict__.get("forward")
+
+    def put_hooks(partitioning: bool | None) -> None:
+        """Keep ZeRO-3's hooks (True), the other hooks (False) or all (None)."""
+        for m, all_hooks in zip(modules, before, strict=True):
+            m._forward_pre_hooks, m._forward_hooks = (
+                hooks if partitioning is None else _hooks(hooks, partitioning) for hooks in all_hooks
+            )
+
+    def put_forward(own: Any) -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    def call(x: Tensor) -> Tensor:
+        put_forward(forward)
+        put_hooks(False)
+        try:
+            return function(x)
+        finally:
+            put_hooks(True)
+
+    try:
+        put_hooks(True)
+        put_forward(call)
+        return module(x)
+    finally:
+        put_forward(forward)
+        put_hooks(None)
+
+
+def _hooks(hooks: Any, partitioning: bool) -> Any:
+    """Return only the hooks of ZeRO-3, or only the others."""
+    kept = {key: hook for key, hook in hooks.items() if hook.__module__.startswith("deepspeed.") == partitioning}
+    return type(hooks)(kept)
 
 
 def release_gathered(engine: Any) -> None:
