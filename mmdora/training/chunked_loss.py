@@ -157,7 +157,8 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.expected = expected
         needed = gradients and any(value.requires_grad for value in (rows, *trained))
-        losses, row_grads, trained_grads = [], [], [None] * len(trained)
+        losses, row_grads = [], []
+        trained_grads: list[Tensor | None] = [None] * len(trained)
         for chunk, target in zip(rows.detach().split(size), targets[:, None].split(size), strict=True):
             with torch.set_grad_enabled(needed):
                 chunk = chunk.requires_grad_(rows.requires_grad)
