@@ -162,9 +162,7 @@ def _times_a(rows: Tensor | None, layers: list[LinearTerms]) -> list[Tensor | No
 
 
 def _h(x: Tensor, a: Tensor) -> Tensor:
-    kernels = kernels_for(x.device)
-    h: Tensor = kernels.times_transposed(x, a.to(kernels.working_dtype(x.dtype)))
-    return h
+    return torch_kernels.times_transposed(x, a.to(kernels_for(x.device).working_dtype(x.dtype)))
 
 
 def parameter_gradients(
@@ -183,7 +181,7 @@ def parameter_gradients(
     """
     db = dm = None
     if h is not None and b is not None:
-        product = kernels_for(dy.device).transposed_times(dy, h).to(torch.promote_types(b.dtype, torch.float32))
+        product = torch_kernels.transposed_times(dy, h).to(torch.promote_types(b.dtype, torch.float32))
         if du_sum is not None and add_low_rank:
             du_sum = du_sum + (product * b).sum(1)
         db = product.mul_(scale if gain is None else scale * gain[:, None])
@@ -204,23 +202,24 @@ def _low_rank_gradients(
     for t, dh, own in zip(layers, dhs, grads, strict=True):
         if t.lora_a is not None and t.dropped is not None and dh is not None:
             dropped = t.dropped.reshape(-1, t.dropped.shape[-1])
-            kernels = kernels_for(dh.device)
-            own["lora_a"] = kernels.transposed_times(dropped, dh).T.to(t.lora_a.dtype)
-            own["dropped"] = kernels.product(dh, t.lora_a.to(dh.dtype), dropped.dtype).view(t.dropped.shape)
+            own["lora_a"] = torch_kernels.transposed_times(dropped, dh).T.to(t.lora_a.dtype)
+            own["dropped"] = torch_kernels.product(dh, t.lora_a.to(dh.dtype), dropped.dtype).view(t.dropped.shape)
     reading = {i: a for i, a in _reading_x(layers).items() if dhs[i] is not None}
     if reading:
         assert rows is not None
         a, dh = torch.cat(list(reading.values())), torch.cat([dhs[i] for i in reading], dim=1)  # type: ignore[misc]
-        kernels = kernels_for(dh.device)
         if dx is not None:
-            kernels.add_product(dx, dh, a.to(dh.dtype))
-        das = kernels.transposed_times(rows, dh).T.to(a.dtype).split([len(a) for a in reading.values()])
+            torch_kernels.add_product(dx, dh, a.to(dh.dtype))
+        das = torch_kernels.transposed_times(rows, dh).T.to(a.dtype).split([len(a) for a in reading.values()])
         for i, da in zip(reading, das, strict=True):
             grads[i]["lora_a"] = da
 
 
 def kernels_for(device: torch.device) -> Any:
-    """Return the module with the functions of `torch_kernels` for a device: on a GPU, that of the Triton kernels."""
+    """Return the module whose `epilogue`, `gradients` and `merge` run on a device: on a GPU, that of Triton's kernels.
+
+    Products with h alone are those of `torch_kernels` everywhere.
+    """
     if device.type == "cuda" and has_triton():
         from mmdora.adapters.ops import triton_kernels
 

@@ -63,6 +63,8 @@ def dora_norm(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scal
     time, so that there is neither a copy of the whole weight nor of BA. On a GPU, a Triton kernel does that.
     """
     dtype = working_dtype(weight.dtype)
+    if weight.is_meta:
+        return weight.new_empty(weight.shape[:-1], dtype=dtype)
     a = b = None
     if lora_a is not None and lora_b is not None:
         a, b = lora_a.to(dtype), lora_b.to(dtype)

@@ -12,10 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmdora.adapters.ops.torch_kernels import add_product, product, times_transposed, transposed_times
-
-__all__ = ["add_product", "epilogue", "gradients", "merge", "norm", "product", "times_transposed", "transposed_times"]
-
 ROWS = 64  # rows of an activation per program
 COLUMNS = 64
 RANKS = 128  # at most this many columns of B at once
