@@ -73,6 +73,7 @@ def test_padding_and_fillers_do_not_count(tiny, tmp_path, pack):
     pixels = [row["pixel_values"] for row in samples[:2]]
     assert counts.tokens == sum(lengths)
     assert counts.squares == sum(length**2 for length in lengths)
+    assert counts.supervised == sum(int((row["labels"] != -100).sum()) for row in [*samples, samples[2]])
     assert counts.samples == 4
     assert counts.frames == sum(p.shape[:-3].numel() for p in pixels)
     assert counts.pixels == sum(p.numel() for p in pixels)
@@ -116,7 +117,7 @@ def test_mfu_is_the_flops_of_the_step_over_the_peak(tiny, tmp_path):
     meter.count([Collator(0)(rows(Encoder(processor), tmp_path))], {})
     counts = meter.total
     figures = meter.read()
-    flops = meter.costs.flops(counts.tokens, counts.squares, counts.pixels)
+    flops = meter.costs.flops(counts.tokens, counts.supervised, counts.squares, counts.pixels)
     assert figures["mfu"] == pytest.approx(flops / figures["seconds"] / 1e9, rel=0.05)
 
 
@@ -136,9 +137,9 @@ def test_the_flops_formula_is_close_to_what_pytorch_counts(tiny, tmp_path, parts
     counts = BatchCounts()
     counts.add(batch, {})
     model.train()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # its own loss, for which all tokens go through the head
         model(**batch).loss.backward()
-    told = flop_costs(model).flops(counts.tokens, counts.squares, counts.pixels)
+    told = flop_costs(model).flops(counts.tokens, counts.tokens, counts.squares, counts.pixels)
     assert told == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
@@ -149,6 +150,7 @@ def test_a_frozen_model_costs_a_third_of_a_trained_one(tiny):
     model.requires_grad_(True)
     full = flop_costs(model)
     assert full.per_token == 3 * frozen.per_token
+    assert full.per_supervised == 3 * frozen.per_supervised == 6 * model.lm_head.weight.numel()
     assert full.per_patch == 3 * frozen.per_patch
     assert full.per_pair == 3 * frozen.per_pair
     model.requires_grad_(False)

@@ -4,8 +4,9 @@ A step's FLOPs are the sum over the vision encoder and the rest of 2·N·t (forw
 a trained weight precedes these weights or is among them) + 2·T·t (gradient of the T trained weights), plus 12·L·d·Σl²
 for attention (PaLM, arXiv 2204.02311, appendix B; l: tokens of a sample; 4 instead of 12 if no gradient flows). So a
 frozen weight costs 4·N·t and a trained one 6·N·t. N counts matrices, without embedding tables. t counts tokens for the
-language model, its head and the projector, and patches for the vision encoder, whose attention (a tenth of its FLOPs)
-is left out. Recomputed activations (gradient checkpointing) and padding do not count.
+language model and the projector, supervised tokens for the head, since no others go through it, and patches for the
+vision encoder, whose attention (a tenth of its FLOPs) is left out. Recomputed activations (gradient checkpointing) and
+padding do not count.
 """
 
 from __future__ import annotations
@@ -58,42 +59,45 @@ def device_peak(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class FlopCosts:
-    """FLOPs of a step per token, per patch of an image or frame, and per pair of tokens of a sample."""
+    """FLOPs of a step per token, supervised token, patch of an image or frame, and pair of tokens of a sample."""
 
-    per_token: float
+    per_token: float  # without the head
+    per_supervised: float  # of the head
     per_patch: float
     per_pair: float
     patch_values: int  # pixel values per patch
 
-    def flops(self, tokens: float, squares: float, pixels: float) -> float:
-        """Return the FLOPs for `tokens`, the sum of squared sample lengths, and the number of pixel values."""
-        return self.per_token * tokens + self.per_pair * squares + self.per_patch * pixels / self.patch_values
+    def flops(self, tokens: float, supervised: float, squares: float, pixels: float) -> float:
+        """Return the FLOPs for all and supervised tokens, the sum of squared sample lengths, and the pixel values."""
+        text = self.per_token * tokens + self.per_supervised * supervised + self.per_pair * squares
+        return text + self.per_patch * pixels / self.patch_values
 
 
 def flop_costs(model: Any) -> FlopCosts:
     """Count FLOPs from the model's weights, adapters included, and from which of them are trained."""
     parts = ARCHITECTURES[model.config.model_type].parts if model.config.model_type in ARCHITECTURES else {}
     vision, projector = parts.get("vision", ()), parts.get("projector", ())
-    sizes = {True: [0.0, 0.0], False: [0.0, 0.0]}  # in the vision encoder or not: [all weights, trained weights]
+    sizes = {place: [0.0, 0.0] for place in ("vision", "head", "other")}  # [all weights, trained weights]
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
-    tables -= {id(head.weight)} if head is not None else set()
+    in_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     for name, parameter in model.named_parameters():
-        if id(parameter) in tables or len(true_shape(parameter)) < 2:
+        if id(parameter) in tables - in_head or len(true_shape(parameter)) < 2:
             continue
         count = _active(model.config, parameter)
-        inside = (any(is_inside(name, root) for root in roots) for roots in (vision, projector))
-        size = sizes[next(inside) and not next(inside)]
+        in_vision, in_projector = (any(is_inside(name, root) for root in roots) for roots in (vision, projector))
+        size = sizes["head" if id(parameter) in in_head else "vision" if in_vision and not in_projector else "other"]
         size[0] += count
         size[1] += count * parameter.requires_grad
-    flows_in_vision = sizes[True][1] > 0
+    flows_in_vision = sizes["vision"][1] > 0
     flows = flows_in_vision or any(parameter.requires_grad for parameter in model.parameters())
     text = model.config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     width = heads and heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return FlopCosts(
-        per_token=(4.0 if flows else 2.0) * sizes[False][0] + 2 * sizes[False][1],
-        per_patch=(4.0 if flows_in_vision else 2.0) * sizes[True][0] + 2 * sizes[True][1],
+        per_token=(4.0 if flows else 2.0) * sizes["other"][0] + 2 * sizes["other"][1],
+        per_supervised=(4.0 if flows else 2.0) * sizes["head"][0] + 2 * sizes["head"][1],
+        per_patch=(4.0 if flows_in_vision else 2.0) * sizes["vision"][0] + 2 * sizes["vision"][1],
         per_pair=(12.0 if flows else 4.0) * text.num_hidden_layers * width,
         patch_values=_patch_values(model.config),
     )

@@ -26,6 +26,7 @@ class BatchCounts:
     """
 
     tokens: int = 0
+    supervised: int = 0  # tokens with a label, of those that follow another token
     squares: int = 0  # sum of the squared sample lengths, in tokens
     samples: int = 0
     frames: int = 0
@@ -37,6 +38,7 @@ class BatchCounts:
         for ids, labels in samples_of(batch):
             if bool((labels != IGNORED).any()):
                 self.tokens, self.squares = self.tokens + len(ids), self.squares + len(ids) ** 2
+                self.supervised += int((labels[1:] != IGNORED).sum())
                 self.samples += 1
             else:  # a batch gets a filler only if it has no such media: all its pixels of that kind are the filler's
                 blank |= {key for key, row in fillers.items() if torch.equal(row["input_ids"][0], ids)}
@@ -105,7 +107,7 @@ class ThroughputMeter:
     def read(self) -> dict[str, float | None]:
         """Return the figures under their keys in metrics.jsonl, and reset. A collective: every process calls it."""
         total, seconds = self.total, time.perf_counter() - self.start - self.paused
-        flops = self.costs.flops(total.tokens, total.squares, total.pixels)
+        flops = self.costs.flops(total.tokens, total.supervised, total.squares, total.pixels)
         local = [total.tokens, total.samples, total.frames, flops, self.waited, memory_gib(self.device)]
         by_rank = all_gather_numbers(local, self.device)
         tokens, samples, frames, flops = by_rank[:, :4].sum(0).tolist()
