@@ -82,7 +82,7 @@ def test_validation_data_is_encoded_and_compared_with_training_data(messy, world
     assert f"watched.json: 1 of its 2 files are training data too, such as {messy}/copy.png" in out
     assert "[data.validation.0]" in out
     table = out[out.index("encoded samples") :]
-    assert re.search(r"8 of 256 +0 +8 +4, ≤ 4 ", table)  # images, videos, frames
+    assert re.search(r"8 of 256 +0 +8 +2, ≤ 2 ", table)  # images, videos, frames
 
 
 def test_training_skips_the_samples_that_doctor_reported(messy, capsys):

@@ -255,6 +255,7 @@ def test_sigterm_to_a_worker_does_not_interrupt_the_evaluation():
         model_accepts_loss_kwargs=False,
         _prepare_inputs=lambda batch: batch,
         compute_loss_context_manager=nullcontext,
+        chunked_loss=nullcontext(),
     )
     assert validation_loss(trainer, Interrupted(), lambda rows: rows[0]) == (1.5, 4)
 

@@ -70,6 +70,8 @@ def test_loading_applies_the_plan(folder):
     again = Net()
     mmdora.load_adapter(again, folder)
     assert torch.equal(again(x), net(x))
+    frozen = {name for name, parameter in again.named_parameters() if not parameter.requires_grad}
+    assert {f"block.attention.{name}_proj.weight" for name in ("q", "k", "v", "out")} <= frozen
     assert not torch.equal(net(x), Net()(x))
 
 

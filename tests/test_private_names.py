@@ -129,10 +129,12 @@ NAMES = [
     Name("torch", "torch.nn.modules.conv:_ConvNd", "mmdora/adapters/layers/convolution.py"),
     Name("torch", "torch:Tensor._version", "mmdora/adapters/layers/shared_input.py"),
     Name("torch", "torch:ops.aten._unsafe_view", "mmdora/adapters/ops/autograd.py"),
+    Name("torch", "torch:ops.aten._log_softmax_backward_data", "mmdora/training/chunked_loss.py"),
     Name("torch", "/nn/modules/module.py:_parameters", "mmdora/adapters/layers/experts.py"),
     Name("torch", "/nn/modules/module.py:_modules", "mmdora/adapters/layers/experts.py"),
     Name("torch", "/nn/modules/module.py:_buffers", "mmdora/adapters/merging.py"),
     Name("torch", "/nn/modules/module.py:_forward_hooks", "mmdora/models/new_tokens.py"),
+    Name("torch", "/nn/modules/module.py:_forward_pre_hooks", ZERO_PARAMETERS),
     Name(
         "bitsandbytes", "/functional.py:_convert_weight_packed_for_cpu_inverse", "mmdora/adapters/layers/quantized.py"
     ),

@@ -155,7 +155,9 @@ def explicit_attention(model: nn.Module) -> int:
 
 
 def convert_attention(attention: nn.MultiheadAttention, explicit: ExplicitAttention) -> None:
-    """Turn an attention into its explicit copy, in place, until `restore_multihead`."""
+    """Turn an attention into its explicit copy, in place, until `restore_multihead`. It stays frozen if it is."""
+    if not any(parameter.requires_grad for parameter in attention.parameters()):
+        explicit.requires_grad_(False)
     explicit.converted = True
     _become(attention, explicit)
 
