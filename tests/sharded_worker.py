@@ -351,7 +351,7 @@ def reading_difference() -> float:
 
 
 def main(folder: Path, only: list[str]) -> None:
-    # As in a process of torch.multiprocessing: without the variable that launchers set.
+    # A process of torch.multiprocessing lacks the variable that launchers set.
     place, count = int(os.environ.pop("RANK")), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", rank=place, world_size=count, timeout=timedelta(seconds=60))
     actions = {name: partial(comparison, case) for name, case in CASES.items()} | {"errors": errors, "swaps": swaps}

@@ -28,7 +28,7 @@ from tests.tiny_language_models import FAMILIES, build
 from tests.tiny_models import write_tokenizer
 
 VOCABULARY = 300
-# What models do between the head and the loss, and losses that they add to it.
+# Operations of models between the head and the loss, and losses that they add to it.
 CHANGES = {
     "soft-capping": ("gemma2", {"final_logit_softcapping": 2.0}),
     "division": ("granite", {"logits_scaling": 3.0}),

@@ -56,6 +56,16 @@ def test_the_adapter_benchmark_measures_every_candidate(tmp_path):
     assert saved["mmdora DoRA"] < saved["PEFT DoRA"]
 
 
+def test_the_generation_benchmark_measures_every_candidate(tmp_path):
+    out = tmp_path / "result.json"
+    script("benchmarks/generate.py", "--hidden=64", "--layers=1", "--tokens=2", "--rounds=1", f"--out={out}")
+    for figures in json.loads(out.read_text())["figures"].values():
+        ratios = figures["over the base model"]
+        assert set(ratios) == {"base", "separate", "norms once", "merged_weights", "merge_adapters"}
+        assert ratios["base"] == 1.0
+        assert figures["merge_and_restore_seconds"] > 0
+
+
 @pytest.mark.slow
 def test_the_soak_counts_what_it_reads(tmp_path):
     out = tmp_path / "result.json"

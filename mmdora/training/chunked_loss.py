@@ -174,7 +174,7 @@ class _ChunkedSum(torch.autograd.Function):
                 ctx.expected = expected * torch.exp2(torch.log2(FP16_GRADIENT / expected).round())
             step = weight * torch.as_tensor(ctx.expected, dtype=dtype, device=log_p.device)
             gradient = torch.zeros_like(log_p).scatter_(1, target, -step.expand(target.shape))
-            # What autograd calls for `log_softmax`, in place. `log_p.exp()` is not equal to it to the last bit.
+            # Autograd calls this for `log_softmax`, too. With `log_p.exp()` the last bit would differ.
             torch.ops.aten._log_softmax_backward_data(gradient, log_p, 1, dtype, out=gradient)
             del log_p
             gradient = gradient.to(logits.dtype)

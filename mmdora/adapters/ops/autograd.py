@@ -186,9 +186,14 @@ def parameter_gradients(
             du_sum = du_sum + (product * b).sum(1)
         db = product.mul_(scale if gain is None else scale * gain[:, None])
     if du_sum is not None and norm is not None:
-        zero = norm == 0  # the gain of such a row is the constant 1
-        dm = (du_sum / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+        dm = magnitude_gradient(du_sum, norm)
     return db, dm
+
+
+def magnitude_gradient(du_sum: Tensor, norm: Tensor) -> Tensor:
+    """Return the gradient of m [out]: Σ dy ⊙ u / n, and 0 where n is 0, since the gain is the constant 1 there."""
+    zero = norm == 0
+    return (du_sum / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def _low_rank_gradients(

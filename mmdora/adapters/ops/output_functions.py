@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmdora.adapters.ops.autograd import kernels_for, parameter_gradients
+from mmdora.adapters.ops.autograd import kernels_for, magnitude_gradient, parameter_gradients
 from mmdora.adapters.ops.functional import dora_gain, working_dtype
 
 
@@ -108,8 +108,7 @@ class AdaptedChannelsFunction(torch.autograd.Function):
             dh = ctx.scale * (b.view(groups, -1, rank).mT.to(dy.dtype) @ du.reshape(shape[0], groups, -1, h.shape[-1]))
             dh = dh.view(shape[0], groups * rank, *shape[2:])
         if du_sum is not None:
-            zero = norm == 0
-            dm = (du_sum.float() / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+            dm = magnitude_gradient(du_sum, norm)
         return du.to(dtype) if ctx.needs_input_grad[0] else None, dh, db, dm, None, None, None
 
 
